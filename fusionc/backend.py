@@ -1,0 +1,138 @@
+"""The torch.compile backend: `torch.compile(model, backend="fusionc")`.
+
+Dynamo calls `fusionc` with a torch-level graph and real inputs; model passes run on it; AOTAutograd functionalises it
+into ATen graphs, each of which goes through `fusionc.compiler.compile_graph`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from . import errors
+from .config import Config
+
+_numbers = itertools.count()
+_lock = threading.RLock()
+
+
+def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
+            options: dict[str, Any] | None = None, **_: Any) -> Callable[..., Any]:  # fmt: skip
+    """Compile a Dynamo graph.  Raises OptionError for an unknown mode or option, StrictError only under strict."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    config = Config.parse(mode, options)
+    number = next(_numbers)
+    example_inputs = list(example_inputs)
+    derived: list[Any] = []
+    model_records: list[Any] = []
+    if not torch.is_grad_enabled():
+        gm, derived, model_records = _model_passes(gm, example_inputs, config)
+    weights = None
+    if derived:
+        from .runtime.weights import DerivedWeights
+
+        weights = DerivedWeights(derived, config.weights)
+        example_inputs = [*example_inputs, *weights.resolve(example_inputs)]
+    inner = functools.partial(_inner, config=config, number=number, model_records=model_records)
+    compiled = aot_autograd(
+        fw_compiler=functools.partial(inner, stage="forward"),
+        bw_compiler=functools.partial(inner, stage="backward"),
+        inference_compiler=functools.partial(inner, stage="inference"),
+        decompositions=decompositions(),
+        partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
+        keep_inference_input_mutations=True,
+    )(gm, example_inputs)
+    if weights is None:
+        return compiled
+    resolve = weights.resolve
+
+    def with_derived(*args: Any) -> Any:
+        return compiled(*args, *resolve(args))
+
+    return with_derived
+
+
+def _model_passes(gm: GraphModule, example_inputs: list[Any], config: Config) -> tuple[GraphModule, list[Any], list[Any]]:
+    from .passes.manager import run_passes
+
+    gm, records = run_passes(gm, "model", config, example_inputs)
+    return gm, list(gm.meta.get("fusionc_derived") or []), records
+
+
+def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, number: int, stage: str,
+           model_records: list[Any]) -> Callable[[list[Any]], Any]:  # fmt: skip
+    """AOTAutograd's compiler: one ATen graph to a boxed callable."""
+    from .compiler import compile_graph
+    from .record import GraphRecord, remember
+
+    name = f"g{number}_{stage}"
+    with _lock:
+        try:
+            call, record = compile_graph(gm, example_inputs, config, stage, name)
+            record.passes = [*model_records, *record.passes]
+        except errors.StrictError:
+            raise
+        except Exception as e:
+            if config.strict:
+                raise
+            errors.warn_once(
+                f"graph:{type(e).__name__}:{e}",
+                f"fusionc could not compile a {stage} graph ({type(e).__name__}: {e}); it runs in ATen. "
+                "Please report this; options={'strict': True} shows where it happens",
+            )
+            record = GraphRecord(name=name, stage=stage)  # type: ignore[arg-type]
+            record.fallbacks.append(f"whole graph: {type(e).__name__}: {e}")
+            call = _boxed_eager(gm)
+    remember(record)
+    if config.dump:
+        from .dump import write_graph
+
+        write_graph(record, config)
+
+    def run(args: list[Any]) -> Any:
+        return call(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _boxed_eager(gm: GraphModule) -> Callable[[list[Any]], Any]:
+    def call(args: list[Any]) -> Any:
+        mine = list(args)
+        args.clear()
+        return gm.forward(*mine)
+
+    return call
+
+
+@functools.lru_cache(maxsize=1)
+def decompositions() -> dict[Any, Any]:
+    """Operators that AOTAutograd takes apart for us: rare ones, whose parts we lower and fuse.
+
+    Frequent operators (norms, softmax, gelu, …) stay whole: they are lowered directly, which costs less compile time.
+    """
+    from torch._decomp import decomposition_table, get_decompositions
+
+    aten = torch.ops.aten
+    names = """native_layer_norm_backward native_group_norm native_group_norm_backward nll_loss_forward nll_loss_backward
+        nll_loss2d_forward nll_loss2d_backward mse_loss mse_loss_backward smooth_l1_loss smooth_l1_loss_backward huber_loss
+        huber_loss_backward binary_cross_entropy binary_cross_entropy_backward binary_cross_entropy_with_logits
+        hardswish_backward hardsigmoid_backward hardtanh_backward elu elu_backward leaky_relu_backward softplus softplus_backward
+        mish mish_backward glu glu_backward logit logit_backward logaddexp logaddexp2 log_sigmoid_forward log_sigmoid_backward
+        _fused_rms_norm _fused_rms_norm_backward native_batch_norm_backward cudnn_batch_norm_backward
+        _native_batch_norm_legit_no_training threshold hardshrink softshrink celu selu xlogy heaviside
+        hypot deg2rad rad2deg nan_to_num dot mv soft_margin_loss l1_loss addr std_mean var_mean
+        slice_backward select_backward diagonal_backward masked_fill_ norm sinc expand_copy
+        special_entr special_log_ndtr frac stack t_copy addcmul_ rot90""".split()
+    packets = [getattr(aten, n) for n in names if hasattr(aten, n)]
+    table = get_decompositions([p for p in packets if any(getattr(p, o) in decomposition_table for o in p.overloads())])
+    table.pop(aten.var_mean.correction, None)
+    return table

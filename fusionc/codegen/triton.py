@@ -1,0 +1,546 @@
+"""Kernel + Plan → the text of a Triton module that stands by itself.
+
+One program computes `xblock` points of the flattened loops.  With an axis its values are tiles [XBLOCK, RBLOCK]: the
+whole axis at once (`plan.rblock == 0`), or in steps of RBLOCK, with one pass over the axis per reduction level; all
+reductions of a level share a pass, and inner stores that need no reduction are written in the first.
+
+Indices are int32 where every index and offset of the kernel provably fits, else int64; with run-time sizes the kernel
+takes a constexpr WIDE and the launcher decides.  Out-of-range lanes are masked; a guarded load is masked by its guard.
+The text depends on nothing but its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..errors import FusioncError
+from ..ir.expr import FLOATS, Const, Expr, FloorDiv, Index, Load, Mod, Op, Reduce, Scan, Size, Var, bounds, index
+from ..ir.loop import Kernel, Store
+from ..ir.ops import COMPARE
+from ..schedule.plan import Plan
+from . import triton_math as tm
+from .triton_math import TL_DTYPE, supports
+
+__all__ = ["Unrenderable", "index_width", "parameters", "refusal", "render", "supports"]
+
+_X, _R = 1, 2  # dimensions of a tile
+_SHAPE = {_X: "[XBLOCK, 1]", _R: "[1, RBLOCK]", _X | _R: "[XBLOCK, RBLOCK]"}
+_INT32 = (1 << 31) - 1
+_MAX_TILE = 1 << 17  # elements of one tile; more cannot be kept in the registers of a block
+_LINE = 60  # index texts longer than this get a name
+
+
+class Unrenderable(FusioncError):
+    """This kernel cannot be expressed in Triton with this plan; the text says why."""
+
+
+def refusal(kernel: Kernel, plan: Plan) -> str | None:
+    """Why `render` would refuse, or None."""
+    if kernel.scans and len(kernel.axis) != 1:
+        return f"a scan over an axis of {len(kernel.axis)} variables"
+    for n in kernel.nodes:
+        if isinstance(n, Op) and not supports(n.name, n.args[0].dtype):
+            return f"operation {n.name} on {n.args[0].dtype}"
+    if kernel.axis and plan.rblock == 0:
+        if not kernel.inner.is_const:
+            return "an axis of unknown length cannot be kept in registers: the plan needs an rblock"
+        if next_power_of_2(kernel.inner.value) * plan.xblock > _MAX_TILE:
+            return f"a tile of {plan.xblock} × {kernel.inner.value} elements is too large"
+    return None
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def index_width(kernel: Kernel) -> int | None:
+    """32 if all index arithmetic fits int32, 64 if it may not, None if that depends on run-time sizes."""
+    worst = 0
+    unknown = False
+    polys = [n for n in kernel.nodes if isinstance(n, Index)]
+    polys += [b.size for b in kernel.buffers] + [kernel.outer * 2, kernel.inner * 2]  # ×2: lanes beyond the end
+    for p in polys:
+        total = 0
+        for m, c in p.terms:
+            part = abs(c)
+            for a in m:
+                lo, hi = bounds(a)
+                if hi is not None:
+                    part *= max(abs(lo or 0), abs(hi), 1)
+                elif _of_sizes(a):
+                    unknown = True
+            total += part
+        worst = max(worst, total)
+    if worst > _INT32:
+        return 64
+    return None if unknown else 32
+
+
+def _of_sizes(a: Expr) -> bool:
+    """Is this atom unbounded because of a run-time size (rather than because it is loaded, as an int64)?"""
+    return isinstance(a, (Var, Size)) or any(_of_sizes(c) for c in a.children() if not isinstance(a, (Load, Op)))
+
+
+def parameters(kernel: Kernel) -> list[tuple[str, str]]:
+    """(name, type) of the run-time parameters in order: "*fp32" for a tensor, "fp32" by value, "size" for a size."""
+    short = {"b1": "i1", "f16": "fp16", "bf16": "bf16", "f32": "fp32", "f64": "fp64"}
+    out = []
+    for b in kernel.buffers:
+        dtype = short.get(b.dtype, b.dtype)
+        if b.scalar:
+            out.append((b.name, "fp32" if b.dtype in ("f16", "bf16") else dtype))
+        else:
+            out.append((b.name, "*" + dtype))
+    return out + [(s.name, "size") for s in kernel.sizes]
+
+
+def render(kernel: Kernel, plan: Plan, name: str) -> str:
+    """The module text; it defines the `triton.jit` function `name` (parameters: see `parameters`, then WIDE if
+    `index_width(kernel)` is None).  Raises Unrenderable where `refusal` gives a reason."""
+    why = refusal(kernel, plan)
+    if why is not None:
+        raise Unrenderable(f"kernel {name} cannot be rendered for Triton: {why}")
+    return _Writer(kernel, plan, name).module()
+
+
+class _Writer:
+    def __init__(self, kernel: Kernel, plan: Plan, name: str):
+        self.k, self.plan, self.name = kernel, plan, name
+        self.width = index_width(kernel)
+        self.lines: list[str] = []
+        self.depth = 1
+        self.text: dict[int, str] = {}  # node → name or literal, valid in this place
+        self.dims: dict[int, int] = {}
+        self.local: list[int] = []  # nodes whose text ends with the current loop over the axis
+        self.count = 0
+        self.helpers: dict[str, str] = {}
+        self.axis = frozenset(kernel.axis)
+        self.loops = frozenset(kernel.loops)
+        self.rank2 = bool(kernel.axis)
+        self.loaded_again: str | None = None  # eviction hint of the pass being written
+        self.looped = self.rank2 and plan.rblock > 0
+
+    # -- lines ------------------------------------------------------------------------------------------------------
+    def line(self, text: str) -> None:
+        self.lines.append("    " * self.depth + text)
+
+    def fresh(self, text: str) -> str:
+        name = f"t{self.count}"
+        self.count += 1
+        self.line(f"{name} = {text}")
+        return name
+
+    def module(self) -> str:
+        k = self.k
+        self.prologue()
+        if self.looped:
+            self.passes()
+        else:
+            if self.rank2:
+                self.axis_variables("rbase")
+            self.emit([e for s in k.stores for e in (s.index, s.value)])
+            for s in k.stores:
+                self.store(s)
+        params = [n for n, _ in parameters(k)] + (["WIDE: tl.constexpr"] if self.width is None else [])
+        head = ["import triton", "import triton.language as tl"]
+        if any("libdevice." in t for t in self.lines):
+            head.append("from triton.language.extra import libdevice")
+        parts = ["\n".join(head)]
+        parts += [self.helpers[n].rstrip() for n in sorted(self.helpers)]
+        parts.append("\n".join([f"@triton.jit\ndef {self.name}({', '.join(params)}):", *self.lines]))
+        return "\n\n\n".join(parts) + "\n"
+
+    def wide(self, text: str) -> str:
+        return f"({text}).to(tl.int64)" if self.width == 64 else text
+
+    def prologue(self) -> None:
+        k, p = self.k, self.plan
+        self.line(f"XBLOCK: tl.constexpr = {p.xblock}")
+        if self.rank2:
+            block = p.rblock or next_power_of_2(k.inner.value)
+            if k.inner.is_const:
+                block = min(block, next_power_of_2(k.inner.value))
+            self.rblock = block
+            self.line(f"RBLOCK: tl.constexpr = {block}")
+        self.line("pid = " + self.wide("tl.program_id(0)"))
+        if self.width is None:
+            self.line("if WIDE:")
+            self.line("    pid = pid.to(tl.int64)")
+        lanes = "tl.arange(0, XBLOCK)" + ("[:, None]" if self.rank2 else "")
+        self.line(f"x = pid * XBLOCK + {lanes}")
+        n = k.outer
+        self.xmask = None if n.is_const and n.value % p.xblock == 0 else "xmask"
+        if self.xmask:
+            self.line(f"xmask = x < {self.size(n)}")
+        self.variables("x", k.loops, _X)
+        if self.rank2:
+            self.line("rbase = " + self.wide("tl.arange(0, RBLOCK)[None, :]"))
+            if self.width is None:
+                self.line("if WIDE:")
+                self.line("    rbase = rbase.to(tl.int64)")
+            self.rmask = None if k.inner.is_const and k.inner.value % self.rblock == 0 else "rmask"
+
+    def variables(self, flat: str, vars: tuple[Var, ...], dims: int) -> None:
+        """Recover the variables from their flattened position."""
+        stride = index(1)
+        texts = []
+        for v in reversed(vars):
+            text = flat if stride.is_const and stride.value == 1 else f"{flat} // {self.size(stride)}"
+            if v is not vars[0]:
+                text = f"{text} % {self.size(v.extent)}"
+            texts.append((v, text))
+            stride = stride * v.extent
+        for v, text in reversed(texts):
+            self.dims[v.uid] = dims
+            self.text[v.uid] = flat
+            if text != flat:
+                self.text[v.uid] = v.name
+                self.line(f"{v.name} = {text}")
+
+    def axis_variables(self, base: str) -> None:
+        r = base
+        if base != "rbase":
+            r = "r"
+            self.line(f"r = {base} + rbase")
+        self.flat = r
+        if self.rmask:
+            self.line(f"rmask = {r} < {self.size(self.k.inner)}")
+        self.variables(r, self.k.axis, _R)
+
+    def size(self, p: Index) -> str:
+        """A polynomial in sizes as an operand."""
+        self.emit([p])
+        text = self.text[p.uid]
+        return text if text.isidentifier() or text.isdigit() else f"({text})"
+
+    # -- passes over a looped axis ------------------------------------------------------------------------------------
+    def passes(self) -> None:
+        k = self.k
+        top = max((r.level for r in k.reductions), default=0)
+        inout = {b.name for b in k.buffers if b.kind == "inout"}
+        rows = [s for s in k.stores if not s.inner]
+        inner: dict[int, list[Store]] = {}
+        for s in k.stores:
+            if s.inner:
+                # in place, nothing may be overwritten that a later pass reads
+                level = top if s.buffer in inout else max(s.value.level, s.index.level)
+                inner.setdefault(level, []).append(s)
+        for level in range(top + 1):
+            self.one_pass([r for r in k.reductions if r.level == level + 1], inner.get(level, []), level < top)
+        self.emit([e for s in rows for e in (s.index, s.value)])
+        for s in rows:
+            self.store(s)
+
+    def one_pass(self, reductions: list[Reduce], stores: list[Store], again: bool) -> None:
+        if not reductions and not stores:
+            return
+        roots: list[Expr] = [r.body for r in reductions]
+        roots += [e for s in stores for e in (s.index, s.value)]
+        nodes = self.order(roots)
+        for n in nodes:
+            if not n.free & self.axis:
+                self.node(n)
+        extent = self.size(self.k.inner)
+        state = {r: self.start(r) for r in reductions}
+        carries = {
+            n: self.fresh(f"tl.full([XBLOCK, 1], {tm.identity(n.kind, n.dtype)}, {self.accumulator(n.kind, n.dtype)})")
+            for n in nodes
+            if isinstance(n, Scan)
+        }
+        self.line(f"for offset in range(0, {extent}, RBLOCK):")
+        self.depth += 1
+        saved = dict(self.text)
+        self.loaded_again = "evict_last" if again else "evict_first" if self.k.reductions else None
+        self.axis_variables("offset")
+        for n in nodes:
+            if n.uid not in self.text:
+                self.node(n, carries.get(n))  # type: ignore[call-overload]
+        for s in stores:
+            self.store(s)
+        for r in reductions:
+            self.step(r, state[r])
+        self.depth -= 1
+        self.text = saved
+        self.loaded_again = None
+        for r in reductions:
+            self.finish(r, state[r])
+
+    def accumulator(self, kind: str, dtype: str) -> str:
+        return "tl.int32" if dtype == "b1" else TL_DTYPE[dtype]
+
+    def combine(self, kind: str, dtype: str) -> str:
+        name = tm.combine_name(kind, dtype)
+        self.helpers[name] = tm.combine_source(kind, dtype)
+        return name
+
+    def position(self) -> tuple[str, str]:
+        """dtype of positions along the axis, and a position after all."""
+        if self.width == 64 or (self.width is None and not self.k.inner.is_const):
+            return "tl.int64", str((1 << 63) - 1)
+        return "tl.int32", str(_INT32)
+
+    def start(self, r: Reduce) -> tuple[str, ...]:
+        """Accumulators of a reduction, one lane each."""
+        dtype = self.accumulator(r.kind, r.body.dtype)
+        acc = self.fresh(f"tl.full([XBLOCK, RBLOCK], {tm.identity(r.kind, r.body.dtype)}, {dtype})")
+        if r.kind not in ("argmax", "argmin"):
+            return (acc,)
+        itype, last = self.position()
+        return acc, self.fresh(f"tl.full([XBLOCK, RBLOCK], {last}, {itype})")
+
+    def step(self, r: Reduce, state: tuple[str, ...]) -> None:
+        body = self.tile(r)
+        if len(state) == 2:
+            acc, at = state
+            order = ">" if r.kind == "argmax" else "<"
+            better = f"({body} {order} {acc}) | (({body} == {acc}) & ({self.flat} < {at}))"
+            if r.body.dtype in FLOATS:
+                better += f" | (({body} != {body}) & (({acc} == {acc}) | ({self.flat} < {at})))"
+            if self.rmask:
+                better = f"({better}) & rmask"
+            first = self.fresh(better)
+            self.line(f"{at} = tl.where({first}, {self.flat}, {at})")
+            self.line(f"{acc} = tl.where({first}, {body}, {acc})")
+            return
+        (acc,) = state
+        dtype = self.accumulator(r.kind, r.body.dtype)
+        text = self.together(r.kind, acc, body, "i32" if dtype == "tl.int32" else r.body.dtype)
+        self.line(f"{acc} = tl.where(rmask, {text}, {acc})" if self.rmask else f"{acc} = {text}")
+
+    def together(self, kind: str, a: str, b: str, dtype: str) -> str:
+        if kind in ("max", "min"):
+            return tm.extreme(kind, a, b, dtype)
+        return f"{a} {_SIGN[kind]} {b}"
+
+    def finish(self, r: Reduce, state: tuple[str, ...]) -> None:
+        fn = self.combine(r.kind, "i32" if r.body.dtype == "b1" else r.body.dtype)
+        if len(state) == 2:
+            acc, at = state
+            _, out = self.fresh_pair(f"tl.reduce(({acc}, {at}), 1, {fn}, keep_dims=True)")
+            out = self.fresh(f"{out}.to(tl.int64)")
+        else:
+            out = self.fresh(f"tl.reduce({state[0]}, 1, {fn}, keep_dims=True)")
+            if r.body.dtype == "b1":
+                out = self.fresh(f"{out} != 0")
+        self.text[r.uid], self.dims[r.uid] = out, _X
+
+    def fresh_pair(self, text: str) -> tuple[str, str]:
+        a, b = f"t{self.count}", f"t{self.count + 1}"
+        self.count += 2
+        self.line(f"{a}, {b} = {text}")
+        return a, b
+
+    def tile(self, r: Reduce | Scan) -> str:
+        """The body of a reduction as a full tile of the type it is accumulated in."""
+        body = self.spread(r.body, _X | _R)
+        return f"{body}.to(tl.int32)" if r.body.dtype == "b1" else body
+
+    def reduce(self, r: Reduce) -> str:
+        """A reduction over the whole axis at once."""
+        body = self.tile(r)
+        if self.rmask:
+            body = self.fresh(f"tl.where(rmask, {body}, {tm.identity(r.kind, r.body.dtype)})")
+        if r.kind not in ("argmax", "argmin"):
+            self.finish(r, (body,))
+        else:
+            itype, last = self.position()
+            at = f"tl.where(rmask, {self.flat}, {last})" if self.rmask else self.flat
+            at = self.fresh(f"tl.broadcast_to({at}, [XBLOCK, RBLOCK]).to({itype})")
+            if body.endswith(")"):
+                body = self.fresh(body)
+            self.finish(r, (body, at))
+        return self.text[r.uid]
+
+    def scan(self, n: Scan, carry: str | None) -> str:
+        body = self.tile(n)
+        if self.rmask:
+            body = f"tl.where(rmask, {body}, {tm.identity(n.kind, n.body.dtype)})"
+        body = self.fresh(body)
+        dtype = "i32" if n.body.dtype == "b1" else n.body.dtype
+        fn = self.combine(n.kind, dtype)
+        out = self.fresh(f"tl.associative_scan({body}, 1, {fn})")
+        if carry is not None:
+            out = self.fresh(self.together(n.kind, carry, out, dtype))
+            last = self.fresh(f"tl.reduce({body}, 1, {fn}, keep_dims=True)")
+            self.line(f"{carry} = {self.together(n.kind, carry, last, dtype)}")
+        return self.fresh(f"{out} != 0") if n.dtype == "b1" else out
+
+    # -- expressions --------------------------------------------------------------------------------------------------
+    def order(self, roots: Iterable[Expr]) -> list[Expr]:
+        """Nodes that have no text yet, children first; a Reduce of a looped axis must have one."""
+        out: list[Expr] = []
+        seen: set[int] = set()
+        stack = [(r, False) for r in reversed(list(roots))]
+        while stack:
+            n, done = stack.pop()
+            if done:
+                out.append(n)
+            elif n.uid not in seen and n.uid not in self.text:
+                seen.add(n.uid)
+                if isinstance(n, Var):
+                    continue  # of the axis, named inside the loop
+                stack.append((n, True))
+                stack.extend((c, False) for c in reversed(n.children()))
+        return out
+
+    def emit(self, roots: Iterable[Expr]) -> None:
+        for n in self.order(roots):
+            self.node(n)
+
+    def node(self, n: Expr, carry: str | None = None) -> None:
+        dims = 0
+        for c in n.children():
+            dims |= self.dims.get(c.uid, 0)
+        self.dims[n.uid] = dims
+        if isinstance(n, Const):
+            text = tm.literal(n.value, n.dtype)
+        elif isinstance(n, Size):
+            text = n.name
+        elif isinstance(n, Index):
+            text = self.polynomial(n)
+            if len(text) > _LINE:
+                text = self.fresh(text)
+        elif isinstance(n, (FloorDiv, Mod)):
+            text = self.fresh(self.quotient(n))
+        elif isinstance(n, Load):
+            text = self.load(n)
+        elif isinstance(n, Op):
+            text = self.operation(n)
+        elif isinstance(n, Reduce):
+            if self.looped:
+                raise AssertionError("reductions of a looped axis are computed by passes")
+            text = self.reduce(n)
+        elif isinstance(n, Scan):
+            text = self.scan(n, carry)
+            self.dims[n.uid] = _X | _R
+        else:
+            raise Unrenderable(f"kernel {self.name} has an unbound {n!r}")
+        self.text[n.uid] = text
+
+    def polynomial(self, p: Index) -> str:
+        out = ""
+        for m, c in p.terms:
+            part = " * ".join([self.text[a.uid] for a in m])
+            if not m:
+                part = str(abs(c))
+            elif abs(c) != 1:
+                part += f" * {abs(c)}"
+            out += (" - " if c < 0 else " + ") if out else ("0 - " if c < 0 else "")
+            out += part
+        return out or "0"
+
+    def quotient(self, n: FloorDiv | Mod) -> str:
+        a, b = self.paren(n.dividend), self.paren(n.divisor)
+        lo, _ = bounds(n.dividend)
+        positive = lo is not None and lo >= 0
+        if isinstance(n, Mod):
+            return f"{a} % {b}" if positive else f"({a} % {b} + {b}) % {b}"
+        return f"{a} // {b}" if positive else f"({a} - ({a} % {b} + {b}) % {b}) // {b}"
+
+    def paren(self, e: Expr) -> str:
+        text = self.text[e.uid]
+        return text if text.isidentifier() or text.isdigit() else f"({text})"
+
+    def is_literal(self, e: Expr) -> bool:
+        return isinstance(e, Const) or (isinstance(e, Index) and e.is_const)
+
+    def tensor(self, e: Expr, dtype: str | None = None) -> str:
+        """`e` as a Triton value (not a Python number) of its own dtype."""
+        if self.is_literal(e):
+            text = self.text[e.uid]
+            if text == "-0.0":  # a literal zero of any sign becomes +0.0
+                return f"(tl.full([], 0.0, {TL_DTYPE[e.dtype]}) * -1.0)"
+            return f"tl.full([], {text}, {TL_DTYPE[e.dtype]})"
+        return self.paren(e)
+
+    def operation(self, n: Op) -> str:
+        name, dtype = n.name, n.args[0].dtype
+        if name == "check_index":
+            return self.check_index(n)
+        values = n.args[1:] if name == "where" else n.args
+        force = name in tm.NEEDS_TENSORS or all(self.is_literal(a) for a in values)
+        args = []
+        for a in n.args:
+            negative_zero = isinstance(a, Const) and self.text[a.uid] == "-0.0"
+            text = self.tensor(a) if force or negative_zero else self.paren(a)
+            if isinstance(a, Index) and not self.is_literal(a) and self.width != 64:
+                if name not in COMPARE and name != "cast":
+                    text = f"{text}.to(tl.int64)"  # an index as a value is an int64, whatever it is computed in
+            elif self.is_literal(a) and text.startswith("-"):
+                text = f"({text})"
+            args.append(text)
+        if name == "where":
+            dtype = n.dtype
+        return self.fresh(tm.operation(name, args, dtype, n.dtype))
+
+    def check_index(self, n: Op) -> str:
+        i, size = self.tensor(n.args[0]), self.paren(n.args[1])
+        wrapped = self.fresh(f"tl.where({i} < 0, {i} + {size}, {i})")
+        out = self.fresh(f"tl.maximum(tl.minimum({wrapped}, {size} - 1), 0)")
+        if self.width == 32 or (self.width is None and n.args[1].dtype == "i64" and bounds(n)[1] is not None):
+            hi = bounds(n)[1]
+            if hi is not None and hi <= _INT32:
+                out = self.fresh(f"{out}.to(tl.int32)")
+        return out
+
+    def spread(self, e: Expr, dims: int) -> str:
+        """`e` as a block of the given dimensions."""
+        have = self.dims.get(e.uid, 0)
+        shape = _SHAPE[dims] if self.rank2 else "[XBLOCK]"
+        if have == dims:
+            return self.paren(e)
+        if have == 0:
+            text = self.tensor(e)
+            dtype = TL_DTYPE[e.dtype]
+            if isinstance(e, Index):
+                dtype = "tl.int32" if self.width == 32 else "tl.int64"
+            return f"tl.full({shape}, {self.paren(e) if not text.startswith('(tl') else text}, {dtype})"
+        return f"tl.broadcast_to({self.paren(e)}, {shape})"
+
+    def mask(self, dims: int) -> list[str]:
+        out = [self.xmask] if dims & _X and self.xmask else []
+        return out + (["rmask"] if dims & _R and self.rmask else [])
+
+    def load(self, n: Load) -> str:
+        b = self.k.buffer(n.buffer)
+        if b.scalar:
+            self.dims[n.uid] = 0
+            got = self.fresh(f"tl.full([], {b.name}, {TL_DTYPE['f32' if n.dtype in ('f16', 'bf16') else n.dtype]})")
+            return got if n.dtype not in ("f16", "bf16") else self.fresh(f"{got}.to({TL_DTYPE[n.dtype]})")
+        at = self.paren(n.index)
+        dims = self.dims.get(n.index.uid, 0)
+        guards: list[str] = []
+        if n.guard is not None:
+            wanted = dims | self.dims.get(n.guard.uid, 0)
+            if wanted != dims:
+                at = self.spread(n.index, wanted)
+                dims = wanted
+            guards = [self.paren(n.guard)]
+        self.dims[n.uid] = dims
+        masks = self.mask(dims) + guards
+        extra = f", mask={' & '.join(masks)}" if masks else ""
+        if n.guard is not None and n.other is not None:
+            extra += f", other={tm.literal(n.other.value, n.dtype)}"
+        elif masks and b.dtype == "b1":
+            extra += ", other=0"
+        if self.loaded_again and dims & _R and dims & _X:
+            extra += f', eviction_policy="{self.loaded_again}"'
+        return self.fresh(f"tl.load({b.name} + {at}{extra})")
+
+    def store(self, s: Store) -> None:
+        dims = (_X | _R) if s.inner else _X
+        b = self.k.buffer(s.buffer)
+        at = self.spread(s.index, dims)
+        value = self.spread(s.value, dims) if self.dims.get(s.value.uid, 0) != dims else self.tensor(s.value)
+        if s.value.dtype != b.dtype:
+            if not value.isidentifier():
+                value = self.fresh(value)
+            value = tm.cast(value, s.value.dtype, b.dtype)
+            if value.endswith("!= 0"):
+                value = self.fresh(value)
+        masks = self.mask(dims)
+        extra = f", mask={' & '.join(masks)}" if masks else ""
+        self.line(f"tl.store({b.name} + {at}, {value}{extra})")
+
+
+_SIGN = {"sum": "+", "prod": "*", "any": "|", "all": "&"}

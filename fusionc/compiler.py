@@ -1,0 +1,643 @@
+"""One ATen graph to one callable: passes, groups, kernels, plans, source, Program.
+
+`compile_graph` is what the backend hands to AOTAutograd.  It never fails for lack of a lowering: what cannot be a kernel
+is an ATen call inside the Program; what goes wrong in the compiler itself costs speed, with one warning, not the answer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from . import errors
+from .codegen import program as prog
+from .config import Config
+from .ir.build import Builder, Built
+from .ir.expr import Index, Size, index
+from .ir.loop import Kernel, kernel_bytes
+from .ir.lowering.registry import DTYPE_NAME
+from .ir.simplify import simplify
+from .ir.sizes import Unsupported, free_sizes, size_index, sizes_index
+from .record import CallRecord, GraphRecord, GroupRecord, KernelRecord
+from .schedule.group import Call, Group, Grouper, Unit, is_view
+
+CROSS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass
+class Lowered:
+    """One group with its kernel."""
+
+    group: Group
+    built: Built
+    symbol: str = ""
+
+
+@dataclass
+class Context:
+    """What one compilation carries along."""
+
+    gm: GraphModule
+    config: Config
+    record: GraphRecord
+    device: torch.device
+    target: str
+    hints: dict[str, int]
+
+
+def device_of(gm: GraphModule) -> torch.device:
+    """The device the graph computes on: the first accelerator found, else the CPU."""
+    for node in gm.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and val.device.type not in ("cpu", "meta"):
+            return val.device
+    return torch.device("cpu")
+
+
+def choose_target(config: Config, device: torch.device) -> str:
+    """ "cpp", "triton", "interpret", "aten" or a cross-compilation target, for this device and these options."""
+    if config.target not in ("auto", "cpp"):
+        return config.target
+    if device.type == "cpu":
+        return "cpp"
+    return "triton" if device.type == "cuda" else "aten"
+
+
+def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, stage: str = "inference",
+                  name: str = "graph") -> tuple[Callable[[list[Any]], Any], GraphRecord]:  # fmt: skip
+    """Compile one ATen graph (functional, `meta["val"]` on every node).
+
+    Returns a boxed callable (one list of arguments, which it empties; returns a tuple) and the record of what was done.
+    """
+    from .passes.manager import run_passes
+
+    started = time.perf_counter()
+    record = GraphRecord(name=name, stage=stage)  # type: ignore[arg-type]
+    if config.dump:
+        from .graph.text import graph_text
+
+        record.input_text = graph_text(gm)
+        record.repro = _repro(gm, name)
+    gm, record.passes = run_passes(gm, "graph", config, example_inputs, stage=stage)
+    derived = gm.meta.get("fusionc_derived") or []
+    record.timings["passes"] = time.perf_counter() - started
+    if config.dump:
+        record.final_text = graph_text(gm)
+        record.edges = [(a.name, n.name) for n in gm.graph.nodes for a in n.all_input_nodes]
+    device = device_of(gm)
+    target = choose_target(config, device)
+    record.device = _device_words(device, target)
+    cx = Context(gm, config, record, device, target, _hints(gm))
+    call = _lower_and_link(cx)
+    if derived:
+        from .runtime.weights import DerivedWeights
+
+        call = _with_derived(call, DerivedWeights(derived, config.weights))
+    record.timings["total"] = time.perf_counter() - started
+    return call, record
+
+
+def _device_words(device: torch.device, target: str) -> str:
+    return f"{device.type} ({target})"
+
+
+def _with_derived(call: Callable[[list[Any]], Any], weights: Any) -> Callable[[list[Any]], Any]:
+    resolve = weights.resolve
+
+    def with_derived(args: list[Any]) -> Any:
+        args.extend(resolve(args))
+        return call(args)
+
+    return with_derived
+
+
+def _hints(gm: GraphModule) -> dict[str, int]:
+    """Compile-time values of the size symbols, for plans (never for results)."""
+    out: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        val = node.meta.get("val")
+        for s in (val,) if isinstance(val, torch.SymInt) else getattr(val, "shape", ()):
+            if isinstance(s, torch.SymInt) and not s.node.is_constant():
+                for sym in s.node.expr.free_symbols:
+                    env = s.node.shape_env
+                    table = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+                    value = table.get(sym)
+                    out.setdefault(str(sym), int(value) if value is not None else 64)
+    return out
+
+
+# -- groups to kernels ------------------------------------------------------------------------------------------------
+
+
+def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
+    never: dict[Node, str] = {}
+    if cx.target == "aten":
+        never = {n: "target is aten" for n in cx.gm.graph.nodes if n.op == "call_function" and not is_view(n)}
+    for _ in range(4):
+        clock = time.perf_counter()
+        grouper = Grouper(cx.gm.graph, cx.device, never)
+        units = grouper.run()
+        cx.record.timings["group"] = cx.record.timings.get("group", 0.0) + time.perf_counter() - clock
+        clock = time.perf_counter()
+        lowered, failed = _build_kernels(cx, grouper, units)
+        cx.record.timings["build"] = cx.record.timings.get("build", 0.0) + time.perf_counter() - clock
+        if not failed:
+            clock = time.perf_counter()
+            symbols, bad = _compile_kernels(cx, lowered)
+            cx.record.timings["compile"] = cx.record.timings.get("compile", 0.0) + time.perf_counter() - clock
+            failed = bad
+        if not failed:
+            break
+        never.update(failed)
+    else:
+        raise errors.FusioncError(f"grouping of graph {cx.record.name} did not settle")
+    clock = time.perf_counter()
+    out = _link(cx, grouper, units, lowered, symbols)
+    cx.record.timings["program"] = time.perf_counter() - clock
+    return out
+
+
+def _stored(grouper: Grouper, units: Sequence[Unit]) -> dict[Node, None]:
+    """Nodes of groups whose tensor must be in memory: read by a call, another group or the graph's output."""
+    out: dict[Node, None] = {}
+
+    def need(node: Node) -> None:
+        base, _ = grouper.resolve(node)
+        if base in grouper.lowered:
+            out[base] = None
+
+    for unit in units:
+        if isinstance(unit, Call):
+            for a in unit.node.all_input_nodes:
+                need(a)
+    seen: set[tuple[int, Node]] = set()
+
+    def reads(group: Group, node: Node) -> None:
+        for a in node.all_input_nodes:
+            base, chain = grouper.resolve(a)
+            for v in chain:  # symbolic operands of views are numbers, not tensors
+                pass
+            if (id(group), base) in seen:
+                continue
+            seen.add((id(group), base))
+            if base in grouper.inline:
+                reads(group, base)
+            elif base in grouper.lowered and grouper.unit.get(base) is not group:
+                out[base] = None
+
+    for unit in units:
+        if isinstance(unit, Group):
+            for node in unit.nodes:
+                reads(unit, node)
+    for node in grouper.graph.find_nodes(op="output"):
+        for a in node.all_input_nodes:
+            need(a)
+    return out
+
+
+def _build_kernels(cx: Context, grouper: Grouper, units: list[Unit]) -> tuple[list[Lowered], dict[Node, str]]:
+    stored = _stored(grouper, units)
+    out: list[Lowered] = []
+    failed: dict[Node, str] = {}
+    for unit in units:
+        if not isinstance(unit, Group):
+            continue
+        wanted = [n for n in unit.nodes if n in stored]
+        if not wanted:
+            continue
+        try:
+            built = _build_one(cx, grouper, unit, wanted)
+        except (Unsupported, NotImplementedError) as e:
+            if len(unit.nodes) == 1 or all(n.target is operator.getitem for n in unit.nodes[1:]):
+                failed[unit.nodes[0]] = str(e) or "empty"
+            else:
+                cx.record.fallbacks.append(f"group of {len(unit.nodes)} nodes at {unit.nodes[0].name}: {e}")
+                for n in unit.nodes:
+                    failed.setdefault(n, str(e)) if not _lowers_alone(n, e) else None
+                if not any(n in failed for n in unit.nodes):
+                    failed[unit.nodes[-1]] = str(e)
+            continue
+        out.append(Lowered(unit, built))
+    return out, failed
+
+
+def _lowers_alone(node: Node, error: Exception) -> bool:
+    return True
+
+
+def _build_one(cx: Context, grouper: Grouper, group: Group, wanted: list[Node]) -> Built:
+    builder = Builder(group.nodes, group.loops, group.axis, group.index, group.axis_index, grouper.inline, grouper.lowered.__contains__)
+    builder.device_type = cx.device.type
+    built = builder.build(wanted)
+    kernel = simplify(built.kernel)
+    if cx.config.verify:
+        from .ir.verify import verify
+
+        verify(kernel)
+    return Built(kernel, built.inputs, built.outputs)
+
+
+# -- kernels to code --------------------------------------------------------------------------------------------------
+
+
+def _compile_kernels(cx: Context, lowered: list[Lowered]) -> tuple[dict[str, Any], dict[Node, str]]:
+    """Callables by symbol; and, for kernels that could not be built, their nodes with the reason."""
+    by_text: dict[str, list[Lowered]] = {}
+    for item in lowered:
+        item.symbol = f"k_{item.built.kernel.digest[:20]}"
+        by_text.setdefault(item.symbol, []).append(item)
+    if not by_text:
+        return {}, {}
+    if cx.target == "cpp":
+        from .targets.cpp import compile_all
+    else:
+        from .targets.triton import compile_all
+    functions, problems = compile_all(cx, {s: items[0].built.kernel for s, items in by_text.items()})
+    bad: dict[Node, str] = {}
+    for symbol, why in problems.items():
+        if cx.config.strict:
+            raise errors.StrictError(f"kernel {symbol} could not be built: {why}")
+        errors.warn_once(f"kernel:{symbol}", f"fusionc: kernel {symbol} could not be built and its nodes run in ATen: {why}")
+        cx.record.fallbacks.append(f"kernel {symbol}: {why}")
+        for item in by_text[symbol]:
+            for n in item.group.nodes:
+                bad[n] = "its kernel could not be built"
+    counts = {s: len(items) for s, items in by_text.items()}
+    for record in cx.record.kernels:
+        record.uses = counts.get(record.symbol, record.uses)
+    return functions, bad
+
+
+def kernel_record(cx: Context, symbol: str, kernel: Kernel, plan: Any, source: str, language: str) -> KernelRecord:
+    """What the dump says of a kernel; the texts are made only for a dump."""
+    from .ir.loop import evaluate
+
+    hints = {s.name: cx.hints.get(s.name, 64) for s in kernel.sizes}
+    read, written = kernel_bytes(kernel, hints)
+    points = evaluate(kernel.outer, hints) * evaluate(kernel.inner, hints)
+    out = KernelRecord(name=symbol, symbol=symbol, language=language, bytes_read=read, bytes_written=written)  # type: ignore[arg-type]
+    out.flops = kernel.flops_per_point() * points
+    out.plan_json = plan.to_json()
+    if cx.config.dump:
+        out.loop_text, out.source = kernel.text, source
+        out.standalone = _standalone(kernel, plan, source, language, symbol)
+    return out
+
+
+def _standalone(kernel: Kernel, plan: Any, source: str, language: str, symbol: str) -> str:
+    return "\n".join(
+        [
+            '"""One kernel by itself: makes inputs, runs it, compares it with the loop interpreter, times it."""',
+            "",
+            "from fusionc.standalone import run_kernel",
+            "",
+            f"SYMBOL = {symbol!r}",
+            f"LANGUAGE = {language!r}",
+            f"PLAN = {plan.to_json()!r}",
+            f"LOOP = r'''\n{kernel.text}\n'''",
+            f"SOURCE = r'''\n{source}\n'''",
+            "",
+            'if __name__ == "__main__":',
+            "    run_kernel(SYMBOL, LANGUAGE, PLAN, LOOP, SOURCE)",
+            "",
+        ]
+    )
+
+
+def _repro(gm: GraphModule, name: str) -> str:
+    from .graph.text import graph_text
+
+    return "\n".join(
+        [
+            '"""The graph by itself: random inputs, eager against fusionc."""',
+            "",
+            "from fusionc.standalone import run_repro",
+            "",
+            f"GRAPH = r'''\n{graph_text(gm)}\n'''",
+            "",
+            'if __name__ == "__main__":',
+            "    run_repro(GRAPH)",
+            "",
+        ]
+    )
+
+
+# -- the program ------------------------------------------------------------------------------------------------------
+
+
+class _Linker:
+    """Turns units into steps."""
+
+    def __init__(self, cx: Context, grouper: Grouper, lowered: list[Lowered], symbols: dict[str, Any]):
+        self.cx, self.grouper, self.symbols = cx, grouper, symbols
+        self.by_group = {id(item.group): item for item in lowered}
+        placeholders = [n for n in cx.gm.graph.nodes if n.op == "placeholder"]
+        self.placeholders = placeholders
+        self.name: dict[Node, str] = {n: f"a{k}" for k, n in enumerate(placeholders)}
+        self.program = prog.Program(tuple(self.name.values()))
+        self.sizes: dict[str, Size] = {}
+        self.count = 0
+        self.views: dict[Node, str] = {}
+        self.expected: set[Node] = set()
+        self.language = "cpp" if cx.target == "cpp" else "triton"
+
+    def fresh(self, prefix: str) -> str:
+        self.count += 1
+        return f"{prefix}{self.count}"
+
+    def use(self, xs: Sequence[Index]) -> tuple[Index, ...]:
+        for x in xs:
+            free_sizes(x, self.sizes)
+        return tuple(xs)
+
+    # -- operands
+    def tensor(self, node: Node) -> str:
+        """Name of a variable that holds this node's tensor, making the view if it is one."""
+        found = self.name.get(node)
+        if found is not None:
+            return found
+        base, chain = self.grouper.resolve(node)
+        if node.op == "get_attr":
+            name = self.program.constant("attr_" + str(self.count), _get_attr(self.cx.gm, str(node.target)))
+            self.count += 1
+            self.name[node] = name
+            return name
+        if not chain:
+            raise errors.FusioncError(f"node {node.name} has no value")
+        if node.target is operator.getitem:
+            val = node.meta["val"]
+        self.expect(base)
+        source = self.tensor(base)
+        val, base_val = node.meta["val"], base.meta["val"]
+        name = self.fresh("v")
+        try:
+            if val.dtype != base_val.dtype or val.is_conj() != base_val.is_conj() or val.is_neg() != base_val.is_neg():
+                raise Unsupported("view of another type")
+            offset = size_index(val.storage_offset()) - size_index(base_val.storage_offset())
+            size, stride = sizes_index(val.shape), sizes_index(val.stride())
+        except Unsupported:
+            self.call(node, name)
+        else:
+            self.use([*size, *stride, offset])
+            self.program.steps.append(prog.View(name, source, size, stride, offset))
+        self.name[node] = name
+        return name
+
+    def expect(self, node: Node) -> None:
+        """Make sure the tensor of a call or an argument has the strides that were assumed."""
+        if node in self.expected:
+            return
+        self.expected.add(node)
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor) or val.layout is not torch.strided or val.dim() == 0:
+            return
+        if node.op == "placeholder":
+            if node in self.stable:
+                return
+        elif node.op != "call_function" or node in self.grouper.lowered or _keeps_strides(node):
+            return
+        try:
+            size, stride = sizes_index(val.shape), sizes_index(val.stride())
+        except Unsupported:
+            return
+        self.use([*size, *stride])
+        self.program.steps.append(prog.Expect(self.name[node], size, stride))
+
+    stable: frozenset[Node] = frozenset()
+
+    def operand(self, value: Any) -> str:
+        if isinstance(value, Node):
+            val = value.meta.get("val")
+            if isinstance(val, torch.SymInt) and value not in self.name:
+                i = size_index(val)
+                self.use([i])
+                return prog.size_text(i)
+            return self.tensor(value)
+        raise TypeError(value)
+
+    # -- units
+    def call(self, node: Node, name: str | None = None) -> None:
+        p = self.program
+        val = node.meta.get("val")
+        name = name or self.fresh("c")
+        if isinstance(val, torch.SymInt):
+            try:
+                i = size_index(val)
+                self.use([i])
+                p.steps.append(prog.Assign(name, prog.size_text(i)))
+                self.name[node] = name
+                return
+            except Unsupported:
+                pass
+        args = [prog.literal(p, a, self.operand) for a in node.args]
+        args += [f"{k}={prog.literal(p, v, self.operand)}" for k, v in node.kwargs.items()]
+        if node.target is operator.getitem:
+            p.steps.append(prog.Assign(name, f"{args[0]}[{args[1]}]"))
+            self.name[node] = name
+            return
+        target: Any = node.target
+        if node.op == "call_function":
+            label = getattr(getattr(target, "overloadpacket", None), "__name__", None) or getattr(target, "__name__", "function")
+            target = getattr(target, "_op", target) if isinstance(target, torch._ops.OpOverload) else target
+        else:
+            raise errors.FusioncError(f"{node.op} node {node.name} in an ATen graph")
+        label = "".join(ch if ch.isalnum() and ch.isascii() else "_" for ch in label)
+        p.steps.append(prog.Call(name, p.constant(f"op_{label}", target), ", ".join(args)))
+        self.name[node] = name
+
+    def launch(self, item: Lowered) -> None:
+        p = self.program
+        kernel = item.built.kernel
+        names = []
+        for node in item.built.inputs:
+            names.append(self.tensor(node))
+            self.expect(node)
+        for node in item.built.outputs:
+            val = node.meta["val"]
+            size, stride = sizes_index(val.shape), sizes_index(val.stride())
+            self.use([*size, *stride])
+            name = self.fresh("b")
+            p.steps.append(prog.Alloc(name, size, stride, val.dtype, val.device))
+            self.name[node] = name
+            names.append(name)
+        for s in kernel.sizes:
+            self.sizes[s.name] = s
+        by_name = dict(zip([b.name for b in (*_inputs(item.built), *_outputs(item.built))], names, strict=True))
+        ordered = [by_name[b.name] for b in kernel.buffers]
+        p.steps.append(
+            prog.Launch(
+                item.symbol,
+                tuple(ordered),
+                kernel.sizes,
+                self.language,
+                kernel.may_fail and self.language == "cpp",
+                ", ".join(n.name for n in item.group.nodes)[:100],
+                tuple(b.scalar for b in kernel.buffers),
+            )
+        )
+        p.constants[item.symbol] = self.symbols[item.symbol]
+
+    def bind_sizes(self) -> None:
+        """How each size symbol is read off the arguments."""
+        known: dict[str, str] = {}
+        for n in self.placeholders:
+            val = n.meta.get("val")
+            if isinstance(val, torch.SymInt) and not val.node.is_constant() and val.node.expr.is_Symbol:
+                known.setdefault(str(val.node.expr), self.name[n])
+        for n in self.placeholders:
+            val = n.meta.get("val")
+            if isinstance(val, torch.Tensor):
+                for what, dims in (("size", val.shape), ("stride", val.stride() if val.layout is torch.strided else ())):
+                    for d, s in enumerate(dims):
+                        if isinstance(s, torch.SymInt) and not s.node.is_constant() and s.node.expr.is_Symbol:
+                            known.setdefault(str(s.node.expr), f"{self.name[n]}.{what}({d})")
+        missing = [s for s in self.sizes if s not in known]
+        if missing:
+            raise errors.FusioncError(f"size symbol {missing[0]} cannot be read off the graph's arguments")
+        self.program.sizes = tuple((s, known[s]) for s in sorted(self.sizes))
+
+
+def _inputs(built: Built) -> list[Any]:
+    return sorted((b for b in built.kernel.buffers if b.kind == "in"), key=lambda b: int(b.name[2:]))
+
+
+def _outputs(built: Built) -> list[Any]:
+    return sorted((b for b in built.kernel.buffers if b.kind != "in"), key=lambda b: int(b.name[3:]))
+
+
+def _get_attr(gm: GraphModule, path: str) -> Any:
+    out: Any = gm
+    for part in path.split("."):
+        out = getattr(out, part)
+    return out
+
+
+_KEEPS = frozenset("mm addmm bmm baddbmm native_dropout bernoulli getitem".split())
+
+
+def _keeps_strides(node: Node) -> bool:
+    """Library calls whose output strides always are those of the meta function."""
+    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+    return name in _KEEPS
+
+
+def _link(cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowered], symbols: dict[str, Any]) -> Callable[[list[Any]], Any]:
+    link = _Linker(cx, grouper, lowered, symbols)
+    p = link.program
+    link.stable = _stable_inputs(cx)
+    record = cx.record
+    names = {r.symbol: r.name for r in record.kernels}
+    for unit in units:
+        if isinstance(unit, Call):
+            link.call(unit.node)
+            if unit.node.target is not operator.getitem and not isinstance(unit.node.meta.get("val"), (torch.SymInt, int)):
+                record.calls.append(CallRecord(unit.node.name, str(unit.node.target), unit.reason))
+        elif id(unit) in link.by_group:
+            item = link.by_group[id(unit)]
+            link.launch(item)
+            record.groups.append(
+                GroupRecord(
+                    name=f"group{len(record.groups)}",
+                    nodes=[n.name for n in unit.nodes],
+                    kernel=names.get(item.symbol, item.symbol),
+                    kind=item.built.kernel.kind,
+                    inputs=[n.name for n in item.built.inputs],
+                    outputs=[n.name for n in item.built.outputs],
+                )
+            )
+            p.uses_stream |= link.language != "cpp"
+    (output,) = cx.gm.graph.find_nodes(op="output")
+    results = output.args[0]
+    results = results if isinstance(results, (list, tuple)) else (results,)
+    p.results = tuple(prog.literal(p, r, link.operand) for r in results)
+    link.bind_sizes()
+    _insert_frees(p)
+    if cx.config.dump:
+        record.program = p.text()
+    if cx.config.strict:
+        for c in record.calls:
+            if c.reason:
+                raise errors.StrictError(f"node {c.node} ({c.op}) was left to ATen: {c.reason}. Remove options['strict'] to allow it")
+    return p.compile(_namespace(cx), record.name)
+
+
+def _stable_inputs(cx: Context) -> frozenset[Node]:
+    """Placeholders whose strides Dynamo guards: all of inference and forward; a backward's saved tensors are ours."""
+    if cx.record.stage == "backward":
+        return frozenset(n for n in cx.gm.graph.nodes if n.op == "placeholder" and not n.name.startswith("tangents"))
+    return frozenset(n for n in cx.gm.graph.nodes if n.op == "placeholder")
+
+
+def _insert_frees(p: prog.Program) -> None:
+    """Delete variables after the last step that mentions them."""
+    import re
+
+    word = re.compile(r"\b[abcv]\d+\b")
+    last: dict[str, int] = {a: -1 for a in p.arguments}
+    kept = set(word.findall(" ".join(p.results)))
+    for k, step in enumerate(p.steps):
+        for line in step.text(p):
+            if not line.startswith("#"):
+                for w in word.findall(line):
+                    last[w] = k
+    ends: dict[int, list[str]] = {}
+    for w, k in last.items():
+        if w not in kept:
+            ends.setdefault(k, []).append(w)
+    steps: list[prog.Step] = []
+    if -1 in ends:
+        steps.append(prog.Free(tuple(ends[-1])))
+    for k, step in enumerate(p.steps):
+        steps.append(step)
+        if k in ends:
+            steps.append(prog.Free(tuple(ends[k])))
+    p.steps = steps
+
+
+def _restride(t: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    out = torch.empty_strided(size, stride, dtype=t.dtype, device=t.device)
+    return out.copy_(t)
+
+
+def _index_error(kernel: str) -> None:
+    raise IndexError(f"index out of range in fusionc kernel {kernel}")
+
+
+def _namespace(cx: Context) -> dict[str, Any]:
+    from torch._C._dynamo.guards import _reinterpret_tensor
+
+    from .runtime.pool import allocate
+
+    space: dict[str, Any] = {
+        "empty": torch.empty_strided,
+        "allocate": allocate,
+        "view": _reinterpret_tensor,
+        "restride": _restride,
+        "index_error": _index_error,
+        "__builtins__": {"float": float, "slice": slice},
+    }
+    if cx.device.type == "cuda":
+        ordinal = cx.device.index or 0
+        raw = torch._C._cuda_getCurrentRawStream
+        space["current_stream"] = lambda: raw(ordinal)
+    else:
+        space["current_stream"] = lambda: 0
+    return space
+
+
+def ctypes_function(address: int, buffers: int, sizes: int) -> Callable[..., int]:
+    """A C++ kernel as a Python callable taking data pointers and sizes."""
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int, *([ctypes.c_void_p] * buffers), *([ctypes.c_int64] * sizes))
+    return prototype(address)
+
+
+__all__ = ["DTYPE_NAME", "compile_graph", "index"]

@@ -1,0 +1,71 @@
+"""The errors and warnings of fusionc.
+
+Each says what was being done, on what, what was found and what to do next.  A compiled model should keep running when
+the compiler cannot do its best, so most trouble is a ``FallbackWarning`` given once; errors are for wrong options,
+broken invariants under verification, and ``options={"strict": True}``.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+_MAX_WARNED = 4096
+
+
+class FusioncError(Exception):
+    """Base of all errors that fusionc raises on purpose."""
+
+
+class OptionError(FusioncError, ValueError):
+    """An option, mode or environment variable that fusionc does not know or cannot use."""
+
+
+class VerifyError(FusioncError):
+    """A stage handed on something that breaks an invariant.
+
+    ``where`` names the stage and node or kernel, ``found`` says what is wrong, ``hint`` what to do next.
+    """
+
+    def __init__(self, where: str, found: str, hint: str = "") -> None:
+        self.where, self.found, self.hint = where, found, hint
+        super().__init__(f"{where}: {found}" + (f" ({hint})" if hint else ""))
+
+
+class CompileError(FusioncError):
+    """The source of one kernel did not build or did not launch.
+
+    ``kernel`` is its name, ``dump`` the folder with its source where one was written, ``detail`` what the tool said.
+    """
+
+    def __init__(self, kernel: str, dump: str | None = None, detail: str = "") -> None:
+        self.kernel, self.dump, self.detail = kernel, dump, detail
+        where = f"its source is in {dump}" if dump else "set FUSIONC_DUMP=<folder> to keep its source"
+        super().__init__(f"kernel {kernel} could not be compiled; {where}." + (f"\n{detail}" if detail else ""))
+
+
+class StrictError(FusioncError):
+    """Something fell back to ATen or eager while ``options={"strict": True}`` forbids it."""
+
+
+class FallbackWarning(UserWarning):
+    """fusionc did something slower than hoped; the results are right."""
+
+
+_lock = threading.Lock()
+_warned: set[str] = set()
+
+
+def warn_once(key: str, message: str) -> None:
+    """Give ``message`` as a ``FallbackWarning`` the first time that ``key`` is seen in this process."""
+    with _lock:
+        if key in _warned or len(_warned) >= _MAX_WARNED:
+            return
+        _warned.add(key)
+    warnings.warn(message, FallbackWarning, stacklevel=3)
+
+
+def reset_warnings() -> None:
+    """Forget which warnings were given (for tests and ``torch._dynamo.reset``)."""
+    with _lock:
+        _warned.clear()

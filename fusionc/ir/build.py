@@ -1,0 +1,162 @@
+"""From a group of nodes to a Kernel: inline what the members read, store what others need."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .expr import ONE, ZERO, Const, Expr, Index, Load, Reduce, Size, Var, index, substitute, walk
+from .lowering.registry import DTYPE_NAME, LOWERINGS
+from .loop import Buffer, Kernel, Store
+from .ops import cast, compute_dtype
+from .sizes import Unsupported, size_index, sizes_index
+from .value import Context, Idx, Value
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel and what its buffers are: `inputs` and `outputs` are nodes in the order of the kernel's buffers."""
+
+    kernel: Kernel
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+
+
+class Builder:
+    """Builds the kernel of one group.
+
+    nodes        members; anything else that is not a view and not in `inline` is loaded from memory
+    index        per member with a single tensor value: its index over the loop variables
+    axis_index   per reducing member: index of its reduced dimensions over the axis variables
+    """
+
+    def __init__(self, nodes: Sequence[Node], loops: Sequence[Var], axis: Sequence[Var], idx: dict[Node, Idx],
+                 axis_index: dict[Node, dict[int, Index]], inline: set[Node], is_lowered: Callable[[Node], bool]):  # fmt: skip
+        self.members = set(nodes)
+        self.index = idx
+        self.inline = inline
+        self.is_lowered = is_lowered
+        self.ctx = Context()
+        self.loops = tuple(Var(f"x{k}", v.extent) for k, v in enumerate(loops))
+        self.axis = tuple(Var(f"r{k}", v.extent) for k, v in enumerate(axis))
+        self.rename = dict(zip((*loops, *axis), [index(v) for v in (*self.loops, *self.axis)], strict=True))
+        self.ctx.axis_vars = self.axis
+        for n, along in axis_index.items():
+            self.ctx.axis_of[n] = {d: index(substitute(i, self.rename)) for d, i in along.items()}
+        self.values: dict[Node, Any] = {}
+        self.inputs: dict[Node, Buffer] = {}
+
+    def build(self, stored: Sequence[Node]) -> Built:
+        """The kernel that stores the given members.  Raises Unsupported if a reduction would be recomputed per element."""
+        stores: list[Store] = []
+        outputs: list[Buffer] = []
+        axis = set(self.axis)
+        for k, node in enumerate(stored):
+            idx = tuple([index(substitute(i, self.rename)) for i in self.index[node]])
+            value = self.value(node)
+            val = node.meta["val"]
+            dtype = DTYPE_NAME[val.dtype]
+            offset = _offset(idx, sizes_index(val.stride()))
+            e = cast(value.at(idx), dtype)
+            name = f"out{k}"
+            outputs.append(Buffer(name, dtype, _extent(val), "out"))
+            stores.append(Store(name, offset, e, bool((e.free | offset.free) & axis) or (bool(axis) and self._covers(idx))))
+        kernel = Kernel((*self.inputs.values(), *outputs), (), self.loops, self.axis, tuple(stores))
+        self._check(kernel)
+        sizes: dict[str, Size] = {}
+        for n in walk([*kernel.nodes, *(v.extent for v in (*self.loops, *self.axis))]):
+            if isinstance(n, Size):
+                sizes[n.name] = n
+        kernel = Kernel(kernel.buffers, tuple(sizes[n] for n in sorted(sizes)), kernel.loops, kernel.axis, kernel.stores)
+        return Built(kernel, tuple(self.inputs), tuple(stored))
+
+    def _covers(self, idx: Idx) -> bool:
+        return any(i.free & set(self.axis) for i in idx)
+
+    def _check(self, kernel: Kernel) -> None:
+        axis = set(self.axis)
+        for n in kernel.nodes:
+            if isinstance(n, Reduce) and n.free & axis:
+                raise Unsupported("a reduction would be recomputed for every element of the axis")
+        for s in kernel.stores:
+            if not s.inner and (s.value.free | s.index.free) & axis:
+                raise Unsupported("a row value depends on the axis")
+            if s.inner and not axis <= s.index.free and any(v.extent is not ONE for v in axis - s.index.free):
+                raise Unsupported("a store does not cover the axis")
+
+    def value(self, node: Node) -> Any:
+        found = self.values.get(node)
+        if found is None:
+            found = self.values[node] = self._make(node)
+        return found
+
+    def _make(self, node: Node) -> Any:
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt):
+            return size_index(val)
+        if isinstance(val, (int, float, bool)):
+            return val
+        if node.target is operator.getitem and self.is_lowered(node):
+            source: Node = node.args[0]  # type: ignore[assignment]
+            if node in self.members or LOWERINGS[_root_target(source)].kind == "view":
+                return self.value(source)[node.args[1]]
+            return self._load(node)
+        low = LOWERINGS.get(node.target) if self.is_lowered(node) else None
+        if low is not None and (low.kind == "view" or node in self.members or node in self.inline):
+            args = torch.fx.node.map_arg(node.args, self.value)
+            kwargs = torch.fx.node.map_arg(node.kwargs, self.value)
+            return low.fn(self.ctx, node, *args, **kwargs)
+        return self._load(node)
+
+    def _load(self, node: Node) -> Value:
+        val = node.meta["val"]
+        if not isinstance(val, torch.Tensor):
+            raise Unsupported(f"{node.name} is not a tensor")
+        dtype = DTYPE_NAME.get(val.dtype)
+        if dtype is None:
+            raise Unsupported(f"dtype {val.dtype}")
+        shape, stride = sizes_index(val.shape), sizes_index(val.stride())
+        work = compute_dtype(dtype)
+
+        def at(idx: Idx) -> Expr:
+            buffer = self.inputs.get(node)
+            if buffer is None:
+                buffer = self.inputs[node] = Buffer(f"in{len(self.inputs)}", dtype, _extent(val), "in", self._scalar(val))
+            guard = self.ctx.guard
+            if isinstance(guard, Const):
+                guard = None
+            return cast(Load(buffer.name, _offset(idx, stride), dtype, guard), work)
+
+        return Value(self.ctx, shape, dtype, at)
+
+    def _scalar(self, val: torch.Tensor) -> bool:
+        return val.dim() == 0 and val.device.type == "cpu" and self.device_type != "cpu"
+
+    device_type = "cpu"
+
+
+def _root_target(node: Node) -> Any:
+    while node.target is operator.getitem:
+        node = node.args[0]  # type: ignore[assignment]
+    return node.target
+
+
+def _offset(idx: Idx, stride: Idx) -> Index:
+    total = ZERO
+    for i, s in zip(idx, stride, strict=True):
+        if i is not ZERO:
+            total = total + i * s
+    return total
+
+
+def _extent(val: torch.Tensor) -> Index:
+    """Elements addressed from the data pointer: 1 + Σ (size - 1)·stride."""
+    total = ONE
+    for n, s in zip(sizes_index(val.shape), sizes_index(val.stride()), strict=True):
+        total = total + (n - 1) * s
+    return total

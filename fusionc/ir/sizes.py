@@ -1,0 +1,90 @@
+"""Symbolic sizes: torch's SymInt / sympy on one side, `Index` on the other.  sympy stays on this page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .expr import Expr, Index, Size, floordiv, index, mod
+
+
+class Unsupported(Exception):
+    """This node cannot be expressed in the loop IR; the text says why.  The caller leaves it to ATen."""
+
+
+_memo: dict[tuple, Index] = {}
+
+
+def size_index(x: Any) -> Index:
+    """An int, SymInt or sympy integer expression as an `Index` over `Size` symbols.
+
+    Raises Unsupported for unbacked symbols and functions the IR has no node for.
+    """
+    if isinstance(x, int):
+        return index(x)
+    if isinstance(x, torch.SymInt):
+        node = x.node
+        if node.is_constant():
+            return index(int(node.maybe_as_int()))
+        return _convert(node.expr, node.shape_env)
+    raise Unsupported(f"size {x!r} is neither an int nor a SymInt")
+
+
+def sizes_index(xs: Any) -> tuple[Index, ...]:
+    return tuple([index(x) if type(x) is int else size_index(x) for x in xs])
+
+
+def _convert(e: Any, env: Any) -> Index:
+    if e.is_Integer:
+        return index(int(e))
+    if e.is_Symbol:
+        name = str(e)
+        if not name.startswith("s"):
+            raise Unsupported(f"size {name} depends on data")
+        lower = 0
+        found = env.var_to_range.get(e) if env is not None else None
+        if found is not None:
+            try:
+                lower = max(0, int(found.lower))
+            except (TypeError, OverflowError, ValueError):
+                lower = 0
+        return index(Size(name, lower))
+    if e.is_Add:
+        total = index(0)
+        for a in e.args:
+            total = total + _convert(a, env)
+        return total
+    if e.is_Mul:
+        total = index(1)
+        for a in e.args:
+            if a.is_Rational and not a.is_Integer:
+                raise Unsupported(f"size {e} has a fraction")
+            total = total * _convert(a, env)
+        return total
+    if e.is_Pow and e.exp.is_Integer and int(e.exp) > 0:
+        base = _convert(e.base, env)
+        total = base
+        for _ in range(int(e.exp) - 1):
+            total = total * base
+        return total
+    kind = type(e).__name__
+    if kind in ("FloorDiv", "CleanDiv"):
+        return floordiv(_convert(e.args[0], env), _positive(_convert(e.args[1], env)))
+    if kind in ("Mod", "PythonMod"):
+        return mod(_convert(e.args[0], env), _positive(_convert(e.args[1], env)))
+    raise Unsupported(f"size {e} uses {kind}")
+
+
+def _positive(d: Index) -> Index:
+    if d.is_const and d.value <= 0:
+        raise Unsupported("division of a size by a number that is not positive")
+    return d
+
+
+def free_sizes(e: Expr, into: dict[str, Size]) -> None:
+    """Collect the Size symbols of an expression by name."""
+    if isinstance(e, Size):
+        into[e.name] = e
+    for c in e.children():
+        free_sizes(c, into)

@@ -1,0 +1,56 @@
+"""The pipeline: one ordered tuple, a word for each position. Numbers are what the files of a dump start with.
+
+Model level works on Dynamo's torch-level graph, graph level on the functional ATen graph after AOTAutograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
+from .conv_bn import ConvBatchNorm
+from .cse import CommonSubexpressions
+from .horizontal_matmul import HorizontalMatmul
+from .manager import named_approximate, run, run_passes, static_inputs
+from .reinplace import Reinplace
+from .strip import Strip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One position: its number, the pass (None: the user's passes go here) and why it stands where it stands."""
+
+    position: int
+    item: Pass | None
+    level: str
+    word: str
+
+
+PIPELINE: tuple[Step, ...] = (
+    Step(1, ConvBatchNorm(), "model", "while a convolution and its BatchNorm are still single calls with real weights"),
+    Step(9, None, "model", "the user's model passes see what ours left"),
+    Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
+    Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
+    Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
+    Step(50, None, "graph", "the user's graph passes see a functional graph"),
+    Step(90, Reinplace(), "graph", "last: it gives up the functional form"),
+)
+
+
+def pipeline(level: str, config: Any = None) -> list[tuple[int, Pass]]:
+    """(position, pass) of one level: built-in ones that are not disabled, and the user's at their place."""
+    disabled = set(getattr(config, "disable", ()) or ())
+    given = [item for item in getattr(config, "passes", ()) or () if getattr(item, "level", "graph") == level]
+    found: list[tuple[int, Pass]] = []
+    for step in PIPELINE:
+        if step.level != level:
+            continue
+        chosen = given if step.item is None else [step.item]
+        found.extend((step.position + offset, item) for offset, item in enumerate(chosen)
+                     if item.name not in disabled and (step.item is None or named_approximate(item, config)))
+    return found
+
+
+__all__ = ["PIPELINE", "Approximate", "Exact", "Exactness", "Match", "Pass", "Reassociates", "Refuse", "Step",
+           "pipeline", "run", "run_passes", "static_inputs"]

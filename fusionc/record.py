@@ -1,0 +1,159 @@
+"""What a compilation did, as plain data.
+
+Every stage appends to one ``GraphRecord``; the dump, ``fusionc.explain``, ``fusionc.report`` and the command line only
+read it.  Keeping the two sides apart means that a stage never prints, and that a report never reaches into a stage.
+Records hold text and numbers only: no tensors, no graph nodes, no callables, so that keeping them costs little memory
+and keeps no model alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+KEPT_GRAPHS = 64
+
+
+@dataclass
+class Refusal:
+    """Why a rewrite did not apply at one place (``node`` is the node's name in the graph, possibly empty)."""
+
+    pass_name: str
+    reason: str
+    node: str = ""
+
+
+@dataclass
+class PassRecord:
+    """One run of one pass. ``before``/``after`` are graph texts, kept only when a dump was asked for and it fired."""
+
+    position: int
+    name: str
+    level: Literal["model", "graph"] = "graph"
+    fired: int = 0
+    refusals: list[Refusal] = field(default_factory=list)
+    seconds: float = 0.0
+    before: str | None = None
+    after: str | None = None
+
+
+@dataclass
+class KernelRecord:
+    """One generated kernel. ``symbol`` is its name in the source; ``uses`` counts its launches in one run of the graph.
+
+    ``bytes_read``, ``bytes_written`` and ``flops`` are for one launch.  ``tuning`` lists the plans that were tried:
+    (plan as JSON, predicted µs, measured µs), either time None where unknown.
+    """
+
+    name: str
+    symbol: str = ""
+    loop_text: str = ""
+    plan_json: str = ""
+    source: str = ""
+    language: Literal["cpp", "triton"] = "cpp"
+    nodes: list[str] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+    bytes_read: int = 0
+    bytes_written: int = 0
+    flops: int = 0
+    predicted_us: float | None = None
+    measured_us: float | None = None
+    from_cache: bool = False
+    standalone: str = ""
+    uses: int = 1
+    tuning: list[tuple[str, float | None, float | None]] = field(default_factory=list)
+
+
+@dataclass
+class CallRecord:
+    """One library (ATen) call. ``reason`` is empty for expected ones (mm, conv, sdpa), else why it was not lowered."""
+
+    node: str
+    op: str
+    reason: str = ""
+
+
+@dataclass
+class GroupRecord:
+    """Nodes that became one kernel; ``kernel`` is a ``KernelRecord.name``, inputs and outputs are node names."""
+
+    name: str
+    nodes: list[str] = field(default_factory=list)
+    kernel: str = ""
+    kind: str = "pointwise"
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+
+
+@dataclass
+class GraphRecord:
+    """One compiled graph. ``edges`` are (producer node, consumer node) of the final graph; ``timings`` are seconds.
+
+    ``device`` says in words what it was compiled for; ``peak_gbs`` and ``peak_gflops`` are the copy bandwidth (GB/s)
+    and float32 rate (GFLOP/s) that the cost model assumes of it, and draw the roof of the roofline plot.
+    """
+
+    name: str
+    stage: Literal["inference", "forward", "backward"] = "inference"
+    input_text: str = ""
+    final_text: str = ""
+    passes: list[PassRecord] = field(default_factory=list)
+    groups: list[GroupRecord] = field(default_factory=list)
+    kernels: list[KernelRecord] = field(default_factory=list)
+    calls: list[CallRecord] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    program: str = ""
+    repro: str = ""
+    timings: dict[str, float] = field(default_factory=dict)
+    edges: list[tuple[str, str]] = field(default_factory=list)
+    device: str = ""
+    peak_gbs: float | None = None
+    peak_gflops: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as dictionaries, lists, strings and numbers."""
+        return dataclasses.asdict(self)
+
+
+_lock = threading.Lock()
+_kept: deque[GraphRecord] = deque(maxlen=KEPT_GRAPHS)
+_collectors: list[list[GraphRecord]] = []
+
+
+def remember(graph: GraphRecord) -> None:
+    """Add a finished graph to the session's report and to every open ``collect()``."""
+    with _lock:
+        _kept.append(graph)
+        for collector in _collectors:
+            collector.append(graph)
+
+
+def report() -> list[GraphRecord]:
+    """The graphs that fusionc compiled in this process, oldest first, at most the newest ``KEPT_GRAPHS``."""
+    with _lock:
+        return list(_kept)
+
+
+def forget() -> None:
+    """Empty the session's report."""
+    with _lock:
+        _kept.clear()
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[list[GraphRecord]]:
+    """Yield a list that receives every graph remembered (by any thread) while the block runs."""
+    mine: list[GraphRecord] = []
+    with _lock:
+        _collectors.append(mine)
+    try:
+        yield mine
+    finally:
+        with _lock:
+            # by identity: two open collectors that are both empty compare equal
+            _collectors[:] = [c for c in _collectors if c is not mine]

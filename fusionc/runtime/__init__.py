@@ -1,0 +1,1 @@
+"""The cache, the compiler of C++ text, and what runs a Program."""

@@ -1,0 +1,835 @@
+"""Which ATen nodes become one kernel, and which stay calls of a library.
+
+Groups grow in graph order.  Every group has loop variables and, once it reduces, axis variables; every member knows the
+index of its elements over them.  A node joins the group of a producer when that index can be carried through the views
+between them (`Lowering.forward`); so siblings, prologues, epilogues and several reductions over one axis meet in one
+group, while anything that would have to be recomputed many times, or would make the group non-convex, does not.
+
+Three kinds of node have no group of their own: views (index maps), *inline* nodes (cheap, evaluated wherever they are
+read) and calls.  Grouping decides speed only: a kernel inlines what its members read, so any grouping is correct, except
+that a reduction must not end up evaluated once per axis element; `fusionc.ir.build` checks that.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, Node
+
+from ..ir.expr import ONE, ZERO, Index, Var, index, substitute
+from ..ir.lowering.registry import DTYPE_NAME, LOWERINGS, Lowering, shape_of
+from ..ir.ops import FLOAT_ONLY
+from ..ir.sizes import Unsupported
+from ..ir.value import normalize_dim
+
+Idx = tuple[Index, ...]
+MAX_MEMBERS = 96
+MAX_INPUTS = 28
+# A reduction with fewer rows than this and a longer axis than that is split over programs (schedule/split.py).
+FEW_ROWS, LONG_AXIS = 32, 4096
+
+
+@dataclass(eq=False)
+class Group:
+    """Members of one future kernel, in graph order."""
+
+    id: int
+    first: int
+    last: int
+    nodes: list[Node] = field(default_factory=list)
+    index: dict[Node, Idx] = field(default_factory=dict)
+    axis_index: dict[Node, dict[int, Index]] = field(default_factory=dict)
+    loops: list[Var] = field(default_factory=list)
+    axis: list[Var] = field(default_factory=list)
+    preds: set[Group | Call] = field(default_factory=set)
+    scan: bool = False
+    split: bool = False
+
+
+@dataclass(eq=False)
+class Call:
+    """One node run by ATen or a library; `reason` is why it was not lowered ("" where that is the intention)."""
+
+    node: Node
+    first: int
+    last: int
+    reason: str = ""
+    preds: set[Group | Call] = field(default_factory=set)
+
+
+Unit = Group | Call
+
+LIBRARY = frozenset(
+    "mm addmm bmm baddbmm convolution convolution_backward _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu "
+    "_scaled_dot_product_flash_attention_backward _scaled_dot_product_efficient_attention_backward "
+    "_scaled_dot_product_cudnn_attention_backward _scaled_dot_product_flash_attention_for_cpu_backward "
+    "_scaled_dot_product_fused_attention_overrideable _grouped_mm _fft_c2c _fft_r2c _fft_c2r topk sort".split()
+)
+
+
+def is_view(node: Node) -> bool:
+    low = LOWERINGS.get(node.target) if node.op == "call_function" else None
+    if low is not None:
+        return low.kind == "view"
+    return node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], Node) and is_view(node.args[0])
+
+
+def tensor_args(node: Node) -> list[tuple[int, Node]]:
+    """(position, node) of every tensor operand, nested lists flattened (keyword operands have position -1)."""
+    out: list[tuple[int, Node]] = []
+
+    def visit(pos: int, a: object) -> None:
+        if isinstance(a, Node):
+            if not isinstance(a.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
+                out.append((pos, a))
+        elif isinstance(a, (list, tuple)):
+            for b in a:
+                visit(pos, b)
+
+    for pos, a in enumerate(node.args):
+        visit(pos, a)
+    for a in node.kwargs.values():
+        visit(-1, a)
+    return out
+
+
+def hint(n: Index | int | torch.SymInt) -> int:
+    """A number for a size: exact if it is one, the value seen at compile time if it is symbolic."""
+    if isinstance(n, int):
+        return n
+    if isinstance(n, torch.SymInt):
+        h = n.node.hint
+        return int(h) if h is not None else 8192
+    return n.value if n.is_const else 8192
+
+
+def numel_hint(node: Node) -> int:
+    n = 1
+    for s in node.meta["val"].shape:
+        n *= hint(s)
+    return n
+
+
+class Grouper:
+    """Build units (groups and calls, in executable order) from an ATen graph with `meta["val"]` on every node."""
+
+    def __init__(self, graph: Graph, device: torch.device, never: dict[Node, str] | None = None):
+        self.graph = graph
+        self.device = device
+        self.never = never or {}
+        self.position = {n: i for i, n in enumerate(graph.nodes)}
+        self.lowered: dict[Node, Lowering] = {}
+        self.reason: dict[Node, str] = {}
+        self.inline: set[Node] = set()
+        self.unit: dict[Node, Unit] = {}
+        self.units: list[Unit] = []
+        self._deps: dict[Node, frozenset[Node]] = {}
+        self._resolve: dict[Node, tuple[Node, tuple[Node, ...]]] = {}
+
+    # -- what can be lowered ---------------------------------------------------------------------------------------
+    def classify(self) -> None:
+        for node in self.graph.nodes:
+            if node.op != "call_function":
+                continue
+            low = LOWERINGS.get(node.target)
+            if node in self.never:
+                self.reason[node] = self.never[node]
+                continue
+            if low is None:
+                if node.target is operator.getitem and node.args[0] in self.lowered:
+                    self.lowered[node] = self.lowered[node.args[0]]
+                    continue
+                self.reason[node] = self._why_not(node)
+                continue
+            try:
+                self._check(node, low)
+            except Unsupported as e:
+                self.reason[node] = str(e)
+            else:
+                self.lowered[node] = low
+
+    @staticmethod
+    def _why_not(node: Node) -> str:
+        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
+        return "" if name in LIBRARY or node.target is operator.getitem else "no lowering"
+
+    def _check(self, node: Node, low: Lowering) -> None:
+        vals = node.meta["val"]
+        for v in vals if isinstance(vals, (tuple, list)) else (vals,):
+            if v is None:
+                continue
+            if not isinstance(v, torch.Tensor):
+                raise Unsupported("not a tensor")
+            self._check_tensor(v, low.kind == "view")
+            if v.device != self.device and low.kind != "view":
+                raise Unsupported(f"on {v.device}")
+            shape_of_tensor(v)
+        for _, a in tensor_args(node):
+            v = a.meta.get("val")
+            if isinstance(v, (tuple, list)):
+                continue
+            if not isinstance(v, torch.Tensor):
+                raise Unsupported("operand that is not a tensor")
+            self._check_tensor(v, low.kind == "view")
+            if low.kind != "view" and v.device != self.device and not (v.dim() == 0 and v.device.type == "cpu"):
+                raise Unsupported(f"operand on {v.device}")
+        if low.dims is not None:
+            low.dims(node)
+
+    @staticmethod
+    def _check_tensor(v: torch.Tensor, view: bool) -> None:
+        if v.dtype not in DTYPE_NAME and not view:
+            raise Unsupported(f"dtype {v.dtype}")
+        if v.layout is not torch.strided or v.is_quantized or v.is_nested:
+            raise Unsupported(f"layout {v.layout}")
+        if not view and (v.is_conj() or v.is_neg()):
+            raise Unsupported("lazy conjugation or negation")
+        if not view and any(isinstance(s, int) and s == 0 for s in v.shape):
+            raise Unsupported("")  # empty: nothing to fuse
+
+    # -- reading through views ---------------------------------------------------------------------------------------
+    def resolve(self, node: Node) -> tuple[Node, tuple[Node, ...]]:
+        """The node whose memory or expression `node` is a view of, and the views between, nearest `node` first."""
+        found = self._resolve.get(node)
+        if found is None:
+            chain: list[Node] = []
+            base = node
+            while base in self.lowered and self.lowered[base].kind == "view":
+                if base.target is not operator.getitem:
+                    chain.append(base)
+                else:
+                    chain.append(base)
+                base = base.args[0]  # type: ignore[assignment]
+            found = self._resolve[node] = (base, tuple(chain))
+        return found
+
+    def forward(self, chain: tuple[Node, ...], idx: Idx) -> tuple[Index | None, ...] | None:
+        """Carry an element's index from the base of a chain of views to its end; None where it is not one-to-one."""
+        out: tuple[Index | None, ...] | None = idx
+        for v in reversed(chain):
+            low = self.lowered[v]
+            if v.target is operator.getitem or low.forward is None:
+                return None
+            out = low.forward(v, out)
+            if out is None:
+                return None
+        return out
+
+    def deps(self, node: Node) -> frozenset[Node]:
+        """Nodes with a unit (or graph inputs) that the value of `node` is computed from, through views and inline nodes."""
+        found = self._deps.get(node)
+        if found is None:
+            out: set[Node] = set()
+            for a in node.all_input_nodes:
+                base, _ = self.resolve(a)
+                if base.target is operator.getitem and base in self.lowered:
+                    base = base.args[0]  # type: ignore[assignment]
+                if base in self.inline:
+                    out |= self.deps(base)
+                else:
+                    out.add(base)
+            found = self._deps[node] = frozenset(out)
+        return found
+
+    # -- inlining ----------------------------------------------------------------------------------------------------
+    def decide_inline(self) -> None:
+        for node in reversed(self.graph.nodes):
+            low = self.lowered.get(node)
+            if low is None or low.kind not in ("pointwise", "gather", "create") or node.target is operator.getitem:
+                continue
+            if low.kind == "create":
+                self.inline.add(node)
+                continue
+            if self._worth_inlining(node):
+                self.inline.add(node)
+
+    def _worth_inlining(self, node: Node) -> bool:
+        reads: list[tuple[Node, bool]] = []  # (consumer, one-to-one)
+        if not self._collect_reads(node, True, reads) or not reads:
+            return False
+        own = numel_hint(node)
+        cost = 16 if _transcendental(node) else 1
+        consumers = {c for c, _ in reads}
+        total = sum(numel_hint_any(c) for c in consumers)
+        if _is_cast(node) and len(consumers) <= 3 and all(is_external(self.resolve(a)[0], self) for _, a in tensor_args(node)):
+            return True
+        if any(one_to_one for _, one_to_one in reads):
+            return False
+        if any(self.lowered[c].kind in ("reduce", "row", "scan") for c in consumers):
+            return False
+        if total <= own or (cost == 1 and total <= 2 * own):
+            return True
+        return cost == 1 and own * 8 <= total and len(consumers) <= 2 and len(tensor_args(node)) <= 2 and self._leaf(node)
+
+    def _leaf(self, node: Node) -> bool:
+        return all(is_external(self.resolve(a)[0], self) for _, a in tensor_args(node))
+
+    def _collect_reads(self, node: Node, one_to_one: bool, out: list[tuple[Node, bool]]) -> bool:
+        """All consumers through views; False if any is a call or the graph's output."""
+        for user in node.users:
+            low = self.lowered.get(user)
+            if low is None:
+                return False
+            if low.kind == "view":
+                straight = one_to_one and low.forward is not None and user.target is not operator.getitem and _one_to_one(user)
+                if not self._collect_reads(user, straight, out):
+                    return False
+                continue
+            loose = any(a is node and p in low.loose for p, a in tensor_args(user))
+            same = one_to_one and not loose and not _broadcasts(node, user)
+            out.append((user, same))
+        return True
+
+    # -- growing -----------------------------------------------------------------------------------------------------
+    def run(self) -> list[Unit]:
+        self.classify()
+        self.decide_inline()
+        needed = self._realized_inlines()
+        for node in self.graph.nodes:
+            if node.op != "call_function":
+                continue
+            low = self.lowered.get(node)
+            if low is None:
+                self._add_call(node)
+            elif low.kind == "view":
+                continue
+            elif node in self.inline:
+                if node in needed:
+                    self._start(node, low)
+            elif node.target is operator.getitem:
+                self._add_projection(node)
+            else:
+                self._place(node, low)
+        return self._ordered()
+
+    def _realized_inlines(self) -> set[Node]:
+        """Inline nodes whose tensor is needed in memory all the same (a creation read by a call, or an output)."""
+        out: set[Node] = set()
+        for node in self.inline:
+            stack = list(node.users)
+            while stack:
+                u = stack.pop()
+                low = self.lowered.get(u)
+                if low is None:
+                    out.add(node)
+                    break
+                if low.kind == "view":
+                    stack.extend(u.users)
+        return out
+
+    def _units_of(self, nodes: Iterable[Node]) -> set[Unit]:
+        return {self.unit[n] for n in nodes if n in self.unit}
+
+    def _add_call(self, node: Node) -> None:
+        pos = self.position[node]
+        call = Call(node, pos, pos, self.reason.get(node, ""))
+        call.preds = self._units_of(self._call_deps(node))
+        self.unit[node] = call
+        self.units.append(call)
+
+    def _call_deps(self, node: Node) -> set[Node]:
+        out: set[Node] = set()
+        for a in node.all_input_nodes:
+            base, _ = self.resolve(a)
+            if base.target is operator.getitem and base in self.lowered:
+                base = base.args[0]  # type: ignore[assignment]
+            out.add(base)
+        return out
+
+    def _add_projection(self, node: Node) -> None:
+        """getitem of a node with several results: a member of that node's group, with its own index."""
+        source: Node = node.args[0]  # type: ignore[assignment]
+        group = self.unit[source]
+        assert isinstance(group, Group)
+        low = self.lowered[source]
+        full = group.index[source]
+        if low.kind == "row" and len(node.meta["val"].shape) == len(full):
+            along = group.axis_index[source]
+            reduced = all(not isinstance(s, int) or s == 1 for d, s in enumerate(node.meta["val"].shape) if d in along)
+            if reduced and along:
+                full = tuple([ZERO if d in along else i for d, i in enumerate(full)])
+        group.index[node] = full
+        group.nodes.append(node)
+        self.unit[node] = group
+        group.last = self.position[node]
+
+    def _place(self, node: Node, low: Lowering) -> None:
+        groups: list[Group] = []
+        for _, a in tensor_args(node):
+            base, _ = self.resolve(a)
+            u = self.unit.get(base)
+            if isinstance(u, Group) and u not in groups and base not in self.inline:
+                groups.append(u)
+        groups.sort(key=lambda g: (bool(g.axis), g.last), reverse=True)
+        for g in groups:
+            if self._join(node, low, g):
+                for other in groups:
+                    if other is not g and other is not self.unit[node]:
+                        self._merge(node, self.unit[node], other)  # type: ignore[arg-type]
+                return
+        self._start(node, low)
+
+    def _start(self, node: Node, low: Lowering) -> None:
+        pos = self.position[node]
+        g = Group(len(self.units), pos, pos)
+        prefix = f"g{g.id}_"
+        if low.kind in ("reduce", "row", "scan"):
+            dims = low.dims(node) if low.dims else ()
+            shape = shape_of(node.args[0])  # type: ignore[arg-type]
+            full: list[Index] = []
+            along: dict[int, Index] = {}
+            for d, s in enumerate(shape):
+                v = Var(f"{prefix}{d}", s)
+                if s is ONE:
+                    full.append(ZERO)
+                elif d in dims:
+                    full.append(index(v))
+                    along[d] = index(v)
+                    g.axis.append(v)
+                else:
+                    full.append(index(v))
+                    g.loops.append(v)
+            self._seat_row(node, low, g, tuple(full), dims, along)
+        else:
+            shape = shape_of(node)
+            vars = [Var(f"{prefix}{d}", s) for d, s in enumerate(shape)]
+            g.loops = [v for v, s in zip(vars, shape, strict=True) if s is not ONE]
+            g.index[node] = tuple([ZERO if s is ONE else index(v) for v, s in zip(vars, shape, strict=True)])
+        g.nodes.append(node)
+        g.preds = self._units_of(self.deps(node))
+        self.unit[node] = g
+        self.units.append(g)
+
+    def _seat_row(self, node: Node, low: Lowering, g: Group, full: Idx, dims: tuple[int, ...], along: dict[int, Index]) -> None:
+        """Record the index of a reducing node's result, given the index over its input."""
+        g.axis_index[node] = along
+        if low.kind in ("row", "scan"):
+            g.index[node] = full
+            g.scan |= low.kind == "scan"
+            return
+        val = node.meta["val"]
+        val = val[0] if isinstance(val, (tuple, list)) else val
+        if len(val.shape) == len(full) and dims:
+            g.index[node] = tuple([ZERO if d in dims else i for d, i in enumerate(full)])
+        else:
+            g.index[node] = tuple([i for d, i in enumerate(full) if d not in dims])
+        rows = 1
+        for v in g.loops:
+            rows *= hint(v.extent)
+        length = 1
+        for v in g.axis:
+            length *= hint(v.extent)
+        g.split |= rows < FEW_ROWS and length >= LONG_AXIS
+
+    def _commit(self, node: Node, g: Group) -> None:
+        g.nodes.append(node)
+        g.last = self.position[node]
+        g.preds |= self._units_of(self.deps(node))
+        g.preds.discard(g)
+        self.unit[node] = g
+
+    def _reaches(self, start: Iterable[Unit], target: Group) -> bool:
+        """True if `target` is an ancestor of (or is) one of `start`, looking only where it can be."""
+        seen: set[int] = set()
+        stack = list(start)
+        while stack:
+            u = stack.pop()
+            if u is target:
+                return True
+            if id(u) in seen or u.last < target.first:
+                continue
+            seen.add(id(u))
+            stack.extend(u.preds)
+        return False
+
+    def _operand_index(self, node: Node, low: Lowering, g: Group, rank: int, shape: Idx) -> list[Index | None] | None:
+        """The index of `node`'s domain implied by the operands that are members of g, None entries where free."""
+        known: list[Index | None] = [None] * rank
+        found = False
+        for pos, a in tensor_args(node):
+            base, chain = self.resolve(a)
+            if base in self.inline or self.unit.get(base) is not g:
+                continue
+            if pos in low.loose:
+                return None
+            idx = self.forward(chain, g.index[base])
+            if idx is None:
+                return None
+            found = True
+            lead = rank - len(idx)
+            if lead < 0:
+                return None
+            a_shape = a.meta["val"].shape
+            for k, i in enumerate(idx):
+                if i is None or (isinstance(a_shape[k], int) and a_shape[k] == 1):
+                    continue
+                if known[lead + k] is None:
+                    known[lead + k] = i
+                elif known[lead + k] is not i:
+                    return None
+        if not found:
+            return None
+        for d, s in enumerate(shape):
+            if s is ONE:
+                known[d] = ZERO
+        return known
+
+    @staticmethod
+    def _fill(known: list[Index | None], shape: Idx, g: Group) -> Idx | None:
+        """Give the free dimensions the loop variables not yet used, in order; None if they do not fit."""
+        used: set[Var] = set()
+        for i in known:
+            if i is not None:
+                used |= i.free
+        missing = [v for v in (*g.loops, *g.axis) if v not in used]
+        free = [d for d, i in enumerate(known) if i is None]
+        for d in free:
+            if not missing or missing[0].extent is not shape[d]:
+                return None
+            known[d] = index(missing.pop(0))
+        if missing and (set(missing) != set(g.axis) or used & set(g.axis)):
+            return None
+        return tuple(known)  # type: ignore[arg-type]
+
+    def _join(self, node: Node, low: Lowering, g: Group) -> bool:
+        if len(g.nodes) >= MAX_MEMBERS or g.scan:
+            return False
+        deps = self.deps(node)
+        if self._reaches((u for u in self._units_of(deps) if u is not g), g):
+            return False
+        if sum(1 for d in deps if self.unit.get(d) is not g) + len(g.preds) > MAX_INPUTS:
+            return False
+        if low.kind in ("reduce", "row", "scan"):
+            return self._join_row(node, low, g)
+        picked = self._gather_pick(node, g)
+        if picked is not None:
+            g.index[node] = picked
+            self._commit(node, g)
+            return True
+        shape = shape_of(node)
+        known = self._operand_index(node, low, g, len(shape), shape)
+        if known is None:
+            return False
+        if any(self.unit.get(d) is g and d not in _direct(self, node) for d in deps) and g.axis:
+            pass  # read through an inline node: recomputed at another index, which build checks
+        idx = self._fill(known, shape, g)
+        if idx is None:
+            return False
+        axis = set(g.axis)
+        inner = any(i.free & axis for i in idx)
+        if g.split and (inner or not axis) and g.axis_index:
+            return False
+        g.index[node] = idx
+        self._commit(node, g)
+        return True
+
+    def _gather_pick(self, node: Node, g: Group) -> Idx | None:
+        """gather of one element a row out of a row that is a member (the picked log-probability of a loss)."""
+        if node.target is not torch.ops.aten.gather.default or not g.axis:
+            return None
+        base, chain = self.resolve(node.args[0])  # type: ignore[arg-type]
+        if self.unit.get(base) is not g or base in self.inline:
+            return None
+        idx = self.forward(chain, g.index[base])
+        if idx is None or any(i is None for i in idx):
+            return None
+        d = normalize_dim(node.args[1], len(idx))  # type: ignore[arg-type]
+        shape = shape_of(node)
+        if shape[d] is not ONE or not set(g.axis) == set(idx[d].free):  # type: ignore[union-attr]
+            return None
+        return tuple([ZERO if k == d else i for k, i in enumerate(idx)])  # type: ignore[misc]
+
+    def _join_row(self, node: Node, low: Lowering, g: Group) -> bool:
+        if g.split:
+            if low.kind != "reduce":
+                return False
+        dims = low.dims(node) if low.dims else ()
+        shape = shape_of(node.args[0])  # type: ignore[arg-type]
+        known = self._operand_index(node, low, g, len(shape), shape)
+        if known is None:
+            return False
+        full = self._fill(known, shape, g)
+        if full is None:
+            return False
+        along = {d: full[d] for d in dims if shape[d] is not ONE}
+        on: list[Var] = []
+        for d in sorted(along):
+            for v in (*g.loops, *g.axis):
+                if v in along[d].free and v not in on:
+                    on.append(v)
+        off: set[Var] = set()
+        for d, i in enumerate(full):
+            if d not in along:
+                off |= i.free
+        if off & set(on) or not on:
+            return False
+        arg = low.kind == "reduce" and "arg" in str(node.target) or node.target in _ORDERED
+        if low.kind == "scan" and (len(on) != 1 or next(iter(along.values())).single_var() is None):
+            return False
+        if g.axis:
+            if set(on) != set(g.axis) or off != set(g.loops):
+                return False
+            if arg and on != g.axis:
+                return False
+        else:
+            if off | set(on) != set(g.loops):
+                return False
+            fastest = max(d for d, s in enumerate(shape) if s is not ONE)
+            if fastest not in along and not self._private(g, node):
+                return False
+            if low.kind == "scan" and not self._private(g, node):
+                return False
+            rows = 1
+            for v in g.loops:
+                if v not in on:
+                    rows *= hint(v.extent)
+            length = 1
+            for v in on:
+                length *= hint(v.extent)
+            if rows < FEW_ROWS and length >= LONG_AXIS and not self._private(g, node):
+                return False
+            g.axis = on
+            g.loops = [v for v in g.loops if v not in on]
+        self._seat_row(node, low, g, full, dims, along)
+        self._commit(node, g)
+        return True
+
+    def _private(self, g: Group, node: Node) -> bool:
+        """True when nothing outside g but `node` reads a member of g."""
+        for m in g.nodes:
+            stack = list(m.users)
+            while stack:
+                u = stack.pop()
+                if u is node or self.unit.get(u) is g:
+                    continue
+                low = self.lowered.get(u)
+                if low is not None and low.kind == "view":
+                    stack.extend(u.users)
+                    continue
+                return False
+        return True
+
+    def _merge(self, node: Node, g: Group, other: Group) -> bool:
+        """Absorb another producer group of `node`, already a member of g, if their loops can be identified."""
+        if other.scan or g.scan or g.split or other.split or len(g.nodes) + len(other.nodes) > MAX_MEMBERS:
+            return False
+        if len(g.preds) + len(other.preds) > MAX_INPUTS:
+            return False
+        if self._reaches(g.preds, other) and not self._only_direct(g, other, node):
+            return False
+        if self._reaches(other.preds, g):
+            return False
+        low = self.lowered[node]
+        own = g.index[node]
+        if low.kind == "reduce":
+            return False
+        mapping: dict[Var, Index] = {}
+        for pos, a in tensor_args(node):
+            base, chain = self.resolve(a)
+            if base in self.inline or self.unit.get(base) is not other:
+                continue
+            if pos in low.loose:
+                return False
+            idx = self.forward(chain, other.index[base])
+            if idx is None:
+                return False
+            lead = len(own) - len(idx)
+            a_shape = a.meta["val"].shape
+            for k, i in enumerate(idx):
+                if i is None or i is ZERO or (isinstance(a_shape[k], int) and a_shape[k] == 1):
+                    continue
+                v = i.single_var()
+                if v is None:
+                    return False
+                if mapping.setdefault(v, own[lead + k]) is not own[lead + k]:
+                    return False
+        rest = [v for v in other.axis if v not in mapping]
+        if rest:
+            if len(rest) != len(other.axis) or not g.axis or len(g.axis) != len(rest):
+                return False
+            for v, w in zip(rest, g.axis, strict=True):
+                if v.extent is not w.extent:
+                    return False
+                mapping[v] = index(w)
+        if any(v not in mapping for v in other.loops):
+            return False
+        images = [mapping[v] for v in (*other.loops, *other.axis)]
+        if len({i.uid for i in images}) != len(images):
+            return False
+        if other.axis:
+            on = [mapping[v].single_var() for v in other.axis]
+            if any(v is None for v in on):
+                return False
+            if g.axis:
+                if on != g.axis:
+                    return False
+                if any(mapping[v].free & set(g.axis) for v in other.loops):
+                    return False
+            else:
+                if any(mapping[v].free & set(on) for v in other.loops):
+                    return False
+                if {w for v in other.loops for w in mapping[v].free} | set(on) != set(g.loops):
+                    return False
+                g.axis = on  # type: ignore[assignment]
+                g.loops = [v for v in g.loops if v not in on]
+        covered = {w for i in images for w in i.free}
+        if covered not in (set(g.loops) | set(g.axis), set(g.loops)):
+            return False
+        for m in other.nodes:
+            g.index[m] = tuple([index(substitute(i, mapping)) for i in other.index[m]])
+            if m in other.axis_index:
+                g.axis_index[m] = {d: index(substitute(i, mapping)) for d, i in other.axis_index[m].items()}
+            self.unit[m] = g
+        g.nodes = sorted({*g.nodes, *other.nodes}, key=self.position.__getitem__)
+        g.first, g.last = min(g.first, other.first), max(g.last, other.last)
+        g.preds = (g.preds | other.preds) - {g, other}
+        self.units.remove(other)
+        for u in self.units:
+            if other in u.preds:
+                u.preds.discard(other)
+                u.preds.add(g)
+        g.preds.discard(g)
+        return True
+
+    def _only_direct(self, g: Group, other: Group, node: Node) -> bool:
+        """g depends on `other` through `node` alone (which is what a merge is for)."""
+        for m in g.nodes:
+            if m is not node and any(self.unit.get(d) is other for d in self.deps(m)):
+                return False
+        return not self._reaches([p for p in g.preds if p is not other], other)
+
+    # -- order -------------------------------------------------------------------------------------------------------
+    def _ordered(self) -> list[Unit]:
+        """Units in an executable order that stays close to the graph's."""
+        import heapq
+
+        self._mutation_order()
+        pending = {id(u): len(u.preds) for u in self.units}
+        users: dict[int, list[Unit]] = {}
+        for u in self.units:
+            for p in u.preds:
+                users.setdefault(id(p), []).append(u)
+        heap = [(u.last, k, u) for k, u in enumerate(self.units) if not u.preds]
+        heapq.heapify(heap)
+        order: list[Unit] = []
+        count = len(self.units)
+        while heap:
+            _, _, u = heapq.heappop(heap)
+            order.append(u)
+            for w in users.get(id(u), ()):
+                pending[id(w)] -= 1
+                if not pending[id(w)]:
+                    count += 1
+                    heapq.heappush(heap, (w.last, count, w))
+        if len(order) != len(self.units):
+            raise AssertionError("grouping made a cycle")
+        return order
+
+    def _mutation_order(self) -> None:
+        """A call that writes to an operand comes after every earlier reader, and before every later reader, of that memory."""
+        writers = [u for u in self.units if isinstance(u, Call) and _mutates(u.node)]
+        if not writers:
+            return
+        readers: dict[Node, list[tuple[int, Unit]]] = {}
+        for u in self.units:
+            nodes = [u.node] if isinstance(u, Call) else u.nodes
+            for n in nodes:
+                for b in self.deps(n) if isinstance(u, Group) else self._call_deps(n):
+                    root = self._memory_root(b)
+                    readers.setdefault(root, []).append((self.position[n], u))
+        for w in writers:
+            for b in _mutated_args(w.node):
+                root = self._memory_root(self.resolve(b)[0])
+                for pos, u in readers.get(root, ()):
+                    if u is w:
+                        continue
+                    if pos < w.first:
+                        w.preds.add(u)
+                    else:
+                        u.preds.add(w)
+
+    def _memory_root(self, node: Node) -> Node:
+        """The node whose memory an in-place call's result or a call-made view lives in."""
+        while node.op == "call_function" and node not in self.lowered and _mutates(node):
+            node = self.resolve(_mutated_args(node)[0])[0]
+        return node
+
+
+def shape_of_tensor(v: torch.Tensor) -> Idx:
+    from ..ir.sizes import sizes_index
+
+    sizes_index(v.stride())
+    return sizes_index(v.shape)
+
+
+def numel_hint_any(node: Node) -> int:
+    val = node.meta["val"]
+    if isinstance(val, (tuple, list)):
+        return numel_hint(node.args[0])  # type: ignore[arg-type]
+    return max(numel_hint(node), max((numel_hint(a) for _, a in tensor_args(node) if isinstance(a.meta["val"], torch.Tensor)), default=1)) if (
+        LOWERINGS.get(node.target) and LOWERINGS[node.target].kind == "reduce"
+    ) else numel_hint(node)  # fmt: skip
+
+
+def is_external(node: Node, grouper: Grouper) -> bool:
+    return node not in grouper.lowered
+
+
+def _direct(grouper: Grouper, node: Node) -> set[Node]:
+    return {grouper.resolve(a)[0] for _, a in tensor_args(node)}
+
+
+def _mutates(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _mutated_args(node: Node) -> list[Node]:
+    schema = node.target._schema  # type: ignore[union-attr]
+    out: list[Node] = []
+    for k, arg in enumerate(schema.arguments):
+        if arg.alias_info is not None and arg.alias_info.is_write:
+            a = node.args[k] if k < len(node.args) else node.kwargs.get(arg.name)
+            for x in a if isinstance(a, (list, tuple)) else (a,):
+                if isinstance(x, Node):
+                    out.append(x)
+    return out
+
+
+def _transcendental(node: Node) -> bool:
+    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    return name in FLOAT_ONLY - {"div", "sqrt", "rsqrt"} or name in ("gelu", "silu", "mish", "softplus", "gelu_backward", "silu_backward")
+
+
+def _is_cast(node: Node) -> bool:
+    return node.target in (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+
+
+def _one_to_one(view: Node) -> bool:
+    name = getattr(getattr(view.target, "overloadpacket", None), "__name__", "")
+    return name != "expand" or view.meta["val"].shape == view.args[0].meta["val"].shape  # type: ignore[union-attr]
+
+
+def _broadcasts(node: Node, user: Node) -> bool:
+    val = user.meta["val"]
+    if not isinstance(val, torch.Tensor):
+        return False
+    low = LOWERINGS.get(user.target)
+    if low is not None and low.kind in ("reduce", "row"):
+        return False
+    return numel_hint(node) != numel_hint(user)
+
+
+_ORDERED = frozenset(
+    t
+    for t in (
+        torch.ops.aten.argmax.default,
+        torch.ops.aten.argmin.default,
+        torch.ops.aten.max.dim,
+        torch.ops.aten.min.dim,
+    )
+)

@@ -1,0 +1,46 @@
+"""A Plan: everything that may change a kernel's speed and nothing that may change its result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launch parameters of one kernel.
+
+    target       "cpp" or "triton"
+    xblock       points of `loops` per program (Triton: power of two; C++: outer tile of column reductions)
+    rblock       points of `axis` per step (Triton: power of two); 0: the whole axis at once, kept in registers
+    warps        warps per program (Triton)
+    stages       software pipeline depth (Triton)
+    columns      C++: vectorise along the last loop instead of the axis (reductions over a slow dimension)
+    parallel     C++: use threads
+    """
+
+    target: str
+    xblock: int = 1
+    rblock: int = 0
+    warps: int = 4
+    stages: int = 1
+    columns: bool = False
+    parallel: bool = True
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_dict(data: Any) -> Plan:
+        """A validated Plan from parsed JSON.  Raises ValueError for anything that is not a legal plan."""
+        if not isinstance(data, dict) or set(data) != {f.name for f in fields(Plan)}:
+            raise ValueError("a plan must have exactly the fields of Plan")
+        plan = Plan(**data)
+        for name, lo, hi in (("xblock", 1, 1 << 16), ("rblock", 0, 1 << 16), ("warps", 1, 32), ("stages", 1, 8)):
+            v = getattr(plan, name)
+            if type(v) is not int or not lo <= v <= hi:
+                raise ValueError(f"plan field {name} must be an integer in [{lo}, {hi}], not {v!r}")
+        if plan.target not in ("cpp", "triton") or type(plan.columns) is not bool or type(plan.parallel) is not bool:
+            raise ValueError("plan has a field of the wrong type")
+        return plan

@@ -1,0 +1,58 @@
+"""CPU: render C++, build it with the system compiler, bind it through ctypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..codegen import cpp
+from ..ir.loop import Kernel
+from ..runtime.cache import Cache, open_cache
+from ..runtime.compile_cpp import build
+from ..runtime.environment import environment_key
+from ..schedule.rules_cpp import default_plan
+
+if TYPE_CHECKING:
+    from ..compiler import Context
+
+_caches: dict[Any, Cache] = {}
+_functions: dict[tuple[str, int], Callable[..., int]] = {}
+
+
+def cache_for(setting: bool | str) -> Cache:
+    """One Cache object per setting and process."""
+    found = _caches.get(setting)
+    if found is None:
+        found = _caches[setting] = open_cache(setting)
+    return found
+
+
+def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Callables by symbol (data pointers, then sizes), and reasons for those that could not be built."""
+    from ..compiler import ctypes_function, kernel_record
+
+    sources: list[tuple[str, str]] = []
+    problems: dict[str, str] = {}
+    plans: dict[str, Any] = {}
+    for symbol, kernel in kernels.items():
+        try:
+            plans[symbol] = default_plan(kernel, {s.name: cx.hints.get(s.name, 64) for s in kernel.sizes})
+            sources.append((symbol, cpp.render(kernel, plans[symbol], symbol)))
+        except NotImplementedError as e:
+            problems[symbol] = str(e)
+    result = build(sources, cache_for(cx.config.cache), environment_key("cpu"), cpp.PRELUDE)
+    problems.update({s: str(e) for s, e in result.errors.items()})
+    functions: dict[str, Any] = {}
+    for symbol, text in sources:
+        if symbol in problems:
+            continue
+        kernel = kernels[symbol]
+        key = (symbol, result.addresses[symbol])
+        f = _functions.get(key)
+        if f is None:
+            f = _functions[key] = ctypes_function(result.addresses[symbol], len(kernel.buffers), len(kernel.sizes))
+        functions[symbol] = f
+        record = kernel_record(cx, symbol, kernel, plans[symbol], text, "cpp")
+        record.from_cache = symbol in result.from_cache
+        cx.record.kernels.append(record)
+    return functions, problems

@@ -1,0 +1,476 @@
+"""The C++ renderer against the loop interpreter, over a table of kernels compiled together."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+
+from fusionc.codegen.cpp import PRELUDE, render
+from fusionc.ir import interp
+from fusionc.ir.loop import Kernel, evaluate
+from fusionc.ir.text import parse_kernel
+from fusionc.runtime.cache import environment_key, open_cache
+from fusionc.runtime.compile_cpp import build
+from fusionc.schedule.rules_cpp import default_plan
+
+SIZES = {"s0": 37, "s1": 70}
+
+KERNELS = {
+    "pointwise": """kernel
+  in    in0: f32[1000]
+  in    in1: f32[1000]
+  out   out0: f32[1000]
+  for   x0 < 1000
+    row out0[x0] = div(in0[x0], add(f32(1.0), exp(neg(mul(in0[x0], in1[x0])))))
+""",
+    "scalar": """kernel
+  in    in0: f32[1]
+  out   out0: f32[1]
+    row out0[0] = add(in0[0], f32(1.5))
+""",
+    "broadcast_dynamic": """kernel
+  size  s0 >= 2
+  size  s1 >= 2
+  in    in0: f32[s0*s1]
+  in    in1: f32[s1]
+  in    in2: f32[s0]
+  out   out0: f32[s0*s1]
+  for   x0 < s0
+  for   x1 < s1
+    row out0[s1*x0 + x1] = add(mul(in0[s1*x0 + x1], in1[x1]), sqrt(abs(in2[x0])))
+""",
+    "softmax": """kernel
+  in    in0: f32[3700]
+  out   out0: f32[3700]
+  for   x0 < 37
+  axis  r0 < 100
+    t0 = in0[100*x0 + r0]
+    t1 = exp(sub(t0, max[r0](t0)))
+    inner out0[100*x0 + r0] = div(t1, sum[r0](t1))
+""",
+    "softmax_dynamic": """kernel
+  size  s0 >= 2
+  size  s1 >= 2
+  in    in0: bf16[s0*s1]
+  out   out0: bf16[s0*s1]
+  for   x0 < s0
+  axis  r0 < s1
+    t0 = cast.f32(in0[s1*x0 + r0])
+    t1 = exp(sub(t0, max[r0](t0)))
+    inner out0[s1*x0 + r0] = cast.bf16(div(t1, sum[r0](t1)))
+""",
+    "softmax_columns": """kernel
+  in    in0: f32[7000]
+  out   out0: f32[7000]
+  for   x0 < 10
+  for   x1 < 70
+  axis  r0 < 10
+    t0 = in0[700*x0 + x1 + 70*r0]
+    t1 = exp(sub(t0, max[r0](t0)))
+    inner out0[700*x0 + x1 + 70*r0] = div(t1, sum[r0](t1))
+""",
+    "layernorm": """kernel
+  in    in0: f32[5000]
+  in    in1: f32[100]
+  in    in2: f32[100]
+  out   out0: f32[5000]
+  out   out1: f32[50]
+  out   out2: f32[50]
+  for   x0 < 50
+  axis  r0 < 100
+    t0 = in0[100*x0 + r0]
+    t1 = div(sum[r0](t0), f32(100.0))
+    t2 = sub(t0, t1)
+    t3 = rsqrt(add(div(sum[r0](mul(t2, t2)), f32(100.0)), f32(1e-05)))
+    row out1[x0] = t1
+    row out2[x0] = t3
+    inner out0[100*x0 + r0] = add(mul(mul(t2, t3), in1[r0]), in2[r0])
+""",
+    "rmsnorm_silu_long": """kernel
+  in    in0: f32[30000]
+  in    in1: f32[6000]
+  out   out0: f32[30000]
+  for   x0 < 5
+  axis  r0 < 6000
+    t0 = in0[6000*x0 + r0]
+    t1 = mul(mul(t0, rsqrt(add(div(sum[r0](mul(t0, t0)), f32(6000.0)), f32(1e-06)))), in1[r0])
+    inner out0[6000*x0 + r0] = mul(t1, sigmoid(t1))
+""",
+    "gelu_norm": """kernel
+  in    in0: f32[5000]
+  out   out0: f32[5000]
+  for   x0 < 50
+  axis  r0 < 100
+    t0 = in0[100*x0 + r0]
+    t1 = mul(mul(t0, f32(0.5)), add(f32(1.0), erf(mul(t0, f32(0.7071067811865476)))))
+    inner out0[100*x0 + r0] = sub(t1, div(sum[r0](t1), f32(100.0)))
+""",
+    "cross_entropy": """kernel
+  in    in0: f32[5000]
+  in    in1: i64[50]
+  out   out0: f32[50]
+  for   x0 < 50
+  axis  r0 < 100
+    t0 = in0[100*x0 + r0]
+    t1 = max[r0](t0)
+    t2 = log(sum[r0](exp(sub(t0, t1))))
+    t3 = check_index(idx(in1[x0]), 100)
+    row out0[x0] = sub(t2, sub(in0[100*x0 + t3], t1))
+""",
+    "argmax": """kernel
+  in    in0: f32[5000]
+  out   out0: i64[50]
+  out   out1: f32[50]
+  out   out2: i64[50]
+  for   x0 < 50
+  axis  r0 < 100
+    t0 = round(mul(in0[100*x0 + r0], f32(4.0)))
+    row out0[x0] = argmax[r0](t0)
+    row out1[x0] = max[r0](t0)
+    row out2[x0] = argmin[r0](t0)
+""",
+    "argmax_2d": """kernel
+  in    in0: f32[6000]
+  out   out0: i64[10]
+  for   x0 < 10
+  axis  r0 < 20
+  axis  r1 < 30
+    row out0[x0] = argmax[r0, r1](in0[20*30*x0 + 30*r0 + r1])
+""",
+    "argmax_columns": """kernel
+  in    in0: f32[7000]
+  out   out0: i64[70]
+  for   x0 < 70
+  axis  r0 < 100
+    row out0[x0] = argmax[r0](round(in0[x0 + 70*r0]))
+""",
+    "argmax_int": """kernel
+  in    in0: i32[7000]
+  out   out0: i64[70]
+  out   out1: i64[70]
+  for   x0 < 70
+  axis  r0 < 100
+    row out0[x0] = argmax[r0](in0[100*x0 + r0])
+    row out1[x0] = sum[r0](cast.i64(in0[100*x0 + r0]))
+""",
+    "cumsum": """kernel
+  in    in0: f32[5000]
+  out   out0: f32[5000]
+  for   x0 < 50
+  axis  r0 < 100
+    inner out0[100*x0 + r0] = scan_sum[r0](in0[100*x0 + r0])
+""",
+    "cumsum_columns": """kernel
+  in    in0: f32[5000]
+  in    in1: i64[5000]
+  out   out0: f32[5000]
+  out   out1: i64[5000]
+  for   x0 < 50
+  axis  r0 < 100
+    inner out0[x0 + 50*r0] = scan_sum[r0](in0[x0 + 50*r0])
+    inner out1[x0 + 50*r0] = add(scan_sum[r0](in1[x0 + 50*r0]), i64(1))
+""",
+    "cummax": """kernel
+  in    in0: f32[5000]
+  out   out0: f32[5000]
+  for   x0 < 50
+  axis  r0 < 100
+    inner out0[100*x0 + r0] = scan_max[r0](in0[100*x0 + r0])
+""",
+    "cat": """kernel
+  in    in0: f32[300]
+  in    in1: bf16[200]
+  out   out0: f32[500]
+  for   x0 < 10
+  for   x1 < 50
+    t0 = lt(x1, 30)
+    row out0[50*x0 + x1] = where(t0, in0[30*x0 + x1 if t0 else f32(0.0)], cast.f32(in1[20*x0 + x1 - 30 if ge(x1, 30) else bf16(0.0)]))
+""",
+    "pad_inf": """kernel
+  in    in0: f32[100]
+  out   out0: f32[144]
+  for   x0 < 12
+  for   x1 < 12
+    t0 = and_(and_(ge(x0, 1), lt(x0, 11)), and_(ge(x1, 1), lt(x1, 11)))
+    row out0[12*x0 + x1] = in0[10*x0 + x1 - 11 if t0 else f32(-inf)]
+""",
+    "permute": """kernel
+  in    in0: f32[6000]
+  out   out0: f32[6000]
+  for   x0 < 20
+  for   x1 < 10
+  for   x2 < 30
+    row out0[300*x0 + 30*x1 + x2] = in0[x0 + 20*x1 + 200*x2]
+""",
+    "column_sum": """kernel
+  in    in0: f32[70000]
+  out   out0: f32[70]
+  for   x0 < 70
+  axis  r0 < 1000
+    row out0[x0] = sum[r0](in0[x0 + 70*r0])
+""",
+    "column_stats_dynamic": """kernel
+  size  s0 >= 2
+  size  s1 >= 2
+  in    in0: f32[s0*s1]
+  out   out0: f32[s1]
+  out   out1: f32[s1]
+  for   x0 < s1
+  axis  r0 < s0
+    t0 = in0[s1*r0 + x0]
+    t1 = div(sum[r0](t0), cast.f32(s0))
+    t2 = sub(t0, t1)
+    row out0[x0] = t1
+    row out1[x0] = div(sum[r0](mul(t2, t2)), cast.f32(s0))
+""",
+    "channel_stats": """kernel
+  in    in0: f32[3000]
+  out   out0: f32[6]
+  out   out1: f32[3000]
+  for   x0 < 6
+  axis  r0 < 5
+  axis  r1 < 100
+    t0 = in0[100*x0 + 600*r0 + r1]
+    t1 = div(sum[r0, r1](t0), f32(500.0))
+    row out0[x0] = t1
+    inner out1[100*x0 + 600*r0 + r1] = sub(t0, t1)
+""",
+    "full_sum": """kernel
+  in    in0: f32[100000]
+  out   out0: f32[1]
+  axis  r0 < 100000
+    row out0[0] = sum[r0](in0[r0])
+""",
+    "full_norm_dynamic": """kernel
+  size  s0 >= 2
+  size  s1 >= 2
+  in    in0: f32[s0*s1]
+  out   out0: f32[1]
+  out   out1: f32[s0*s1]
+  axis  r0 < s0*s1
+    t0 = in0[r0]
+    t1 = sqrt(sum[r0](mul(t0, t0)))
+    row out0[0] = t1
+    inner out1[r0] = div(t0, t1)
+""",
+    "matvec": """kernel
+  in    in0: f32[576]
+  in    in1: f32[55296]
+  out   out0: f32[96]
+  for   x0 < 96
+  axis  r0 < 576
+    row out0[x0] = sum[r0](mul(in0[r0], in1[576*x0 + r0]))
+""",
+    "any_all": """kernel
+  in    in0: b1[5000]
+  in    in1: f32[5000]
+  out   out0: b1[50]
+  out   out1: b1[50]
+  out   out2: f32[50]
+  out   out3: f32[50]
+  for   x0 < 50
+  axis  r0 < 100
+    row out0[x0] = any[r0](in0[100*x0 + r0])
+    row out1[x0] = all[r0](or_(in0[100*x0 + r0], lt(in1[100*x0 + r0], f32(1.0))))
+    row out2[x0] = prod[r0](in1[100*x0 + r0])
+    row out3[x0] = min[r0](in1[100*x0 + r0])
+""",
+    "embedding": """kernel
+  in    in0: i64[20]
+  in    in1: f32[500]
+  out   out0: f32[1000]
+  for   x0 < 20
+  for   x1 < 50
+    row out0[50*x0 + x1] = in1[50*check_index(idx(in0[x0]), 10) + x1]
+""",
+    "gather": """kernel
+  in    in0: i64[200]
+  in    in1: f32[500]
+  out   out0: f32[200]
+  for   x0 < 200
+    row out0[x0] = in1[check_index(idx(in0[x0]), 10)]
+""",
+    "inplace": """kernel
+  inout in0: f32[1000]
+  in    in1: f32[1000]
+  for   x0 < 1000
+    row in0[x0] = add(in0[x0], in1[x0])
+""",
+    "repeat": """kernel
+  in    in0: f32[300]
+  out   out0: f32[2100]
+  for   x0 < 2100
+    row out0[x0] = in0[(x0//7)]
+""",
+    "roll": """kernel
+  in    in0: f32[300]
+  out   out0: f32[300]
+  for   x0 < 300
+    row out0[x0] = add(in0[((x0 + 17) % 300)], cast.f32(((x0 - 20)//7)))
+""",
+    "convert": """kernel
+  in    in0: f32[1000]
+  out   out0: f16[1000]
+  out   out1: bf16[1000]
+  out   out2: f64[1000]
+  out   out3: i32[1000]
+  out   out4: b1[1000]
+  out   out5: u8[1000]
+  out   out6: i8[1000]
+  for   x0 < 1000
+    t0 = in0[x0]
+    row out0[x0] = cast.f16(t0)
+    row out1[x0] = cast.bf16(t0)
+    row out2[x0] = cast.f64(t0)
+    row out3[x0] = cast.i32(t0)
+    row out4[x0] = cast.b1(t0)
+    row out5[x0] = cast.u8(abs(t0))
+    row out6[x0] = cast.i8(t0)
+""",
+    "half_in": """kernel
+  in    in0: f16[1000]
+  in    in1: bf16[1000]
+  out   out0: f32[1000]
+  for   x0 < 1000
+    row out0[x0] = add(cast.f32(in0[x0]), cast.f32(in1[x0]))
+""",
+    "integers": """kernel
+  in    in0: i32[1000]
+  in    in1: i32[1000]
+  out   out0: i32[1000]
+  out   out1: i32[1000]
+  out   out2: i32[1000]
+  out   out3: i32[1000]
+  out   out4: i32[1000]
+  for   x0 < 1000
+    t0 = in0[x0]
+    t1 = add(or_(in1[x0], i32(1)), i32(0))
+    row out0[x0] = floordiv(t0, t1)
+    row out1[x0] = mod(t0, t1)
+    row out2[x0] = truncdiv(t0, t1)
+    row out3[x0] = maximum(xor(t0, t1), shl(t0, i32(3)))
+    row out4[x0] = mul(mul(t0, t1), sub(t0, neg(t1)))
+""",
+}
+
+
+def inputs(kernel: Kernel, seed: int = 0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    out = {}
+    for b in kernel.buffers:
+        n = evaluate(b.size, SIZES)
+        dtype = interp.TORCH_DTYPE[b.dtype]
+        if b.dtype == "b1":
+            t = torch.rand(n, generator=g) < 0.02
+        elif dtype.is_floating_point:
+            t = torch.randn(n, generator=g, dtype=torch.float64).to(dtype)
+        else:
+            t = torch.randint(-10, 10, (n,), generator=g).to(dtype)
+        out[b.name] = t
+    return out
+
+
+@lru_cache(maxsize=1)
+def library() -> dict[str, int]:
+    sources = []
+    for name, kernel in kernels().items():
+        plan = default_plan(kernel, SIZES)
+        plans = {"": plan, "_c": replace(plan, columns=not plan.columns, xblock=32), "_s": replace(plan, parallel=False)}
+        for suffix, p in plans.items():
+            sources.append((name + suffix, render(kernel, p, name + suffix)))
+    result = build(sources, open_cache(False), environment_key("cpu"), PRELUDE)
+    assert not result.errors, next(iter(result.errors.items()))
+    return result.addresses
+
+
+@lru_cache(maxsize=1)
+def kernels() -> dict[str, Kernel]:
+    return {name: parse_kernel(text) for name, text in KERNELS.items()}
+
+
+def call(symbol: str, kernel: Kernel, buffers: dict[str, torch.Tensor]) -> int:
+    args = [ctypes.c_void_p(buffers[b.name].data_ptr()) for b in kernel.buffers]
+    args += [ctypes.c_int64(SIZES[s.name]) for s in kernel.sizes]
+    return ctypes.CFUNCTYPE(ctypes.c_int)(library()[symbol])(*args)
+
+
+def run_both(
+    name: str, suffix: str, data: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    kernel = kernels()[name]
+    mine = {n: t.clone() for n, t in data.items()}
+    theirs = {n: t.clone() for n, t in data.items()}
+    interp.run(kernel, theirs, SIZES)
+    assert call(name + suffix, kernel, mine) == 0
+    return mine, theirs
+
+
+@pytest.mark.parametrize("suffix", ["", "_c", "_s"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_same_as_interpreter(name: str, suffix: str) -> None:
+    kernel = kernels()[name]
+    for seed in range(2):
+        mine, theirs = run_both(name, suffix, inputs(kernel, seed))
+        for b in kernel.buffers:
+            a, c = mine[b.name], theirs[b.name]
+            assert a.dtype == c.dtype
+            rtol = {torch.bfloat16: 0.01, torch.float16: 1e-3}.get(a.dtype, 2e-5)
+            torch.testing.assert_close(a, c, rtol=rtol, atol=2e-5, equal_nan=True, msg=lambda m: f"{b.name}: {m}")
+
+
+@pytest.mark.parametrize("name", ["argmax", "argmax_2d", "argmax_columns", "any_all", "softmax", "cummax", "cumsum"])
+@pytest.mark.parametrize("suffix", ["", "_c"])
+def test_nan_and_infinity(name: str, suffix: str) -> None:
+    kernel = kernels()[name]
+    data = inputs(kernel)
+    for t in data.values():
+        if t.is_floating_point():
+            t[::97] = float("nan")
+            t[::31] = float("inf")
+            t[5::41] = -0.0
+            t[7::53] = float("-inf")
+    mine, theirs = run_both(name, suffix, data)
+    for b in kernel.buffers:
+        torch.testing.assert_close(mine[b.name], theirs[b.name], rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+def test_conversion_is_bit_exact() -> None:
+    special = [0.0, -0.0, math.inf, -math.inf, math.nan, 65504.0, 65519.9, 65520.0, 1e-8, 6e-8, 5.9604645e-08, 6.1e-5, 1e-40]
+    for name in ("convert", "half_in"):
+        data = inputs(kernels()[name])
+        for t in data.values():
+            if t.is_floating_point():
+                t[: len(special)] = torch.tensor(special, dtype=torch.float64).to(t.dtype)
+                t[100:110] = (2.0 ** torch.arange(-30, -20, dtype=torch.float64) * 1.3).to(t.dtype)
+        mine, theirs = run_both(name, "", data)
+        for b in kernels()[name].buffers:
+            a, c = mine[b.name], theirs[b.name]
+            if a.dtype in (torch.float16, torch.bfloat16, torch.float32):
+                assert torch.equal(a.isnan(), c.isnan())
+                bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
+                keep = ~c.isnan()
+                assert torch.equal(a[keep].view(bits), c[keep].view(bits)), b.name
+            elif a.dtype == torch.bool:
+                assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("name", ["embedding", "gather", "cross_entropy"])
+@pytest.mark.parametrize("suffix", ["", "_s"])
+def test_an_index_out_of_range_is_reported(name: str, suffix: str) -> None:
+    kernel = kernels()[name]
+    data = inputs(kernel)
+    which = next(b.name for b in kernel.buffers if b.dtype == "i64")
+    data[which][3] = 1 << 40
+    assert call(name + suffix, kernel, data) == 1
+
+
+def test_text_is_stable() -> None:
+    kernel = kernels()["softmax_dynamic"]
+    plan = default_plan(kernel, SIZES)
+    again = parse_kernel(kernel.text)
+    assert render(kernel, plan, "k") == render(again, plan, "k")

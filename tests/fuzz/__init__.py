@@ -1,0 +1,1 @@
+"""Random torch programs compiled by fusionc and compared with eager."""

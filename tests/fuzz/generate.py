@@ -1,0 +1,283 @@
+"""Grow random programs, run them compiled, compare with eager, and make failing ones small.
+
+``python -m tests.fuzz.generate --count 1000 --seed 7 --save`` fuzzes outside of pytest, each block of programs in a
+worker process; a program that fails is reduced and printed, and with ``--save`` kept in ``corpus/`` for ever.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+
+from tests.fuzz.choose import LARGE, Chooser, Value, from_seed
+from tests.fuzz.program import Input, Program, Step, parse
+from tests.fuzz.rules import OPS, RULES
+from tests.sweeps.compare import compare, copy_tree, widen_tree
+from tests.sweeps.pool import first_line, run_tasks
+
+CORPUS = Path(__file__).with_name("corpus")
+SIZES = (0, 1, 2, 3, 7, 16, 17, 33, 64, 128)
+MOST_ELEMENTS = 4096
+# reliability.md asks for 10 times eager's worst error
+FACTOR = 10.0
+_WEIGHTED = [name for name, rule in RULES.items() for _ in range(rule.weight)]
+_WRITES = [name for name, rule in RULES.items() if rule.mutates]
+
+
+def grow(c: Chooser) -> Program:
+    """One random program; every step has run in eager, with results of bounded size and finite up to input NaN, Inf."""
+    c.sizes = [1, *(c.pick(SIZES[1:]) for _ in range(2)), c.pick(SIZES)]
+    special = c.integer(0, 7) == 0
+    grad = not special and c.integer(0, 3) == 0
+    writes = not grad and c.integer(0, 2) > 0
+    dtypes = ["float32"] * 4 + (["float64"] if grad or special else ["float64", "bfloat16", "float16"])
+    others = ["int64", "int64", "int32", "uint8", "bool"]
+    inputs: list[Input] = []
+    for index in range(c.integer(2, 4)):
+        dtype = c.pick(others) if index and c.integer(0, 2) == 0 else c.pick(dtypes)
+        shape = _shape(c)
+        layout = c.pick(("contiguous", "contiguous", "transposed", "sliced", "expanded", "offset"))
+        values = "normal" if not special else "special" if "float" in dtype else "extreme"
+        inputs.append(Input(f"x{index}", dtype, shape, layout, values, c.integer(0, 99)))
+    tensors = [item.make() for item in inputs]
+    # by storage, since a write through one view changes what all others show
+    storage_exact = {t.untyped_storage()._cdata: True for t in tensors}
+    named = dict(zip((item.name for item in inputs), tensors, strict=True))
+    steps: list[Step] = []
+    wanted = c.integer(1, 12)
+    for _ in range(3 * wanted):
+        if len(steps) == wanted:
+            break
+        c.values = [Value(n, t, storage_exact[t.untyped_storage()._cdata]) for n, t in named.items()]
+        rule = RULES[c.pick(_WRITES if writes and c.integer(0, 7) == 0 else _WEIGHTED)]
+        if (rule.mutates and not writes) or (grad and not rule.smooth):
+            continue
+        picked = rule.pick(c)
+        if picked is None:
+            continue
+        step = Step(f"t{len(steps)}", rule.name, *picked)
+        exact = all(storage_exact[named[a].untyped_storage()._cdata] for a in step.args)
+        saved = copy_tree(list(named.values())) if rule.mutates else []
+        result = _try(step, named)
+        if result is None or not _reasonable(result, special):
+            if rule.mutates:  # the write may have happened: start from the values before
+                named = dict(zip(named, saved, strict=True))
+                storage_exact = {
+                    t.untyped_storage()._cdata: storage_exact.get(old.untyped_storage()._cdata, False)
+                    for t, old in zip(saved, [v.tensor for v in c.values], strict=True)
+                }
+            continue
+        key = result.untyped_storage()._cdata
+        keeps = exact and (rule.keeps or not result.is_floating_point())
+        if rule.mutates:
+            written = named[step.args[0]].untyped_storage()._cdata
+            storage_exact[written] = storage_exact[written] and keeps
+        storage_exact.setdefault(key, keeps)  # a view is as exact as what it views
+        named[step.name] = result
+        steps.append(step)
+    made = [step.name for step in steps]
+    outputs = [n for n in made if not any(n in later.args for later in steps)] or [inputs[0].name]
+    if made and c.integer(0, 3) == 0:
+        outputs.append(c.pick(made))  # an intermediate as well, or one result twice
+    if writes and c.integer(0, 3) == 0:
+        outputs.append(inputs[0].name)
+    return Program(tuple(inputs), tuple(steps), tuple(outputs), grad, dynamic=c.integer(0, 5) == 0)
+
+
+def _shape(c: Chooser) -> tuple[int, ...]:
+    shape: list[int] = []
+    for _ in range(c.pick((0, 1, 1, 2, 2, 2, 2, 3, 3))):
+        size, count = c.pick(c.sizes), 1
+        for n in shape:
+            count *= n
+        shape.append(size if count * size <= MOST_ELEMENTS else 1)
+    return tuple(shape)
+
+
+def _try(step: Step, named: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The step's eager result, or None when eager refuses it."""
+    params = dict(step.params)
+    if "dtype" in params:
+        params["dtype"] = getattr(torch, params["dtype"])
+    try:
+        return OPS[step.op](*[named[a] for a in step.args], **params)
+    except (RuntimeError, IndexError, ZeroDivisionError, TypeError, NotImplementedError):
+        return None
+
+
+def _reasonable(result: torch.Tensor, special: bool) -> bool:
+    if result.numel() > MOST_ELEMENTS:
+        return False
+    if result.dtype is torch.bool:
+        return True
+    if special and not result.is_floating_point():
+        return True
+    finite = result[torch.isfinite(result)] if result.is_floating_point() else result
+    if not special and finite.numel() < result.numel():
+        return False
+    return finite.numel() == 0 or bool((finite.double().abs() <= LARGE).all())
+
+
+def run(program: Program, function: Callable[..., Any], tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+    """(results, inputs afterwards, gradients) of one call."""
+    if not program.grad:
+        with torch.no_grad():
+            return function(*tensors), tensors
+    out = function(*tensors)
+    outputs = [t for t in out if t.requires_grad]
+    leaves = [t for t in tensors if t.requires_grad]
+    if not outputs or not leaves:
+        return out, tensors
+    ones = [torch.linspace(0.5, 1.5, t.numel(), dtype=torch.float64).view(t.shape).to(t) for t in outputs]
+    return out, tensors, torch.autograd.grad(outputs, leaves, ones, allow_unused=True)
+
+
+def check(program: Program, backend: Any, device: str = "cpu") -> str | None:
+    """None when the compiled program is as good as eager, else one line that says what is wrong."""
+    torch._dynamo.reset()
+    given = program.make()
+    if device != "cpu":
+        given = [copy_tree(t).to(device).requires_grad_(t.requires_grad) for t in (u.detach() for u in given)]
+    plain = program.function(OPS)
+    want = run(program, plain, copy_tree(given))
+    compiled = torch.compile(program.function(OPS), backend=backend, dynamic=program.dynamic or None)
+    try:
+        got = run(program, compiled, copy_tree(given))
+    except Exception as error:
+        return first_line(error)
+
+    def oracle() -> Any:
+        return run(program, program.function(OPS, wide=True), widen_tree(given))
+
+    return compare(got, want, oracle, factor=FACTOR)
+
+
+def verdict(program: Program, backend: Any, device: str = "cpu") -> str | None:
+    """``check``, but None also when torch's own aot_eager differs from eager: then it is not the backend's error."""
+    problem = check(program, backend, device)
+    if problem is not None and check(program, "aot_eager", device) is not None:
+        return None
+    return problem
+
+
+def reduce(program: Program, fails: Callable[[Program], bool]) -> Program:
+    """A smaller program that still fails: drop flags, outputs, steps and inputs while it does."""
+    changed = True
+    while changed:
+        changed = False
+        for candidate in _smaller(program):
+            try:
+                if fails(candidate):
+                    program, changed = candidate, True
+                    break
+            except Exception:  # dropping a step made the program meaningless
+                continue
+    return program
+
+
+def _smaller(program: Program) -> Any:
+    replace = dataclasses.replace
+    for flag in ("dynamic", "grad"):
+        if getattr(program, flag):
+            yield replace(program, **{flag: False})
+    for index in range(len(program.outputs)):
+        if len(program.outputs) > 1:
+            yield replace(program, outputs=program.outputs[:index] + program.outputs[index + 1 :])
+    for index, step in reversed(list(enumerate(program.steps))):
+        rest = program.steps[:index] + program.steps[index + 1 :]
+        used = {a for other in rest for a in other.args} | set(program.outputs)
+        if step.name not in used:
+            yield replace(program, steps=rest)
+        elif step.args:  # put the step's first argument in its place
+            swap = {step.name: step.args[0]}
+            steps = tuple(replace(s, args=tuple(swap.get(a, a) for a in s.args)) for s in rest)
+            yield replace(program, steps=steps, outputs=tuple(swap.get(n, n) for n in program.outputs))
+    used = {a for step in program.steps for a in step.args} | set(program.outputs)
+    for index, item in enumerate(program.inputs):
+        if item.name not in used:
+            yield replace(program, inputs=program.inputs[:index] + program.inputs[index + 1 :])
+        elif item.layout != "contiguous":
+            plain = replace(item, layout="contiguous")
+            yield replace(program, inputs=(*program.inputs[:index], plain, *program.inputs[index + 1 :]))
+
+
+def save(program: Program, problem: str, folder: Path = CORPUS) -> Path:
+    """Keep a program in the corpus under a name made from its text."""
+    text = program.text()
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.graph"
+    path.write_text(f"# {problem.encode('ascii', 'replace').decode()[:160]}\n{text}")
+    return path
+
+
+def load(path: Path) -> Program:
+    return parse(path.read_text(), OPS)
+
+
+def run_task(task: dict[str, Any]) -> dict[str, Any]:
+    """A block of seeds for the pool; stops at the first failure, which is reduced."""
+    from tests.sweeps.backends import Counting, prepare
+
+    warnings.simplefilter("ignore")
+    prepare(task["backend"])
+    backend = Counting(task["backend"])
+    for seed in range(task["first"], task["first"] + task["many"]):
+        program = grow(from_seed(seed))
+        problem = verdict(program, backend, task["device"])
+        if problem is not None:
+            until = time.monotonic() + 20
+            small = reduce(
+                program,
+                lambda p: time.monotonic() < until and verdict(p, backend, task["device"]) is not None,
+            )
+            message = verdict(small, backend, task["device"]) or problem
+            return {**task, "status": "fail", "message": message, "seed": seed, "program": small.text()}
+    return {**task, "status": "pass", "message": ""}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.generate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backend", default="fusionc")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--stop-after", type=float, default=None, help="start no block after this many seconds")
+    parser.add_argument("--show", action="store_true", help="print the program of --seed and stop")
+    parser.add_argument("--save", action="store_true", help="keep failing programs in tests/fuzz/corpus")
+    args = parser.parse_args(argv)
+    if args.show:
+        print(grow(from_seed(args.seed)).text(), end="")
+        return 0
+    blocks = [
+        {"first": first, "many": min(5, args.seed + args.count - first), "backend": args.backend, "device": args.device}
+        for first in range(args.seed, args.seed + args.count, 5)
+    ]
+    results: list[dict[str, Any]] = []
+    begin = time.monotonic()
+
+    def on_result(result: dict[str, Any]) -> None:
+        results.append(result)
+        if result["status"] != "pass":
+            print(f"--- seeds from {result['first']}: {result['message']}\n{result.get('program', '')}", flush=True)
+            if args.save and "program" in result:
+                print(f"kept as {save(parse(result['program'], OPS), result['message'])}")
+
+    run_tasks("tests.fuzz.generate", blocks, on_result, args.jobs, 120.0, 60, args.stop_after, {"OMP_NUM_THREADS": "1"})
+    failed = sum(r["status"] != "pass" for r in results)
+    programs = sum(r["many"] for r in results)
+    print(f"{args.backend}: {programs} programs, {failed} blocks with a failure, {time.monotonic() - begin:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

