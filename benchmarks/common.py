@@ -249,14 +249,23 @@ def cache_environment(folder: str) -> dict[str, str]:
 
 @dataclass
 class CompilerLog:
-    """Filled by ``watch_compilers``: seconds of each graph compiler call and the callables that they returned."""
+    """Filled by ``watch_compilers``: seconds of each graph compiler call and the callables that they returned.
 
-    seconds: list[tuple[str, float]] = field(default_factory=list)
+    ``seconds`` has (kind, seconds, late); a late call comes after the backend returned (Inductor compiles backward graphs
+    at the first backward).
+    """
+
+    seconds: list[tuple[str, float, bool]] = field(default_factory=list)
     functions: list[Callable[..., Any]] = field(default_factory=list)
+    depth: int = 0
 
     @property
     def total(self) -> float:
-        return sum(s for _, s in self.seconds)
+        return sum(s for _, s, _ in self.seconds)
+
+    @property
+    def late(self) -> float:
+        return sum(s for _, s, late in self.seconds if late)
 
 
 @contextmanager
@@ -277,7 +286,7 @@ def watch_compilers() -> Any:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             result = compiler(*args, **kwargs)
-            log.seconds.append((kind, time.perf_counter() - start))
+            log.seconds.append((kind, time.perf_counter() - start, log.depth == 0))
             log.functions.append(result)
             return result
 
@@ -293,7 +302,11 @@ def watch_compilers() -> Any:
                 compiler.compiler_fn = timed(kind, compiler.compiler_fn)
             else:
                 self.kwargs[key] = timed(kind, compiler)
-        return original(self, *args, **kwargs)
+        log.depth += 1
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            log.depth -= 1
 
     AotAutograd.__call__ = call  # type: ignore[method-assign]
     try:

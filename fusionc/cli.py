@@ -319,8 +319,8 @@ def _diff(args: argparse.Namespace) -> Result:
     for name in sorted(a.keys() & b.keys()):
         old, new = a[name].read_bytes(), b[name].read_bytes()
         if old != new:
-            lines = [t.decode("utf-8", "replace").splitlines() for t in (old, new)]
-            changed[name] = list(difflib.unified_diff(*lines, f"a/{name}", f"b/{name}", n=2, lineterm=""))
+            was, now = (t.decode("utf-8", "replace").splitlines() for t in (old, new))
+            changed[name] = list(difflib.unified_diff(was, now, f"a/{name}", f"b/{name}", n=2, lineterm=""))
     same = not (only_a or only_b or changed)
     text = [f"only in {args.a}: {n}" for n in only_a] + [f"only in {args.b}: {n}" for n in only_b]
     for name, lines in changed.items():

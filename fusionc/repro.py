@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from fusionc import explanation
 from fusionc.codegen.names import comment
 from fusionc.errors import FusioncError
 
@@ -59,22 +60,17 @@ def make_inputs(specs: Sequence[Any], device: str | None = None) -> list[Any]:
             continue
         rng = torch.Generator().manual_seed(1234 + position)
         dtype = getattr(torch, spec.dtype)
+        # strides may overlap (expand) or leave gaps: fill what they span
+        span = 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True)) if all(spec.shape) else 0
         if dtype.is_floating_point or dtype.is_complex:
             wide = torch.complex64 if dtype.is_complex else torch.float32
-            values = torch.randn(spec.shape, generator=rng, dtype=wide).to(dtype)
+            values = torch.randn(span, generator=rng, dtype=wide).to(dtype)
         else:
-            values = torch.randint(0, 2, spec.shape, generator=rng).to(dtype)
+            values = torch.randint(0, 2, (span,), generator=rng).to(dtype)
         where = device or spec.device
         if where == "cuda" and not torch.cuda.is_available():
             where = "cpu"
-        out = torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=where)
-        if any(n > 1 and s == 0 for n, s in zip(spec.shape, spec.stride, strict=True)):
-            # an expanded tensor cannot be written to: expand one that is not
-            small = [slice(0, 1) if s == 0 else slice(None) for s in spec.stride]
-            out = values[tuple(small)].to(where).expand(spec.shape)
-        else:
-            out.copy_(values)
-        made.append(out)
+        made.append(values.to(where).as_strided(spec.shape, spec.stride))
     return made
 
 
@@ -123,7 +119,7 @@ def compare(module: torch.nn.Module, specs: Sequence[Any], options: dict[str, An
     if isinstance(expected, Exception):
         return []  # eager itself fails on these inputs: nothing to compare with
     torch._dynamo.reset()
-    compiled = torch.compile(module, backend="fusionc", options=dict(options or {}) or None)
+    compiled = torch.compile(module, backend=explanation._backend(), options=dict(options or {}) or None)
     found, found_inputs = _outcome(compiled, specs)
     if isinstance(found, Exception):
         return [f"fusionc failed: {type(found).__name__}: {str(found)[:2000]}"]
@@ -170,7 +166,26 @@ def load(path: str | Path) -> tuple[GraphModule, list[Any], dict[str, Any]]:
     spec.loader.exec_module(module)
     if not hasattr(module, "Repro") or not hasattr(module, "INPUTS"):
         raise FusioncError(f"{path} is not a repro of fusionc: it must define Repro and INPUTS.")
-    return torch.fx.symbolic_trace(module.Repro()), list(module.INPUTS), dict(getattr(module, "OPTIONS", {}))
+    return _trace(module.Repro()), list(module.INPUTS), dict(getattr(module, "OPTIONS", {}))
+
+
+def _trace(module: torch.nn.Module) -> GraphModule:
+    """The graph of a repro's module. Plain symbolic tracing would run calls without inputs (full, rand) and keep only
+    their values."""
+    tracer = torch.fx.Tracer()
+
+    class Record(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            is_call = isinstance(func, torch._ops.OpOverload) or getattr(torch, func.__name__, None) is func
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+            if is_call and not any(isinstance(x, torch.fx.Proxy) for x in leaves):
+                return tracer.create_proxy("call_function", func, args, kwargs)
+            return func(*args, **kwargs)
+
+    with Record():
+        graph = tracer.trace(module)
+    return GraphModule(module, graph)
 
 
 def fails(gm: GraphModule, specs: Sequence[Any], options: dict[str, Any] | None = None) -> bool:

@@ -84,9 +84,8 @@ class _Renderer:
         e.line("int err = 0;")
         threads = self.threads()
         e.line("if (units <= 0) return 0;")
-        if threads:
-            e.line(f"#pragma omp parallel{threads} reduction(|:err)")
-            e.open(["{"])
+        if threads is not None:
+            e.open([f"#pragma omp parallel{threads} reduction(|:err)", "{"])
             e.line("int64_t lo, hi;")
             e.line("fc_share(units, &lo, &hi);")
         else:
@@ -95,7 +94,7 @@ class _Renderer:
         mark, pad = len(scope.lines), "  " * scope.indent
         self.loop_over_units(factors)
         scope.lines[mark:mark] = [pad + t for t in self.top]
-        if threads:
+        if threads is not None:
             e.close()
         e.line("return err;")
         out += e.scopes[0].lines

@@ -30,7 +30,7 @@ _MAX_TILE = 1 << 17  # elements of one tile; more cannot be kept in the register
 _LINE = 60  # index texts longer than this get a name
 
 
-class Unrenderable(FusioncError):
+class Unrenderable(FusioncError, NotImplementedError):
     """This kernel cannot be expressed in Triton with this plan; the text says why."""
 
 

@@ -242,8 +242,8 @@ def is_view(node: Node) -> bool:
 
 
 def placeholders(gm: GraphModule) -> list[Node]:
-    """Placeholders in order (they stand first in any graph we see, but this does not rely on it)."""
-    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+    """Placeholders in order."""
+    return list(gm.graph.find_nodes(op="placeholder"))
 
 
 def output_nodes(gm: GraphModule) -> list[Node]:

@@ -159,8 +159,8 @@ class HorizontalMatmul(Pass):
                 gm, [facts.position(each.source) for each in biases], _joined(biases, 0, False),
                 edit.fake_empty(like, [total]), _share(biases, 0, False), origin)
         with graph.inserting_before(first):
-            if transposed:
-                operand = edit.insert(graph, aten.t.default, (operand,), origin=origin)
+            if transposed is not None:
+                operand = edit.insert(graph, aten.t.default, (operand,), origin=origin, val=transposed)
             args = (match.x, operand) if bias is None else (bias, match.x, operand)
             wide = edit.insert(graph, first.target, args, origin=origin, val=values.whole)
             start = 0
@@ -229,19 +229,18 @@ def _fits(first: Sibling, other: Sibling) -> Refuse | None:
     return None
 
 
-def _operand(group: Sequence[Sibling], facts: Facts, total: int, origin: list[Node]) -> tuple[Node, bool]:
-    """The derived weight: [N, K] with a transpose to follow if the first weight is stored so, else [K, N]."""
+def _operand(group: Sequence[Sibling], facts: Facts, total: int, origin: list[Node]) -> tuple[Node, torch.Tensor | None]:
+    """The derived weight: [N, K], and the value of its transpose, if the first weight is stored so, else [K, N]."""
     first = group[0].node.args[-1]
     assert isinstance(first, Node)
     inner, strides, like = shape(first)[0], stride(first), tensor(first)  # type: ignore[index]
     assert like is not None and strides is not None
     transposed = same(strides[0], 1) and not same(strides[1], 1)
     weights = [sibling.weight for sibling in group]
-    sizes = (total, inner) if transposed else (inner, total)
+    values = edit.FakeViews(like, (total, inner) if transposed else (inner, total))
     node = edit.add_derived(facts.gm, [facts.position(weight.source) for weight in weights],
-                            _joined(weights, 1, transposed), edit.fake_empty(like, sizes),
-                            _share(weights, 1, transposed), origin)
-    return node, transposed
+                            _joined(weights, 1, transposed), values.whole, _share(weights, 1, transposed), origin)
+    return node, values.view((inner, total), (1, inner)) if transposed else None
 
 
 def _joined(weights: Sequence[Weight], dim: int, transposed: bool) -> Callable[[list[torch.Tensor]], torch.Tensor]:

@@ -23,7 +23,7 @@ from ..ir.expr import ONE, ZERO, Index, Var, index, substitute
 from ..ir.lowering.registry import DTYPE_NAME, LOWERINGS, Lowering, shape_of
 from ..ir.ops import FLOAT_ONLY
 from ..ir.sizes import Unsupported
-from ..ir.value import normalize_dim
+from ..ir.value import normalize_dim, numel
 
 Idx = tuple[Index, ...]
 MAX_MEMBERS = 96
@@ -492,6 +492,9 @@ class Grouper:
                 return None
             known[d] = index(missing.pop(0))
         if missing and (set(missing) != set(g.axis) or used & set(g.axis)):
+            return None
+        points = numel([v.extent for v in (*g.loops, *g.axis) if v not in missing])
+        if points is not numel(shape):  # x[:, None] - x[None, :] reads one loop twice
             return None
         return tuple(known)  # type: ignore[arg-type]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,69 +18,57 @@ from tests.sweeps import opinfo
 from tests.sweeps.compare import compare, copy_tree
 
 HERE = "tests.end_to_end.test_opinfo_sample"
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def adds_one(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """A backend whose first result is off by one in its first element."""
+def sweep(table: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own: torch's operator database changes global settings when imported."""
+    command = [sys.executable, "-m", "tests.sweeps.opinfo", "--out", str(table), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def mischief(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """A backend that adds one to the first element of ``exp``, kills its process on ``atan`` and is right otherwise."""
+    names = " ".join(str(node.target) for node in gm.graph.nodes)
+    if "atan" in names:
+        os.kill(os.getpid(), signal.SIGSEGV)
 
     def run(*args: Any) -> Any:
         out = gm(*args)
-        if out[0].numel():
+        if "exp" in names:
             out[0].view(-1)[0].add_(1)
         return out
 
     return run
 
 
-def dies(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """A backend that kills its process on one operator."""
-    if any("atan" in str(node.target) for node in gm.graph.nodes):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return gm.forward
-
-
 @pytest.mark.skipif(importlib.util.find_spec("fusionc.backend") is None, reason="the backend does not exist yet")
 def test_sample_of_operators(tmp_path: Path) -> None:
     table = tmp_path / "table.tsv"
     arguments = "--every 25 --offset 7 --samples 1 --dtypes float32,bfloat16,int64 --check-baseline --timeout 60"
-    status = opinfo.main([*arguments.split(), "--out", str(table)])
+    done = sweep(table, *arguments.split())
+    assert done.returncode == 0, done.stdout + done.stderr
     rows = opinfo.read_table(table).values()
-    assert status == 0, "\n".join(f"{row['op']} {row['dtype']}: {row['message']}" for row in rows if row["status"] != "pass")
     assert sum(row["status"] == "pass" for row in rows) >= 50
 
 
-def test_sweep_notices_wrong_results_and_crashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_notices_wrong_results_and_crashes(tmp_path: Path) -> None:
     table = tmp_path / "table.tsv"
-    common = ["--samples", "1", "--jobs", "1", "--out", str(table), "--resume"]
-    assert opinfo.main(["--backend", f"{HERE}:adds_one", "--ops", "exp,neg", *common]) == 1
-    assert opinfo.main(["--backend", f"{HERE}:dies", "--ops", "atan,sin", *common]) == 1
+    done = sweep(
+        table, "--backend", f"{HERE}:mischief", "--ops", "exp,neg,atan,nn.functional.dropout", "--samples", "1"
+    )
     rows = {row["op"]: row for row in opinfo.read_table(table).values()}
     assert {op: row["status"] for op, row in rows.items()} == {
         "exp": "fail",
-        "neg": "fail",
+        "neg": "pass",
         "atan": "crash",
-        "sin": "pass",
-    }
+        "nn.functional.dropout": "pass",
+    }, done.stdout + done.stderr
+    assert done.returncode == 1
     assert "SIGSEGV" in rows["atan"]["message"]
     assert "eager's" in rows["exp"]["message"]
-    assert "SIGSEGV" in capsys.readouterr().out
-
-
-def test_random_operators_reach_the_backend() -> None:
-    row = opinfo.run_task(
-        {
-            "op": "nn.functional.dropout",
-            "dtype": "float32",
-            "direction": "forward",
-            "backend": "eager",
-            "options": None,
-            "device": "cpu",
-            "samples": 2,
-            "noncontiguous": False,
-            "dynamic": False,
-        }
-    )
-    assert (row["status"], row["vacuous"]) == ("pass", 0), row
+    # random operators reach the backend although OpInfo wraps them in something that Dynamo refuses
+    assert (rows["nn.functional.dropout"]["vacuous"], rows["nn.functional.dropout"]["graphs"]) == ("0", "1")
 
 
 def test_baseline_may_only_shrink() -> None:

@@ -257,7 +257,12 @@ def _slice(c: Chooser) -> Arguments:
         return None
     size = found[0].tensor.shape[found[1]]
     start = c.integer(0, size)
-    return (found[0].name,), {"dim": found[1], "start": start, "stop": c.integer(start, size), "step": c.pick([1, 1, 2, 3])}
+    return (found[0].name,), {
+        "dim": found[1],
+        "start": start,
+        "stop": c.integer(start, size),
+        "step": c.pick([1, 1, 2, 3]),
+    }
 
 
 def _select(c: Chooser) -> Arguments:
@@ -355,10 +360,12 @@ def _matrix(c: Chooser) -> Arguments:
 def _mm(c: Chooser) -> Arguments:
     x = c.value(lambda v: is_float(v) and v.tensor.ndim == 2)
     y = c.value(
-        lambda v: x is not None
-        and v.tensor.ndim == 2
-        and v.tensor.dtype == x.tensor.dtype
-        and x.tensor.shape[1] == v.tensor.shape[0]
+        lambda v: (
+            x is not None
+            and v.tensor.ndim == 2
+            and v.tensor.dtype == x.tensor.dtype
+            and x.tensor.shape[1] == v.tensor.shape[0]
+        )
     )
     return None if x is None or y is None else ((x.name, y.name), {})
 
@@ -366,10 +373,12 @@ def _mm(c: Chooser) -> Arguments:
 def _linear(c: Chooser) -> Arguments:
     x = c.value(lambda v: is_float(v) and v.tensor.ndim >= 1)
     w = c.value(
-        lambda v: x is not None
-        and v.tensor.ndim == 2
-        and v.tensor.dtype == x.tensor.dtype
-        and x.tensor.shape[-1] == v.tensor.shape[1]
+        lambda v: (
+            x is not None
+            and v.tensor.ndim == 2
+            and v.tensor.dtype == x.tensor.dtype
+            and x.tensor.shape[-1] == v.tensor.shape[1]
+        )
     )
     return None if x is None or w is None else ((x.name, w.name), {})
 
@@ -446,7 +455,9 @@ def _into(c: Chooser) -> Arguments:
 rule("addinto", lambda x, y: x.add_(y), _into, mutates=True, smooth=False, weight=2)
 rule("mulinto", lambda x, y: x.mul_(y), _into, mutates=True, smooth=False)
 rule("copyinto", lambda x, y: x.copy_(y), _into, keeps=True, mutates=True, smooth=False)
-rule("flipinto", lambda x: x.copy_(x.flip(0)) if x.ndim else x.copy_(x), _numbers, keeps=True, mutates=True, smooth=False)
+rule(
+    "flipinto", lambda x: x.copy_(x.flip(0)) if x.ndim else x.copy_(x), _numbers, keeps=True, mutates=True, smooth=False
+)
 rule("addflip", lambda x: x.add_(x.flip(0)) if x.ndim else x.add_(x), _numbers, mutates=True, smooth=False)
 rule("clampinto", lambda x: x.clamp_(-1, 1), _numbers, keeps=True, mutates=True, smooth=False)
 rule("zerorow", lambda x: x[:1].zero_() if x.ndim else x.zero_(), _numbers, keeps=True, mutates=True, smooth=False)

@@ -319,7 +319,13 @@ def main(argv: list[str] | None = None) -> int:
 
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if args.device == "cpu" else {}
     complete = run_tasks(
-        "tests.sweeps.opinfo", tasks, on_result, args.jobs, args.timeout, stop_after=args.stop_after, environment=threads
+        "tests.sweeps.opinfo",
+        tasks,
+        on_result,
+        args.jobs,
+        args.timeout,
+        stop_after=args.stop_after,
+        environment=threads,
     )
     if args.out is not None:
         write_table(args.out, rows)
@@ -334,7 +340,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     if args.compare_with is not None:
         other = read_table(args.compare_with)
-        worse = [r for r in rows if r["status"] in BAD and other.get(tuple(str(r[c]) for c in KEY), {}).get("status") == "pass"]
+        worse = [
+            r
+            for r in rows
+            if r["status"] in BAD and other.get(tuple(str(r[c]) for c in KEY), {}).get("status") == "pass"
+        ]
         print(f"{len(worse)} tasks fail here and pass in {args.compare_with}:")
         for row in worse:
             print(f"  {row['op']} {row['dtype']} {row['direction']}: {row['message']}")

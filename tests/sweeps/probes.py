@@ -270,7 +270,12 @@ def sizes_of_one(a: Any, b: Any, c: Any) -> Any:
 def views_of_views(a: Any, b: Any, c: Any) -> Any:
     joined = torch.cat([a, b], 0)[1:].t()
     padded = F.pad(c, (1, 2, 0, 1), value=2.0)
-    return joined.reshape(2, 8).unsqueeze(1) + 1, padded[:, ::2].flip(0), torch.stack([a[0], b[1]]).sum(0), c.t().roll(2, 1)
+    return (
+        joined.reshape(2, 8).unsqueeze(1) + 1,
+        padded[:, ::2].flip(0),
+        torch.stack([a[0], b[1]]).sum(0),
+        c.t().roll(2, 1),
+    )
 
 
 # --- dtypes ---
@@ -296,7 +301,9 @@ def promotion_of_every_pair(*tensors: Any) -> Any:
 
 @probe(_all_kinds, exact=True)
 def casts_of_every_pair(*tensors: Any) -> Any:
-    return [a.to(b.dtype) for a in tensors[:6] for b in tensors if not (a.is_floating_point() and b.dtype is torch.uint8)]
+    return [
+        a.to(b.dtype) for a in tensors[:6] for b in tensors if not (a.is_floating_point() and b.dtype is torch.uint8)
+    ]
 
 
 @probe(
@@ -315,7 +322,10 @@ def integer_extremes_and_shifts(a: Any, s: Any) -> Any:
     return results, a.to(torch.int32), a.to(torch.float32), a.clamp(-10, 10), torch.sign(a), a.max(), (a > s).sum()
 
 
-@probe(lambda: (torch.tensor([200, 100, 255], dtype=torch.uint8), torch.tensor([100, -100, 127], dtype=torch.int8)), exact=True)
+@probe(
+    lambda: (torch.tensor([200, 100, 255], dtype=torch.uint8), torch.tensor([100, -100, 127], dtype=torch.int8)),
+    exact=True,
+)
 def small_integers_wrap(u: Any, i: Any) -> Any:
     return u + u, i + i, u * 2, -u, i - 100, u.sum(), u.prod(), u + i, u // 3, i >> 1, u << 1, i.to(torch.uint8), ~u
 
@@ -329,7 +339,17 @@ def booleans(a: Any, b: Any) -> Any:
 @probe(lambda: (torch.randn(4, 3, dtype=torch.complex64), torch.randn(4, 3)))
 def complex_numbers(z: Any, x: Any) -> Any:
     w = z * torch.exp(1j * x)
-    return w, w.abs(), w.real + 1, w.imag, w.conj() * 2, torch.view_as_real(w).sum(-1), z.mT @ z, torch.complex(x, x), z.angle()
+    return (
+        w,
+        w.abs(),
+        w.real + 1,
+        w.imag,
+        w.conj() * 2,
+        torch.view_as_real(w).sum(-1),
+        z.mT @ z,
+        torch.complex(x, x),
+        z.angle(),
+    )
 
 
 @probe(lambda: (torch.randn(64, 33).to(torch.bfloat16), torch.randn(33).to(torch.bfloat16)))
@@ -347,10 +367,21 @@ def autocast(x: Any, w: Any) -> Any:
 
 @probe(lambda: (torch.randn(16), torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 1e10, -1e-8, 88.8, -104.0])))
 def elementary_functions(x: Any, y: Any) -> Any:
-    results = [f(x) for f in (torch.exp, torch.tanh, torch.sigmoid, torch.erf, torch.sin, torch.cos, F.gelu, F.softplus)]
+    results = [
+        f(x) for f in (torch.exp, torch.tanh, torch.sigmoid, torch.erf, torch.sin, torch.cos, F.gelu, F.softplus)
+    ]
     results += [f(y) for f in (torch.exp, torch.expm1, torch.tanh, torch.sigmoid, torch.round, F.mish, F.elu, F.silu)]
     positive = x.abs() + 1e-3
-    return results, positive.log(), positive.log1p(), positive.rsqrt(), positive.pow(x), positive.pow(0.5), x.pow(3), x.atan2(x.flip(0))
+    return (
+        results,
+        positive.log(),
+        positive.log1p(),
+        positive.rsqrt(),
+        positive.pow(x),
+        positive.pow(0.5),
+        x.pow(3),
+        x.atan2(x.flip(0)),
+    )
 
 
 # --- state: random numbers, gradients, dynamic shapes ---
@@ -367,7 +398,9 @@ def dropout_gradient_uses_the_same_mask(x: Any) -> Any:
     return F.dropout(x * 2, 0.3, True)
 
 
-@probe(lambda: (torch.randn(6, 8, requires_grad=True), torch.randn(8, requires_grad=True), torch.randn(8)), backward=True)
+@probe(
+    lambda: (torch.randn(6, 8, requires_grad=True), torch.randn(8, requires_grad=True), torch.randn(8)), backward=True
+)
 def gradients_of_a_norm(x: Any, w: Any, b: Any) -> Any:
     y = F.layer_norm(x, (8,), w, b)
     return F.gelu(y), y.detach() + 1
@@ -402,7 +435,9 @@ def symbolic_length_compiles_once(x: Any, w: Any) -> Any:
     return scores.masked_fill(~mask, -INF).softmax(-1) @ x, x.size(1) * 2, torch.arange(x.size(1)) + 1
 
 
-@probe(*[lambda n=n: (torch.randn(n, 4, requires_grad=True),) for n in (3, 5, 8)], dynamic=True, graphs=1, backward=True)
+@probe(
+    *[lambda n=n: (torch.randn(n, 4, requires_grad=True),) for n in (3, 5, 8)], dynamic=True, graphs=1, backward=True
+)
 def symbolic_batch_training_compiles_once(x: Any) -> Any:
     return F.layer_norm(x, (4,)).tanh().sum(0), x.logsumexp(0)
 
@@ -514,9 +549,11 @@ def main(argv: list[str] | None = None) -> int:
             problem = run_probe(item, Counting(args.backend), args.device)
         except Exception as error:
             problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-        expected = f" (Dynamo's bug {item.dynamo_bug}; no backend can repair it)" if problem and item.dynamo_bug else ""
+        word, text = ("wrong", f": {problem}") if problem else ("right", "")
+        if problem and item.dynamo_bug:
+            text += f" (Dynamo's bug {item.dynamo_bug}; no backend can repair it)"
         wrong += bool(problem) and not item.dynamo_bug
-        print(f"{'wrong' if problem else 'right':6s} {item.name}{': ' + problem if problem else ''}{expected}", flush=True)
+        print(f"{word:6s} {item.name}{text}", flush=True)
     print(f"{args.backend} on {args.device}: {len(chosen)} probes, {wrong} wrong")
     return 1 if wrong else 0
 

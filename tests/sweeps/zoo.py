@@ -232,7 +232,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for row in ROWS if not args.names or row.name in args.names.split(",")]
     tasks: list[dict[str, Any]] = []
     for row in rows:
-        directions = ([] if args.train_only else ["infer"]) + (["train"] if row.train and (args.train or args.train_only) else [])
+        directions = [] if args.train_only else ["infer"]
+        if row.train and (args.train or args.train_only):
+            directions.append("train")
         for direction in directions:
             tasks.append(
                 {

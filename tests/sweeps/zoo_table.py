@@ -75,7 +75,7 @@ _SPEECH: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture: ``config`` and ``model`` are class names in transformers, ``inputs`` a kind of ``zoo.inputs``."""
+    """One architecture: ``config`` and ``model`` are classes of transformers, ``inputs`` a kind of ``zoo.inputs``."""
 
     name: str
     family: str
@@ -92,7 +92,9 @@ ROWS: tuple[Row, ...] = (
     Row("mistral", "decoder", "MistralConfig", "MistralForCausalLM", "tokens", {**_GQA, "sliding_window": 8}, True),
     Row("qwen2", "decoder", "Qwen2Config", "Qwen2ForCausalLM", "tokens", _GQA, True),
     Row("qwen3", "decoder", "Qwen3Config", "Qwen3ForCausalLM", "tokens", {**_GQA, "head_dim": 8}, True),
-    Row("gemma2", "decoder", "Gemma2Config", "Gemma2ForCausalLM", "tokens", {**_GQA, "head_dim": 8, "sliding_window": 8}),
+    Row(
+        "gemma2", "decoder", "Gemma2Config", "Gemma2ForCausalLM", "tokens", {**_GQA, "head_dim": 8, "sliding_window": 8}
+    ),
     Row("phi", "decoder", "PhiConfig", "PhiForCausalLM", "tokens", {**_GQA, "num_key_value_heads": 4}, True),
     Row(
         "gpt2",
@@ -281,7 +283,9 @@ ROWS: tuple[Row, ...] = (
         },
     ),
     # audio
-    Row("wav2vec2", "audio", "Wav2Vec2Config", "Wav2Vec2ForCTC", "wave", {**_SPEECH, "num_feat_extract_layers": 3}, True),
+    Row(
+        "wav2vec2", "audio", "Wav2Vec2Config", "Wav2Vec2ForCTC", "wave", {**_SPEECH, "num_feat_extract_layers": 3}, True
+    ),
     Row("hubert", "audio", "HubertConfig", "HubertForCTC", "wave", {**_SPEECH, "num_feat_extract_layers": 3}),
     Row(
         "whisper",

@@ -1,0 +1,384 @@
+"""From the text of a Triton module to something that runs: on a GPU, in Triton's interpreter, or compiled for a GPU that
+is not there.
+
+A `TritonKernel` is compiled once per variant (index width) and then launched with raw pointers: no specialisation on
+arguments at run time, because the text has static sizes as literals and the caller promises alignment.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..codegen.triton import index_width, parameters
+from ..errors import CompileError
+from ..ir.loop import Kernel, evaluate
+from ..schedule.plan import Plan
+from . import interpreter
+from .device import TARGETS
+
+_ARCH = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+_INT32 = (1 << 31) - 1
+_folder: tuple[int, str] | None = None
+_modules: dict[tuple[str, bool], ModuleType] = {}
+_loading = threading.RLock()
+
+
+# -- loading ------------------------------------------------------------------------------------------------------
+
+
+def load_module(source: str, *, interpret: bool = False) -> ModuleType:
+    """The Python module of a generated text; the same text gives the same module.
+
+    The text is written to a new file in a 0700 folder of this process (Triton reads a function's source from its file)
+    and imported from there.  With `interpret` its functions are for Triton's interpreter.
+    """
+    global _folder
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    with _loading:
+        module = _modules.get((digest, interpret))
+        if module is not None:
+            return module
+        if _folder is None or _folder[0] != os.getpid():
+            _folder = (os.getpid(), tempfile.mkdtemp(prefix="fusionc-"))
+            atexit.register(_remove, *_folder)
+        path = os.path.join(_folder[1], f"k{digest[:24]}{'_interpreted' if interpret else ''}.py")
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as f:
+            f.write(source)
+        spec = importlib.util.spec_from_file_location(f"fusionc_generated_{digest[:24]}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+        try:
+            with _interpreting(interpret):
+                spec.loader.exec_module(module)
+        finally:
+            sys.dont_write_bytecode = writes
+        if interpret and hasattr(module, "libdevice"):
+            module.libdevice = interpreter.DeviceLibrary()  # type: ignore[attr-defined]
+        _modules[digest, interpret] = module
+        return module
+
+
+def _remove(pid: int, folder: str) -> None:
+    if pid == os.getpid():  # not in a forked child
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _interpreting:
+    """`triton.jit` makes interpreted functions (or not, whatever the environment says) inside this block."""
+
+    def __init__(self, on: bool):
+        self.on = on
+
+    def __enter__(self) -> None:
+        from triton import knobs
+
+        self.scope = knobs.runtime.scope()
+        self.scope.__enter__()
+        knobs.runtime.interpret = self.on
+
+    def __exit__(self, *exc: object) -> None:
+        self.scope.__exit__(*exc)
+
+
+# -- interpreter --------------------------------------------------------------------------------------------------
+
+
+def interpret(
+    source: str,
+    name: str,
+    kernel: Kernel,
+    plan: Plan,
+    tensors: Sequence[Any],
+    sizes: dict[str, int] | None = None,
+) -> None:
+    """Run the rendered text on CPU tensors in Triton's interpreter; outputs are written in place.
+
+    `tensors` are in the order of `kernel.buffers`: tensors whose data starts at their first element, or numbers for
+    scalar buffers.
+    """
+    sizes = sizes or {}
+    grid = grid_of(kernel, plan, sizes)
+    if grid == 0:
+        return
+    args = [t.item() if b.scalar and isinstance(t, torch.Tensor) else t for t, b in zip(tensors, kernel.buffers)]
+    extra = {"WIDE": needs_wide(kernel, sizes)} if index_width(kernel) is None else {}
+    with interpreter.lock, _loading:
+        fn = getattr(load_module(source, interpret=True), name)
+        with interpreter.repaired(), _interpreting(True):
+            fn[(grid, 1, 1)](*args, *[sizes[s.name] for s in kernel.sizes], **extra)
+
+
+def grid_of(kernel: Kernel, plan: Plan, sizes: dict[str, int]) -> int:
+    """Number of programs to launch; 0 when there is nothing to do."""
+    return -(-evaluate(kernel.outer, sizes) // plan.xblock)
+
+
+def needs_wide(kernel: Kernel, sizes: dict[str, int]) -> bool:
+    """Must index arithmetic be int64 for these sizes?  (For kernels whose `index_width` is None.)"""
+    top = max([evaluate(b.size, sizes) for b in kernel.buffers] + [evaluate(s, sizes) for s in _spans(kernel)])
+    return top > _INT32 or any(n > _INT32 for n in sizes.values())
+
+
+@functools.lru_cache(maxsize=4096)
+def _spans(kernel: Kernel) -> tuple:
+    """Polynomials in sizes that bound every intermediate of the kernel's index arithmetic."""
+    from ..ir.expr import Index, Size, Var, index
+
+    def of(e: Any) -> Any:
+        if isinstance(e, Var):
+            return e.extent
+        if isinstance(e, Size):
+            return index(e)
+        if isinstance(e, Index):
+            total = index(0)
+            for m, c in e.terms:
+                part = index(abs(c))
+                for a in m:
+                    part = part * of(a)
+                total = total + part
+            return total
+        dividend = getattr(e, "dividend", None)
+        if dividend is not None:
+            return of(dividend)
+        return index(1)  # loaded: an int64 anyway
+
+    return (kernel.outer * 2, kernel.inner * 2, *{of(n) for n in kernel.nodes if isinstance(n, Index)})
+
+
+# -- compiling ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Compiled:
+    """One kernel built for one target.
+
+    `asm` maps "ttir", "ttgir", "llir", "ptx"/"amdgcn" to text and "cubin"/"hsaco" to bytes.
+    """
+
+    name: str
+    target: str
+    asm: dict[str, Any]
+    registers: int
+    spills: int  # bytes of local memory a thread uses because registers ran out
+    shared: int
+    seconds: float
+    metadata: dict[str, Any] = field(default_factory=dict)
+    handle: Any = None  # triton's CompiledKernel
+
+
+def _ast_source(source: str, name: str, kernel: Kernel, aligned: Sequence[bool] | None, wide: bool) -> Any:
+    from triton.compiler import ASTSource
+
+    fn = getattr(load_module(source), name)
+    params = parameters(kernel)
+    signature = {n: (("i64" if wide else "i32") if t == "size" else t) for n, t in params}
+    constexprs: dict[str, Any] = {}
+    if index_width(kernel) is None:
+        signature["WIDE"] = "constexpr"
+        constexprs["WIDE"] = wide
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (_, t) in enumerate(params)
+        if t.startswith("*") and (aligned is None or aligned[i])
+    }
+    return ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
+
+
+def cross_compile(
+    source: str,
+    name: str,
+    kernel: Kernel,
+    plan: Plan,
+    target: str,
+    *,
+    aligned: Sequence[bool] | None = None,
+    wide: bool = False,
+    usage: bool = True,
+) -> Compiled:
+    """Build the rendered text for `target` (one of device.TARGETS), which need not be there.
+
+    `aligned` says for each buffer whether its pointer will be a multiple of 16 bytes (default: all are).  With `usage`
+    the numbers of registers and spilled bytes are read from the binary.  Raises CompileError.
+    """
+    from triton.backends.compiler import GPUTarget
+
+    if target not in _ARCH:
+        raise CompileError(name, None, f"unknown target {target}; known are {', '.join(TARGETS)}")
+    return _compile(source, name, kernel, plan, GPUTarget(*_ARCH[target]), target, aligned, wide, usage)
+
+
+def _compile(
+    source: str,
+    name: str,
+    kernel: Kernel,
+    plan: Plan,
+    gpu: Any,
+    target: str,
+    aligned: Sequence[bool] | None,
+    wide: bool,
+    usage: bool,
+) -> Compiled:
+    import triton
+
+    start = time.perf_counter()
+    try:
+        built = triton.compile(
+            _ast_source(source, name, kernel, aligned, wide),
+            target=gpu,
+            options={"num_warps": plan.warps, "num_stages": plan.stages},
+        )
+    except Exception as e:  # whatever the tool says: the caller falls back
+        raise CompileError(name, None, f"{type(e).__name__}: {e}") from e
+    seconds = time.perf_counter() - start
+    registers, spills = _usage(built) if usage else (-1, -1)
+    shared = int(built.metadata.shared)
+    return Compiled(name, target, dict(built.asm), registers, spills, shared, seconds, {}, built)
+
+
+def _usage(built: Any) -> tuple[int, int]:
+    """(registers a thread, bytes spilled) of a binary; -1 where the tools do not tell."""
+    text = built.asm.get("amdgcn")
+    if text is not None:
+        found = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s*(\d+)", text)}
+        return found.get("vgpr_count", -1), 4 * (found.get("vgpr_spill_count", 0) + found.get("sgpr_spill_count", 0))
+    import triton
+
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    if not os.path.exists(tool):
+        return -1, -1
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(built.asm["cubin"])
+        f.flush()
+        out = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True, timeout=60).stdout
+    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", out)}
+    return found.get("REG", -1), found.get("STACK", 0) + found.get("LOCAL", 0)
+
+
+def compile_many(jobs: Sequence[Callable[[], Any]], workers: int | None = None) -> list[Any]:
+    """Run compile jobs side by side and return their results, or the exception of each that failed, in order.
+
+    Threads: MLIR's passes and the assembler run outside of Python's lock.
+    """
+    workers = min(workers or os.cpu_count() or 1, len(jobs) or 1)
+
+    def one(job: Callable[[], Any]) -> Any:
+        try:
+            return job()
+        except Exception as e:
+            return e
+
+    if workers <= 1:
+        return [one(j) for j in jobs]
+    with ThreadPoolExecutor(workers, thread_name_prefix="fusionc-compile") as pool:
+        return list(pool.map(one, jobs))
+
+
+# -- launching ----------------------------------------------------------------------------------------------------
+
+
+class TritonKernel:
+    """A rendered kernel for a device of this machine.
+
+    `aligned[i]` promises that the pointer of buffer i is a multiple of 16 bytes at every launch.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        kernel: Kernel,
+        plan: Plan,
+        device: torch.device | str | int | None = None,
+        aligned: Sequence[bool] | None = None,
+    ):
+        self.source, self.name, self.kernel, self.plan = source, name, kernel, plan
+        self.device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
+        self.aligned = tuple(aligned) if aligned is not None else None
+        self.dynamic = index_width(kernel) is None
+        self.names = [s.name for s in kernel.sizes]
+        self._variants: dict[bool, Compiled] = {}
+        self._direct: Callable[..., None] | None = None
+        self._lock = threading.Lock()
+
+    def compile(self, wide: bool = False) -> Compiled:
+        """Build for the device (once); raises CompileError."""
+        with self._lock:
+            built = self._variants.get(wide)
+            if built is None:
+                from triton.runtime import driver
+
+                index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+                with torch.cuda.device(index):
+                    gpu = driver.active.get_current_target()
+                    args = (self.source, self.name, self.kernel, self.plan, gpu, str(gpu.arch))
+                    built = _compile(*args, self.aligned, wide, False)
+                    try:
+                        built.handle._init_handles()
+                    except Exception as e:
+                        raise CompileError(self.name, None, f"the binary cannot be loaded: {e}") from e
+                built.registers, built.spills = int(built.handle.n_regs), int(built.handle.n_spills)
+                self._variants[wide] = built
+        return built
+
+    def bind(self, grid: int, wide: bool = False) -> Callable[..., None]:
+        """`f(stream, *pointers, *sizes)` that launches `grid` programs: the fastest way, for static sizes.
+
+        Pointers are integers, or numbers for scalar buffers.
+        """
+        handle = self.compile(wide).handle
+        run, function, packed = handle.run, handle.function, handle.packed_metadata
+        tail = (wide,) if self.dynamic else ()
+        if grid <= 0:
+            return lambda stream, *args: None
+
+        def launch(stream: int, *args: Any) -> None:
+            run(grid, 1, 1, stream, function, packed, None, None, None, *args, *tail)
+
+        return launch
+
+    def launch(self, tensors: Sequence[Any], sizes: dict[str, int] | None = None, stream: int | None = None) -> None:
+        """Launch on `stream` (default: torch's current one) with tensors, raw pointers or numbers for scalar buffers.
+
+        A tensor is addressed from its first element.  Raises CompileError on first use if the kernel does not build.
+        """
+        if stream is None:
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+        args = [
+            (t.item() if b.scalar else t.data_ptr()) if isinstance(t, torch.Tensor) else t
+            for t, b in zip(tensors, self.kernel.buffers)
+        ]
+        if not self.names:
+            direct = self._direct
+            if direct is None:
+                direct = self._direct = self.bind(grid_of(self.kernel, self.plan, {}))
+            direct(stream, *args)
+            return
+        sizes = sizes or {}
+        wide = self.dynamic and needs_wide(self.kernel, sizes)
+        grid = grid_of(self.kernel, self.plan, sizes)
+        if grid > 0:
+            handle = self.compile(wide).handle
+            args += [sizes[n] for n in self.names]
+            if self.dynamic:
+                args.append(wide)
+            handle.run(grid, 1, 1, stream, handle.function, handle.packed_metadata, None, None, None, *args)
