@@ -56,7 +56,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,6 +226,15 @@ class SmallImages(nn.Module):
 # --------------------------------------------------------------------------------------------------------- Hugging Face
 
 
+def lively(model: nn.Module) -> nn.Module:
+    """Random biases and norm weights instead of the initial zeros and ones, which would hide a wrong bias or scale."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p += 0.05 * torch.randn_like(p)
+    return model.eval()
+
+
 class Logits(nn.Module):
     """A causal model's logits; ``last`` keeps only the last position's, as generation does."""
 
@@ -295,7 +304,7 @@ def llama(shape: dict[str, Any], **changes: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**shape, **changes}, attn_implementation="sdpa")).eval()
+    return lively(LlamaForCausalLM(LlamaConfig(**{**shape, **changes}, attn_implementation="sdpa")))
 
 
 def smollm2(layers: int | None = None) -> tuple[nn.Module, str]:
@@ -319,7 +328,7 @@ def bert(layers: int, width: int = 768, heads: int = 12) -> nn.Module:
     config = BertConfig(
         hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_hidden_layers=layers
     )
-    return Hidden(BertModel(config, add_pooling_layer=False).eval(), cached=False)
+    return Hidden(lively(BertModel(config, add_pooling_layer=False)), cached=False)
 
 
 def gpt2(layers: int, width: int = 768, heads: int = 12, vocabulary: int = 50257) -> nn.Module:
@@ -328,7 +337,7 @@ def gpt2(layers: int, width: int = 768, heads: int = 12, vocabulary: int = 50257
 
     torch.manual_seed(0)
     config = GPT2Config(n_embd=width, n_head=heads, n_layer=layers, vocab_size=vocabulary)
-    return Logits(GPT2LMHeadModel(config).eval())
+    return Logits(lively(GPT2LMHeadModel(config)))
 
 
 def vit(layers: int, width: int = 768, heads: int = 12, image: int = 224) -> nn.Module:
@@ -343,7 +352,7 @@ def vit(layers: int, width: int = 768, heads: int = 12, image: int = 224) -> nn.
         num_hidden_layers=layers,
         image_size=image,
     )
-    return Hidden(ViTModel(config, add_pooling_layer=False).eval(), name="pixel_values", cached=False)
+    return Hidden(lively(ViTModel(config, add_pooling_layer=False)), name="pixel_values", cached=False)
 
 
 def qwen3_moe(layers: int, tiny: bool = False) -> nn.Module:
@@ -373,7 +382,7 @@ def qwen3_moe(layers: int, tiny: bool = False) -> nn.Module:
         shape |= {"moe_intermediate_size": 32, "intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2}
     torch.manual_seed(0)
     config = Qwen3MoeConfig(**shape, num_hidden_layers=layers, attn_implementation="sdpa")
-    return Hidden(Qwen3MoeModel(config).eval())
+    return Hidden(lively(Qwen3MoeModel(config)))
 
 
 def loop_over_experts(module: nn.Module) -> None:

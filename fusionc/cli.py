@@ -21,6 +21,7 @@ from typing import Any
 
 from fusionc.errors import FusioncError
 from fusionc.explanation import Explanation, explain, explain_with
+from fusionc.record import name_kernels
 
 __all__ = ["Explanation", "explain", "explain_with", "main"]
 
@@ -244,7 +245,10 @@ def _lower(args: argparse.Namespace) -> Result:
     gm = _read_graph(args.file)
     compile_graph = _needs("fusionc.compiler", "compile_graph")
     inputs = [n.meta.get("val", n.meta.get("example_value")) for n in gm.graph.nodes if n.op == "placeholder"]
-    _, record = compile_graph(gm, inputs, Config.parse(None, {"target": args.target}), args.stage)
+    # texts of kernels are kept only where a dump is wanted; compile_graph itself writes none
+    config = Config.parse(None, {"target": args.target, "dump": os.devnull})
+    _, record = compile_graph(gm, inputs, config, args.stage)
+    name_kernels(record)
     parts = []
     for g in record.groups:
         parts.append(f"{g.name}: {g.kind}, kernel {g.kernel}: {' '.join(g.nodes)}")

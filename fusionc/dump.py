@@ -101,7 +101,8 @@ def _summary_of(index: int, g: GraphRecord, measured: bool) -> list[str]:
         return "-" if value is None else html.number(value)
 
     where = f", {g.device}" if g.device else ""
-    lines = [f"g{index} {g.name} ({g.stage}{where})"]
+    name = re.sub(r"^g\d+_", "", g.name)
+    lines = [f"g{index} {name} ({g.stage}{where})"]
     if g.kernels:
         head = ["  kernel", "uses", "nodes", "read", "written", "ops", "predicted us"]
         rows = [
@@ -244,9 +245,10 @@ class _Dump:
 
     def add(self, g: GraphRecord) -> Path:
         index = len(self.graphs)
-        folder = path_component(f"g{index}_{g.name}", self.taken)
+        name = re.sub(r"^g\d+_", "", g.name)
+        folder = path_component(f"g{index}_{name}", self.taken)
         while (self.root / folder).exists() or (self.root / folder).is_symlink():  # somebody else's: leave it
-            folder = path_component(f"g{index}_{g.name}", self.taken)
+            folder = path_component(f"g{index}_{name}", self.taken)
         # under another name until complete, so that a reader never sees half a graph
         building = self.root / f".g{index}.tmp"
         shutil.rmtree(building, ignore_errors=True)
@@ -256,7 +258,7 @@ class _Dump:
             target.write_text(text, encoding="utf-8", errors="backslashreplace")
         building.rename(self.root / folder)
         self.graphs.append(g)
-        heading = clean(f"g{index} {g.name} ({g.stage})")
+        heading = clean(f"g{index} {name} ({g.stage})")
         self.sections.append((f"g{index}", heading, clean(html.graph_section(g, folder))))
         text = clean(summary(self.graphs))
         self._replace("SUMMARY.txt", text)

@@ -36,7 +36,9 @@ class Explanation:
         for i, g in enumerate(self.graphs):
             lines = [f"g{i} groups"]
             for group in g.groups:
-                shown = " ".join(group.nodes[:12]) + (f" … {len(group.nodes) - 12} more" if len(group.nodes) > 12 else "")
+                shown = " ".join(group.nodes[:12]) + (
+                    f" … {len(group.nodes) - 12} more" if len(group.nodes) > 12 else ""
+                )
                 lines.append(f"  {group.name}: {group.kind}, kernel {group.kernel}: {shown}")
             refusals = [r for p in g.passes for r in p.refusals]
             if refusals:
@@ -55,8 +57,9 @@ class Explanation:
 def explain(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
     """Compile the function or module ``f``, call it once with the arguments, and explain what was compiled.
 
-    Gradient mode is the caller's: under ``torch.no_grad()`` it is the inference graph.  Parameters and what ``f``
-    mutates are used as in any call.  Errors of ``f`` itself are raised.
+    Gradient mode is the caller's: under ``torch.no_grad()`` it is the inference graph, else backward is run too and
+    its result dropped, so ``.grad`` of nothing changes.  What ``f`` mutates is mutated as in any call, and errors of
+    ``f`` itself are raised.
     """
     return explain_with(f, args, kwargs)
 
@@ -83,14 +86,31 @@ def explain_with(
 
     def explaining(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         # a new function each time: Dynamo reuses code compiled by an equal backend, and then there is nothing to see
+        leaves.extend(x for x in example_inputs if isinstance(x, torch.Tensor) and x.requires_grad)
         return backend(gm, example_inputs, **given)
 
+    leaves: list[torch.Tensor] = []
     before = dict(counters["graph_break"])
     with collect() as graphs, torch._dynamo.config.patch(recompile_limit=1 << 20):
-        torch.compile(f, backend=explaining, dynamic=dynamic)(*args, **(kwargs or {}))
+        result = torch.compile(f, backend=explaining, dynamic=dynamic)(*args, **(kwargs or {}))
+        _backward(result, leaves)
     after = dict(counters["graph_break"])
     breaks = {reason: n - before.get(reason, 0) for reason, n in after.items() if n > before.get(reason, 0)}
     return Explanation(list(graphs), breaks)
+
+
+def _backward(result: Any, leaves: list[Any]) -> None:
+    """Run the backward graphs, which are compiled when first needed; gradients are not kept."""
+    import torch
+
+    outputs = [
+        t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.grad_fn is not None
+    ]
+    # by identity, and leaves of autograd only: the inputs of a later graph may be outputs of an earlier one
+    inputs = list({id(t): t for t in leaves if t.is_leaf}.values())
+    if outputs and inputs:
+        ones = [torch.ones_like(t) for t in outputs]
+        torch.autograd.grad(outputs, inputs, ones, allow_unused=True)
 
 
 def _backend() -> Callable[..., Any]:

@@ -41,7 +41,7 @@ max-height:520px}
 details{margin:4px 0}summary{cursor:pointer}
 .scroll{overflow:auto;border:1px solid var(--line);border-radius:8px;background:var(--card);max-height:760px}
 svg text{fill:var(--ink);font:11.5px ui-monospace,Menlo,"DejaVu Sans Mono",monospace}
-svg .box{stroke:var(--line)}svg .edge{fill:none;stroke:var(--soft);stroke-opacity:.45}svg .onbox{fill:#1d2226}
+svg .box{stroke:var(--line)}svg .out{stroke:var(--ink);stroke-width:2}svg .edge{fill:none;stroke:var(--soft);stroke-opacity:.45}svg .onbox{fill:#1d2226}
 svg .axis{stroke:var(--soft);stroke-width:1}svg .roof{fill:none;stroke:var(--accent);stroke-width:2}
 svg .plain{fill:var(--card)}svg .call{fill:#c9d3df}svg .fall{fill:#f0b4ae;stroke:#b3261e}
 .bar{display:inline-block;height:9px;background:var(--accent);border-radius:2px}
@@ -184,7 +184,9 @@ def _colours(graph: GraphRecord) -> dict[str, str]:
 
 
 def _drawing(graph: GraphRecord) -> str:
-    nodes = sorted({n for edge in graph.edges for n in edge} | {n for g in graph.groups for n in g.nodes})
+    # saved activations make edges to the output node many: what is returned gets a thick border instead
+    returned = {a for a, b in graph.edges if b == "output"}
+    nodes = sorted({n for edge in graph.edges for n in edge} - {"output"} | {n for g in graph.groups for n in g.nodes})
     if not nodes:
         return '<p class="soft">The graph is empty.</p>'
     group_of = {n: g for g in graph.groups for n in g.nodes}
@@ -196,7 +198,8 @@ def _drawing(graph: GraphRecord) -> str:
     else:
         label = {n: n for n in nodes}
     boxes = {label[n]: n for n in reversed(nodes)}
-    edges = sorted({(label[a], label[b]) for a, b in graph.edges if label[a] != label[b]})
+    thick = {label[n] for n in returned if n in label}
+    edges = sorted({(label[a], label[b]) for a, b in graph.edges if b != "output" and label[a] != label[b]})
     levels = _levels(sorted(boxes), edges)
     order = [b for level in levels for b in level]
     if len(order) > MAX_BOXES:
@@ -227,6 +230,7 @@ def _drawing(graph: GraphRecord) -> str:
             kind, fill, on = "", f' style="fill:{colours.get(group.kernel, "#ddd")}"', ' class="onbox"'
         elif call is not None:
             kind, on = ("fall" if call.reason else "call"), ' class="onbox"'
+        kind += " out" if b in thick else ""
         tip = b + (f" — {group.name}, kernel {group.kernel}" if group else "")
         tip += f" — {call.op}{': ' + call.reason if call.reason else ''}" if call and not group else ""
         text = b if len(b) <= 22 else b[:21] + "…"
@@ -241,7 +245,7 @@ def _drawing(graph: GraphRecord) -> str:
         '<p class="soft"><span class="key" style="margin-left:0;background:hsl(210 65% 80%)"></span>one colour for each '
         'kernel <span class="key" style="background:#c9d3df"></span>library call '
         '<span class="key" style="background:#f0b4ae"></span>fallback '
-        '<span class="key"></span>input, view or output</p>'
+        '<span class="key"></span>input or view <span class="key" style="border:2px solid"></span>returned</p>'
     )
     svg = f'<svg width="{width}" height="{height}" role="img" aria-label="graph">{"".join(lines)}</svg>'
     return f'<p class="soft">{escape(note)}</p>{legend}<div class="scroll">{svg}</div>'

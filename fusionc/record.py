@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -125,8 +126,39 @@ _kept: deque[GraphRecord] = deque(maxlen=KEPT_GRAPHS)
 _collectors: list[list[GraphRecord]] = []
 
 
+def name_kernels(graph: GraphRecord) -> None:
+    """Give kernels that are named by their hash a name for people, made of what they compute; fill ``nodes``."""
+    by_kernel: dict[str, list[GroupRecord]] = {}
+    for group in graph.groups:
+        by_kernel.setdefault(group.kernel, []).append(group)
+    taken = {k.name for k in graph.kernels}
+    for kernel in graph.kernels:
+        groups = by_kernel.get(kernel.name, [])
+        if groups and not kernel.nodes:
+            kernel.nodes = list(groups[0].nodes)
+        if not re.fullmatch(r"k_[0-9a-f]{8,}", kernel.name) or not kernel.nodes:
+            continue
+        words = [re.sub(r"(_default)?(_\d+)*$", "", n).removeprefix("native_").strip("_") for n in kernel.nodes]
+        words = [w for w in dict.fromkeys(words) if w and w not in _PLAIN_WORDS] or words[:1]
+        name = base = "_".join(words if len(words) <= 4 else [*words[:3], f"and_{len(words) - 3}_more"])[:60]
+        number = 1
+        while name in taken:
+            name, number = f"{base}_{number}", number + 1
+        taken.add(name)
+        kernel.name = name
+        for group in groups:
+            group.kernel = name
+
+
+# nodes that only rename or reshape say nothing about a kernel
+_PLAIN_WORDS = frozenset(
+    "getitem view reshape unsqueeze squeeze expand permute transpose t clone slice select detach alias to_copy".split()
+)
+
+
 def remember(graph: GraphRecord) -> None:
     """Add a finished graph to the session's report and to every open ``collect()``."""
+    name_kernels(graph)
     with _lock:
         _kept.append(graph)
         for collector in _collectors:

@@ -164,8 +164,14 @@ def load(path: str | Path) -> tuple[GraphModule, list[Any], dict[str, Any]]:
         raise FusioncError(f"{path} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if isinstance(getattr(module, "GRAPH", None), str):
+        from fusionc.graph.text import parse
+
+        gm = parse(module.GRAPH)
+        values = [n.meta.get("val", n.meta.get("example_value")) for n in gm.graph.nodes if n.op == "placeholder"]
+        return gm, [spec_of(v) for v in values], dict(getattr(module, "OPTIONS", {}))
     if not hasattr(module, "Repro") or not hasattr(module, "INPUTS"):
-        raise FusioncError(f"{path} is not a repro of fusionc: it must define Repro and INPUTS.")
+        raise FusioncError(f"{path} is not a repro of fusionc: it must define GRAPH, or Repro and INPUTS.")
     return _trace(module.Repro()), list(module.INPUTS), dict(getattr(module, "OPTIONS", {}))
 
 
@@ -177,7 +183,10 @@ def _trace(module: torch.nn.Module) -> GraphModule:
     class Record(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            is_call = isinstance(func, torch._ops.OpOverload) or getattr(torch, func.__name__, None) is func
+            # torch.device(...) comes by here too, and is a value
+            is_call = isinstance(func, torch._ops.OpOverload) or (
+                not isinstance(func, type) and getattr(torch, func.__name__, None) is func
+            )
             leaves = torch.utils._pytree.tree_leaves((args, kwargs))
             if is_call and not any(isinstance(x, torch.fx.Proxy) for x in leaves):
                 return tracer.create_proxy("call_function", func, args, kwargs)

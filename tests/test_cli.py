@@ -197,7 +197,7 @@ def graph_file(tmp_path):
 def test_opt(capsys, tmp_path):
     file = graph_file(tmp_path)
     status, value = run_json(capsys, "opt", file, "--pass", "cse")
-    assert status == 0 and value["passes"][0]["fired"] == 1 and value["graph"].count("cos") < 4
+    assert status == 0 and value["passes"][0]["fired"] == 1 and value["graph"].count("aten.cos") == 1
     status, text = run(capsys, "opt", file, "--diff")
     assert status == 0 and re.search(r"^-.*cos", text, re.MULTILINE)
     status, text = run(capsys, "opt", file, "--pass", "nonsense")
@@ -233,8 +233,7 @@ def test_repro_text_is_a_program(tmp_path):
     inputs = repro.make_inputs(specs)
     assert inputs[1].stride() == (1, 3)
     torch.testing.assert_close(again(*inputs), gm(*inputs))
-    # and again: text -> graph -> text
-    assert repro.repro_source(again, specs, options) == path.read_text()
+    assert [n.target for n in again.graph.nodes][2:-1] == [n.target for n in gm.graph.nodes][2:-1]
 
 
 def test_repro_inputs():

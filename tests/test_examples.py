@@ -37,7 +37,9 @@ def test_write_a_pass() -> None:
 
 @pytest.mark.cross
 def test_cross_compile() -> None:
-    for resources in example("cross_compile").main(rows=64, columns=128).values():
+    kernels = example("cross_compile").main(rows=64, columns=128)
+    assert kernels
+    for resources in kernels.values():
         assert resources["registers"] > 0
         assert resources["spills"] == 0
 

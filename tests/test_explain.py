@@ -108,6 +108,23 @@ def test_text():
         assert part in text
 
 
+def test_kernels_named_by_hash_get_words():
+    def made(*kernels):
+        groups = [GroupRecord(f"group{i}", nodes, f"k_{i:020x}") for i, nodes in enumerate(kernels)]
+        g = GraphRecord("g", groups=groups, kernels=[KernelRecord(x.kernel, symbol=x.kernel) for x in groups])
+        record.name_kernels(g)
+        assert [x.kernel for x in g.groups] == [k.name for k in g.kernels]
+        assert g.kernels[0].symbol == f"k_{0:020x}" and g.kernels[0].nodes == kernels[0]
+        return [k.name for k in g.kernels]
+
+    assert made(["gelu", "native_layer_norm_2", "getitem_1"], ["gelu_1", "native_layer_norm"]) == [
+        "gelu_layer_norm",
+        "gelu_layer_norm_1",
+    ]
+    assert made(["add", "mul", "add_1", "exp", "sub", "neg"]) == ["add_mul_exp_and_2_more"]
+    assert made(["getitem"], ["view_1"]) == ["getitem", "view"]
+
+
 def test_session_report_is_bounded():
     record.forget()
     for i in range(record.KEPT_GRAPHS + 5):
@@ -135,7 +152,11 @@ def test_import_is_cheap():
 @pytest.mark.skipif(not REAL, reason="fusionc.backend does not exist yet")
 def test_real_backend():
     torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
     with torch.no_grad():
-        found = explain(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU()), torch.randn(4, 8))
-    assert found.graphs and found.graphs[0].kernels
-    assert found.graphs[0].kernels[0].name in str(found)
+        found = explain(model, torch.randn(4, 8))
+    assert [g.stage for g in found.graphs] == ["inference"]
+    assert "gelu" in found.graphs[0].kernels[0].name and found.graphs[0].kernels[0].name in str(found)
+    found = explain(model, torch.randn(4, 8))
+    assert [g.stage for g in found.graphs] == ["forward", "backward"]
+    assert all(p.grad is None for p in model.parameters())

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "fusionc"
 ORDER = ("ops", "graph", "passes", "ir", "schedule", "codegen", "runtime")
+DRIVERS = {"targets"}  # the top level in a folder of its own: joins all packages for one target, may import everything
 LEAVES = {"errors", "config", "record"}  # plain data and errors: every package may import them
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -41,7 +42,7 @@ def faults(path: Path) -> list[str]:
         where = f"{'/'.join(('fusionc', *parts))}:{line} imports {name}"
         if name == "torch._inductor" or name.startswith("torch._inductor."):
             found.append(f"{where}: nothing of fusionc uses Inductor")
-        if not here or not name.startswith("fusionc."):
+        if not here or here in DRIVERS or not name.startswith("fusionc."):
             continue
         there = name.split(".")[1]
         if there in ORDER:
@@ -60,7 +61,7 @@ def test_imports_go_left(path: Path) -> None:
 def test_every_package_has_a_place() -> None:
     packages = {p.parent.relative_to(ROOT).parts[0] for p in ROOT.glob("*/**/__init__.py")}
     packages |= {p.parent.name for p in ROOT.glob("*/*.py")}
-    assert packages <= set(ORDER), "name the new package in ORDER, and in ARCHITECTURE's list"
+    assert packages <= set(ORDER) | DRIVERS, "name the new package in ORDER, and in ARCHITECTURE's list"
 
 
 def test_no_module_hides_a_public_name() -> None:

@@ -117,7 +117,7 @@ class _Writer:
         self.axis = frozenset(kernel.axis)
         self.loops = frozenset(kernel.loops)
         self.rank2 = bool(kernel.axis)
-        self.loaded_again: str | None = None  # eviction hint of the pass being written
+        self.eviction: str | None = None  # eviction hint of the pass being written
         self.looped = self.rank2 and plan.rblock > 0
 
     # -- lines ------------------------------------------------------------------------------------------------------
@@ -225,15 +225,16 @@ class _Writer:
                 # in place, nothing may be overwritten that a later pass reads
                 level = top if s.buffer in inout else max(s.value.level, s.index.level)
                 inner.setdefault(level, []).append(s)
-        for level in range(top + 1):
-            self.one_pass([r for r in k.reductions if r.level == level + 1], inner.get(level, []), level < top)
+        work = [([r for r in k.reductions if r.level == n + 1], inner.get(n, [])) for n in range(top + 1)]
+        work = [w for w in work if w[0] or w[1]]
+        for n, (reductions, stores) in enumerate(work):
+            self.one_pass(reductions, stores, again=n + 1 < len(work), repeated=n > 0)
         self.emit([e for s in rows for e in (s.index, s.value)])
         for s in rows:
             self.store(s)
 
-    def one_pass(self, reductions: list[Reduce], stores: list[Store], again: bool) -> None:
-        if not reductions and not stores:
-            return
+    def one_pass(self, reductions: list[Reduce], stores: list[Store], again: bool, repeated: bool) -> None:
+        """A loop over the axis; `again`: another follows and rereads the row, `repeated`: one came before."""
         roots: list[Expr] = [r.body for r in reductions]
         roots += [e for s in stores for e in (s.index, s.value)]
         nodes = self.order(roots)
@@ -250,7 +251,7 @@ class _Writer:
         self.line(f"for offset in range(0, {extent}, RBLOCK):")
         self.depth += 1
         saved = dict(self.text)
-        self.loaded_again = "evict_last" if again else "evict_first" if self.k.reductions else None
+        self.eviction = "evict_last" if again else "evict_first" if repeated else None
         self.axis_variables("offset")
         for n in nodes:
             if n.uid not in self.text:
@@ -261,7 +262,7 @@ class _Writer:
             self.step(r, state[r])
         self.depth -= 1
         self.text = saved
-        self.loaded_again = None
+        self.eviction = None
         for r in reductions:
             self.finish(r, state[r])
 
@@ -523,8 +524,8 @@ class _Writer:
             extra += f", other={tm.literal(n.other.value, n.dtype)}"
         elif masks and b.dtype == "b1":
             extra += ", other=0"
-        if self.loaded_again and dims & _R and dims & _X:
-            extra += f', eviction_policy="{self.loaded_again}"'
+        if self.eviction and dims & _R and dims & _X:
+            extra += f', eviction_policy="{self.eviction}"'
         return self.fresh(f"tl.load({b.name} + {at}{extra})")
 
     def store(self, s: Store) -> None:

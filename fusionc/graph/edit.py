@@ -93,9 +93,9 @@ def insert(graph: Graph, target: Any, args: Sequence[Any], kwargs: dict[str, Any
     """
     kwargs = kwargs or {}
     found = compute_value(target, args, kwargs) if val is _MISSING else val
-    node = graph.call_function(target, tuple(args), kwargs)
-    if name:
-        node._rename(name)
+    if name is None and isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.split("::", 1)[1]
+    node = graph.create_node("call_function", target, tuple(args), kwargs, name=name)
     node.meta[key] = found
     provenance(node, origin)
     return node
@@ -111,14 +111,19 @@ def replace(old: Node, new: Node) -> None:
 
 
 def erase_dead(nodes: Iterable[Node]) -> int:
-    """Erase unused nodes without effect, and then their inputs likewise. Returns how many went."""
+    """Erase unused nodes without effect, and then their inputs likewise. Returns how many went.
+
+    Random operators, asserts and collectives stay. Torch-level calls have no schema to tell, so they go only if named.
+    """
     stack, gone, seen = list(nodes), 0, set()
+    named = set(stack)
     while stack:
         node = stack.pop()
         if node in seen or node.users or node.op in ("placeholder", "output") or written_by(node):
             continue
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not is_pure(node):
-            continue  # random operators advance the generator, asserts and collectives act
+        schema = isinstance(node.target, torch._ops.OpOverload)
+        if not is_pure(node) and (schema or node not in named):
+            continue
         seen.add(node)
         inputs = node.all_input_nodes
         node.graph.erase_node(node)

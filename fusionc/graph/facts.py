@@ -113,7 +113,8 @@ def _packet_name(op: Any) -> str:
 @lru_cache(maxsize=None)
 def _schema(op: Any) -> tuple[frozenset[str], frozenset[str], tuple[str, ...]]:
     """(arguments written, arguments aliased by a result, all argument names)."""
-    written, aliased = set(), set()
+    written: set[str] = set()
+    aliased: set[str] = set()
     arguments = op._schema.arguments
     for argument in arguments:
         if argument.alias_info is not None:

@@ -12,10 +12,14 @@ the axis of a kernel with argmax or argmin or a scan keeps its linear order.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from .expr import (
     ITEMSIZE,
     ONE,
     ZERO,
+    Const,
     Expr,
     FloorDiv,
     Index,
@@ -81,20 +85,25 @@ _COMPARES = {"lt": "lt", "ge": "ge", "gt": "lt", "le": "ge"}
 
 
 def _compare(name: str, a: Expr, b: Expr) -> Expr:
-    """a < b or a >= b; d·q + rest < d·t with 0 <= rest < d is q < t, which depends on fewer variables."""
+    """a < b or a >= b, without the variables that cannot change the outcome: 8·q + r < 16 with 0 <= r < 8 is q < 2."""
     if isinstance(a, Index) and isinstance(b, Index) and a.terms:
-        limit = b - a  # a < b: 0 < b - a
-        big = [c for m, c in limit.terms if m and abs(c) > 1]
-        for d in sorted({abs(c) for c in big}, reverse=True):
-            whole = [(m, c) for m, c in limit.terms if c % d == 0]
-            rest = -Index(tuple([(m, c) for m, c in limit.terms if c % d]))
-            if not rest.terms:
-                continue
+        limit = b - a  # a < b is limit >= 1
+        c = dict(limit.terms).get((), 0)
+        terms = [(m, f) for m, f in limit.terms if m]
+        for d in sorted({abs(f) for _, f in terms if abs(f) > 1}, reverse=True):
+            whole = Index(tuple([(m, f // d) for m, f in terms if f % d == 0]))
+            rest = Index(tuple([(m, f) for m, f in terms if f % d]))
             lo, hi = bounds(rest)
-            if lo is not None and hi is not None and lo >= 0 and hi < d and any(m for m, _ in whole):
-                q = Index(tuple([(m, c // d) for m, c in whole]))
-                const = index(dict(q.terms).get((), 0))
-                return op(name, (const - q, const), "b1")
+            if lo is None or hi is None:
+                continue
+            # limit = d·(whole + k) + (rest + c - d·k); with that bracket in [1, d], limit >= 1 is whole + k >= 0
+            part = 1 - lo + (c - 1 + lo) % d
+            if part + hi > d:
+                continue
+            k = (c - part) // d
+            if whole.terms[0][1] < 0:
+                return op(name, (-whole, index(k + 1)), "b1")
+            return op("ge" if name == "lt" else "lt", (whole, index(-k)), "b1")
     return op(name, (a, b), "b1")
 
 
@@ -157,8 +166,9 @@ def _split(k: Kernel) -> Kernel:
                 q = inner[0]  # (v // a) % b  needs a and a·b
                 want(q.dividend, q.divisor)
                 want(q.dividend, q.divisor * n.divisor)
-        elif isinstance(n, Op) and n.name in ("lt", "ge", "gt", "le") and isinstance(n.args[0], Index):
-            _want_guard(n, want)
+        elif isinstance(n, Op) and n.name in ("lt", "ge", "gt", "le") and isinstance(n.args[0], (Index, Const)):
+            if isinstance(n.args[1], (Index, Const)):
+                _want_guard(n, want)
     scanned = {s.var for s in k.scans}
     mapping: dict[Var, Index] = {}
     parts: dict[Var, tuple[Var, ...]] = {}
@@ -185,26 +195,21 @@ def _split(k: Kernel) -> Kernel:
     return _apply(k, mapping, loops, axis)
 
 
-def _want_guard(n: Op, want: object) -> None:
-    a, b = n.args
-    if not isinstance(b, Index):
-        return
-    p = index(a) - b
+def _want_guard(n: Op, want: Callable[[Index, Index], None]) -> None:
+    """A comparison that changes at v = t wants v cut into runs that t is a multiple of."""
+    p = index(n.args[0]) - index(n.args[1])
     const = dict(p.terms).get((), 0)
-    v = (p - const).single_var()
+    v, t = (p - const).single_var(), -const
+    below = n.name in ("lt", "ge")  # v < t or v >= t, else v <= t or v > t
+    if v is None:
+        v, t, below = (const - p).single_var(), const, not below
     if v is None or not v.extent.is_const:
-        v = (const - p).single_var()
-        const = -const
-        if v is None or not v.extent.is_const:
-            return
-    limit, extent = -const, v.extent.value
-    for d in (limit, limit + 1, limit - 1):  # v < d, v <= d-1, d+1 <= v
-        if d >= _MIN_GUARD_RUN and extent % d == 0 and d < extent:
-            want(index(v), index(d))  # type: ignore[operator]
-            return
-    # the last run of several: v >= extent - d
-    if limit > 0 and extent - limit >= _MIN_GUARD_RUN and extent % (extent - limit) == 0:
-        want(index(v), index(extent - limit))  # type: ignore[operator]
+        return
+    t = t if below else t + 1
+    if 0 < t < v.extent.value:
+        d = math.gcd(t, v.extent.value)
+        if d >= _MIN_GUARD_RUN:
+            want(index(v), index(d))
 
 
 def _chain(extent: Index, ds: list[Index]) -> list[Index]:

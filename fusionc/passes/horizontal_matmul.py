@@ -145,7 +145,9 @@ class HorizontalMatmul(Pass):
         assert like is not None
         # everything that may fail comes before the first edit
         values = edit.FakeViews(like, [rows, total])
-        parts, restrided, start = [], [], 0
+        parts: list[torch.Tensor] = []
+        restrided: list[tuple[Node, torch.Tensor]] = []
+        start = 0
         for sibling, width in zip(group, widths):
             parts.append(values.view((rows, width), (total, 1), start))
             restrided.extend((node, values.view(shape(node) or (), strides, start + offset))

@@ -18,6 +18,8 @@ from fusionc.record import PassRecord, Refusal
 
 from ..graph import edit
 from ..graph.facts import Facts, placeholders, value
+from ..graph.verify import mutations
+from ..graph.verify import verify as check_graph
 from .base import Approximate, Match, Pass, Refuse
 
 STATIC_KEY = "fusionc_static"
@@ -78,13 +80,12 @@ def _run_once(pipeline: list[tuple[int, Pass]], gm: GraphModule, level: str, con
             text = _text(gm, static)
         facts = Facts(gm, level, stage, static, example_inputs if level == "model" else None)
         record = PassRecord(position, item.name, level)  # type: ignore[arg-type]
+        written = mutations(gm) if verify else None
         start = time.perf_counter()
         try:
             _apply(item, gm, facts, record, saved)
             if record.fired and verify:
-                from ..graph.verify import verify as check_graph
-
-                check_graph(gm, where=f"after pass {item.name}")
+                check_graph(gm, f"after pass {item.name}", written)
         except VerifyError:
             raise
         except Exception as error:  # noqa: BLE001 - a broken pass must not take the user's program with it

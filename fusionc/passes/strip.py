@@ -96,7 +96,9 @@ class Strip(Pass):
                 current = stack.pop()
                 facts.escaping.add(current)
                 stack.extend(aliased_by(current))
-        edit.replace(node, source)
+        edit.provenance(source, [node])
+        node.replace_all_uses_with(source)
+        facts.gm.graph.erase_node(node)  # not erase_dead: a dropout that does nothing draws nothing
 
 
 def _root_is_input(node: Node, facts: Facts) -> bool:

@@ -48,7 +48,7 @@ def in_bad_fork() -> bool:
 
 
 def kind() -> str:
-    """"cuda", "hip" or "cpu": what kernels are compiled for by default.  Does not initialise CUDA."""
+    """ "cuda", "hip" or "cpu": what kernels are compiled for by default.  Does not initialise CUDA."""
     if in_bad_fork() or not torch.cuda.is_available():
         return "cpu"
     return "hip" if torch.version.hip else "cuda"

@@ -78,8 +78,10 @@ def _scan(self: Any, input: Any) -> list[Any]:
     arrays = [np.moveaxis(t.handle.data, self.axis, 0).copy() for t in input]
     distance = 1
     while distance < len(arrays[0]):
-        merged = _combine(self, [a[:-distance] for a in arrays], [a[distance:] for a in arrays], kinds)
-        arrays = [np.concatenate([a[:distance], m]).astype(a.dtype) for a, m in zip(arrays, merged, strict=True)]
+        # whole arrays, because the interpreter wants powers of two; the first `distance` elements stay as they are
+        shifted = [np.concatenate([a[:distance], a[:-distance]]) for a in arrays]
+        merged = _combine(self, shifted, arrays, kinds)
+        arrays = [np.concatenate([a[:distance], m[distance:]]).astype(a.dtype) for a, m in zip(arrays, merged)]
         distance *= 2
     return [self.to_tensor(np.moveaxis(a, 0, self.axis), k) for a, k in zip(arrays, kinds, strict=True)]
 

@@ -34,7 +34,12 @@ from ..schedule.plan import Plan
 from . import interpreter
 from .device import TARGETS
 
-_ARCH = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+_ARCH = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 _INT32 = (1 << 31) - 1
 _folder: tuple[int, str] | None = None
 _modules: dict[tuple[str, bool], ModuleType] = {}

@@ -120,7 +120,8 @@ def _scalar(c: Chooser) -> Arguments:
 # --- elementwise ---
 for _name in ("exp", "tanh", "sigmoid", "sin", "cos", "erf", "square", "expm1", "atan", "sinh"):
     rule(_name, getattr(torch, _name), _floats)
-for _name, _function in {"gelu": F.gelu, "silu": F.silu, "softplus": F.softplus, "elu": F.elu, "mish": F.mish}.items():
+_SMOOTH: dict[str, Callable[..., Any]] = {"gelu": F.gelu, "silu": F.silu, "softplus": F.softplus, "elu": F.elu, "mish": F.mish}
+for _name, _function in _SMOOTH.items():
     rule(_name, _function, _floats)
 rule("sqrtabs", lambda x: (x.abs() + 0.25).sqrt(), _floats)
 rule("rsqrtabs", lambda x: (x.abs() + 0.25).rsqrt(), _floats)

@@ -307,7 +307,9 @@ def test_source_fingerprint_is_of_the_named_packages() -> None:
 
 def test_import_is_cheap() -> None:
     """Warm start is counted: neither torch nor what only upkeep needs may come in with the module."""
-    code = "import sys, fusionc.runtime.cache as c; print([m for m in ('torch', 'tarfile', 'tempfile', 'ctypes', 'triton')"
+    code = (
+        "import sys, fusionc.runtime.cache as c; print([m for m in ('torch', 'tarfile', 'tempfile', 'ctypes', 'triton')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code + " if m in sys.modules])"], capture_output=True, text=True, check=True
     )

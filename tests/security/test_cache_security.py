@@ -135,7 +135,9 @@ def _random_entries(tmp_path: Path, count: int) -> None:
     for _ in range(count):
         choice = rng.randrange(3)
         if choice == 0:
-            fields = {n: _random_json(rng) for n in ("schema", "kind", "key", "binaries", "payload") if rng.random() < 0.9}
+            fields = {
+                n: _random_json(rng) for n in ("schema", "kind", "key", "binaries", "payload") if rng.random() < 0.9
+            }
             data = _signed(json.dumps(fields).encode())
         elif choice == 1:
             data = _signed(_body(json.dumps(_random_json(rng)), json.dumps(_random_json(rng))))

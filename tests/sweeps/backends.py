@@ -62,7 +62,7 @@ def prepare(name: str, threads: int = 1) -> None:
         torch._inductor.config.compile_threads = 1
     with contextlib.suppress(ImportError, AttributeError):
         # Dynamo times every new guard with a flushed cache: 20 ms of each 50 ms compile here, only for a log line
-        guards = importlib.import_module("torch._dynamo.guards")
+        guards: Any = importlib.import_module("torch._dynamo.guards")
         if hasattr(guards, "profile_guard_manager"):
             guards.profile_guard_manager = lambda *_: 0.0
 

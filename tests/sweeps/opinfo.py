@@ -50,6 +50,7 @@ def operators() -> dict[str, Any]:
         return op(*args, **kwargs)
 
     # the entries are lambdas that look the wrapper up in their module when called
+    module: Any
     for name, module in list(sys.modules.items()):
         if name.startswith("torch.testing._internal") and hasattr(module, "wrapper_set_seed"):
             module.wrapper_set_seed = bypass
@@ -147,19 +148,18 @@ def _sample(op: Any, sample: Any, task: dict[str, Any], backend: Any, seed: int)
     given = ((sample.input, *sample.args), sample.kwargs)
     args, kwargs = copy_tree(given)
     try:
-        want = _run(call, args, kwargs, finish, backward, seed)
+        want = (*_run(call, args, kwargs, finish, backward, seed), (args, kwargs))
     except Exception as error:
         return "skip", f"eager: {first_line(error)}"
-    want = (*want, (args, kwargs))  # an operator that writes to its inputs is compared there as well
+    # the inputs are part of the result: an operator that writes to them is compared there as well
     before = backend.graphs
     # equal to the default "False" in shapes, since automatic dynamic shapes are off
     compiled = torch.compile(call, backend=backend, dynamic=True if task["dynamic"] else None)
     args, kwargs = copy_tree(given)
     try:
-        got = _run(compiled, args, kwargs, finish, backward, seed)
+        got = (*_run(compiled, args, kwargs, finish, backward, seed), (args, kwargs))
     except Exception as error:
         return "fail", first_line(error)
-    got = (*got, (args, kwargs))
 
     def oracle() -> Any:
         args, kwargs = widen_tree(given)

@@ -8,6 +8,7 @@ memory with which inputs.  ``python -m tests.sweeps.probes --backend inductor`` 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -490,6 +491,10 @@ def _run(function: Any, args: Any, backward: bool, seed: int) -> tuple[Any, ...]
     return out, args, torch.autograd.grad(outputs, inputs, cotangents)
 
 
+def _oracle(item: Probe, given: Any, index: int) -> Any:
+    return _run(item.function, widen_tree(given), item.backward, index)
+
+
 def run_probe(item: Probe, backend: Any, device: str = "cpu") -> str | None:
     """None when the compiled program does what eager does, else one line that says what it does instead.
 
@@ -510,7 +515,7 @@ def run_probe(item: Probe, backend: Any, device: str = "cpu") -> str | None:
             problem = compare(
                 got,
                 want,
-                lambda given=given, index=index: _run(item.function, widen_tree(given), item.backward, index),
+                functools.partial(_oracle, item, given, index),
                 signed_zeros=item.zeros or item.exact,
             )
             if problem is None and item.exact:

@@ -1,0 +1,123 @@
+"""The default Plan of a Triton kernel, by rule: no measurement, no compiler.
+
+The rules aim at tiles that leave 8 to 16 elements to a thread (16-byte accesses, several in flight, no spills), at rows
+that stay in registers between the reductions over them, and at enough programs for every processor.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..ir.expr import ITEMSIZE, Load, Var, bounds
+from ..ir.loop import Kernel, evaluate
+from .plan import Plan
+
+
+class Device(Protocol):
+    """What of `runtime.device.DeviceProperties` matters here."""
+
+    @property
+    def processors(self) -> int: ...
+    @property
+    def warp(self) -> int: ...
+
+
+_PERSISTENT = 16384  # longest row kept in registers
+_PERSISTENT_SCAN = 4096
+_REGISTERS = 96  # of a thread that tiles may use before they spill
+
+
+def default_plan(kernel: Kernel, hint: dict[str, int], device: Device) -> Plan:
+    """A good plan for `kernel` on `device`; `hint` gives a likely value of each size by name."""
+    outer, inner = evaluate(kernel.outer, hint), evaluate(kernel.inner, hint)
+    if not kernel.axis:
+        return _pointwise(kernel, outer, device)
+    if contiguous_in_loops(kernel, hint):
+        return _columns(kernel, outer, inner, device)
+    return _rows(kernel, outer, inner, device)
+
+
+def _pow2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _pow2_down(n: int) -> int:
+    return 1 << max(0, n.bit_length() - 1)
+
+
+def _warps(elements: int, per_thread: int, device: Device, most: int = 8) -> int:
+    return max(1, min(_pow2_down(elements // (device.warp * per_thread)), most))
+
+
+def _pointwise(kernel: Kernel, outer: int, device: Device) -> Plan:
+    narrow = min((ITEMSIZE[b.dtype] for b in kernel.buffers), default=4)
+    per_thread = 16 if narrow == 1 else 8
+    if len(kernel.loads) + len(kernel.stores) > 12:
+        per_thread = 4
+    block = 128 * per_thread
+    while block > 128 and outer < block * device.processors:
+        block //= 2
+    return Plan("triton", xblock=block, warps=_warps(block, max(1, min(per_thread, block // 128)), device))
+
+
+def live_tiles(kernel: Kernel) -> int:
+    """How many tiles [XBLOCK, RBLOCK] of 4-byte values are alive at once, roughly."""
+    axis = frozenset(kernel.axis)
+    full = [n for n in kernel.loads if n.free & axis]
+    words = sum(max(4, ITEMSIZE[n.dtype]) for n in full) / 4
+    return max(2, round(words) + 1)
+
+
+def _rows(kernel: Kernel, outer: int, inner: int, device: Device) -> Plan:
+    limit = _PERSISTENT_SCAN if kernel.scans else _PERSISTENT
+    live = live_tiles(kernel)
+    threads = 1024 if device.warp == 32 else 512
+    tile = _pow2(inner)
+    fits = tile <= threads * max(1, _REGISTERS // (live * 2))
+    if kernel.inner.is_const and tile <= limit and fits:
+        xblock = 1
+        while xblock * tile < 1024 and outer >= 2 * xblock * 2 * device.processors:
+            xblock *= 2
+        per_thread = 8 if live <= 4 else 4
+        most = threads // device.warp
+        return Plan("triton", xblock=xblock, rblock=0, warps=_warps(xblock * tile, per_thread, device, most))
+    top = bounds(kernel.inner)[1]
+    block = max(32, min(_pow2(min(inner, top or inner)), 1024 if kernel.scans else 4096 if live <= 4 else 2048))
+    xblock = 1
+    while xblock * block < 512 and outer >= 2 * xblock * 2 * device.processors:
+        xblock *= 2
+    most = 16 if device.warp == 32 else 8
+    return Plan("triton", xblock=xblock, rblock=block, warps=_warps(xblock * block, 8, device, most))
+
+
+def _columns(kernel: Kernel, outer: int, inner: int, device: Device) -> Plan:
+    """Reductions over a slow dimension: neighbouring lanes take neighbouring columns."""
+    narrow = min((ITEMSIZE[n.dtype] for n in kernel.loads), default=4)
+    xblock = 64 if narrow <= 2 else 32
+    while xblock > 16 and outer < xblock * device.processors:
+        xblock //= 2
+    xblock = min(xblock, max(1, _pow2(outer)))
+    rblock = max(1, min(_pow2(inner), 2048 // xblock if live_tiles(kernel) <= 6 else 1024 // xblock))
+    persistent = kernel.inner.is_const and rblock >= inner
+    return Plan("triton", xblock=xblock, rblock=0 if persistent else rblock, warps=_warps(xblock * rblock, 8, device))
+
+
+def contiguous_in_loops(kernel: Kernel, hint: dict[str, int]) -> bool:
+    """Do the accesses run along the last loop rather than along the axis?"""
+    if not kernel.axis or not kernel.loops:
+        return False
+    x, r = kernel.loops[-1], kernel.axis[-1]
+    if evaluate(x.extent, hint) < 4:
+        return False
+    axis = frozenset(kernel.axis)
+    accesses = [(n.index, n.dtype) for n in kernel.nodes if isinstance(n, Load) and n.index.free & axis]
+    accesses += [(s.index, kernel.buffer(s.buffer).dtype) for s in kernel.stores if s.inner]
+    along_x = sum(_unit(at, x) * ITEMSIZE[dtype] for at, dtype in accesses)
+    along_r = sum(_unit(at, r) * ITEMSIZE[dtype] for at, dtype in accesses)
+    return along_x > along_r
+
+
+def _unit(at: object, v: Var) -> int:
+    """1 if the index moves by one element with `v`."""
+    c = at.coefficient(v)  # type: ignore[attr-defined]
+    return int(c is not None and c.is_const and c.value == 1)

@@ -1,0 +1,177 @@
+"""The benchmark commands at tiny sizes: they run, and their checks catch a wrong backend. No times are asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # `benchmarks` is a folder of the checkout, not part of the installed package
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import common, compile_time, cpu, gpu_check, gpu_workloads, host_cost  # noqa: E402
+from benchmarks.common import Case  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    threads, omp = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    yield
+    torch.set_num_threads(threads)
+    if omp is None:
+        os.environ.pop("OMP_NUM_THREADS", None)
+    else:
+        os.environ["OMP_NUM_THREADS"] = omp
+    torch._dynamo.reset()
+
+
+def test_cpu_command_writes_what_it_prints(tmp_path, capsys):
+    path = tmp_path / "cpu.json"
+    arguments = ["--tiny", "--only", "softmax", "mlp", "--backends", "eager,floor", "--rounds", "2", "--turn", "0.001"]
+    assert cpu.main([*arguments, "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert [r["name"] for r in result["rows"]] == ["mlp_swiglu", "softmax", "softmax_train"]
+    for row in result["rows"]:
+        assert row["backends"]["floor"]["check"]["ok"]
+        assert len(row["backends"]["floor"]["rounds_ms"]) == 2
+    assert result["geomean"]["floor over eager"]["count"] == 3
+    assert "softmax_train" in capsys.readouterr().out
+
+
+def test_every_cpu_workload_is_named_once_and_there_are_enough():
+    names = [w.name for w in cpu.WORKLOADS]
+    assert len(names) == len(set(names)) >= 14
+    assert {w.group for w in cpu.WORKLOADS} == {"model", "pointwise"}
+
+
+def test_a_wrong_backend_is_caught_and_a_broken_one_reported(monkeypatch):
+    workload = next(w for w in cpu.WORKLOADS if w.name == "softmax")
+    real = common.compiled
+
+    def fake(fn, spec):
+        if spec == "wrong":
+            return lambda *a: fn(*a) + 1e-6
+        if spec == "broken":
+            raise RuntimeError("no such thing\nsecond line")
+        return real(fn, spec)
+
+    monkeypatch.setattr(common, "compiled", fake)
+    row = cpu.measure(workload, ["eager", "wrong", "broken"], "tiny", 1, 0.001)
+    assert row["backends"]["eager"]["check"]["ok"]
+    assert not row["backends"]["wrong"]["check"]["ok"]
+    assert row["backends"]["broken"]["error"] == "RuntimeError: no such thing"
+    assert cpu.ratio(row, "eager", "broken") is None
+
+
+def test_check_sees_shape_dtype_count_and_nonfinite_values():
+    ref = [torch.tensor([1.0, math.inf, math.nan], dtype=torch.float64)]
+    eager = [ref[0].float()]
+    assert common.check(eager, eager, ref).ok
+    assert not common.check([torch.tensor([1.0, math.nan, math.nan])], eager, ref).ok
+    assert not common.check([torch.tensor([1.0, -math.inf, math.nan])], eager, ref).ok
+    assert not common.check([eager[0].half()], eager, ref).ok
+    assert not common.check([], eager, ref).ok
+    assert not common.check([eager[0][:2]], eager, ref).ok
+
+
+def test_reference_keeps_float64_through_casts_in_the_model():
+    def model(x):
+        return torch.softmax(x.float(), -1, dtype=torch.float32).to(x.dtype)
+
+    case = Case(model, lambda s: (common.randn(4, 8, seed=s, device="cpu", dtype=torch.bfloat16),))
+    inputs = case.inputs(0)
+    (got,) = common.reference(case, inputs)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, torch.softmax(inputs[0].double(), -1), rtol=0, atol=0)
+
+
+def test_interleave_gives_each_candidate_every_round():
+    seen = []
+
+    def call(name):
+        return lambda i: (seen.append(name), 0.5)[1]
+
+    result = common.interleave({"a": call("a"), "b": call("b")}, rounds=3, seconds_per_turn=0.5)
+    assert result == {"a": [0.5] * 3, "b": [0.5] * 3}
+    assert seen[4:] == ["a", "b", "b", "a", "a", "b"]  # after two estimating calls each: turns rotate
+
+
+def test_geomean_and_ratio_ignore_what_is_missing():
+    assert common.geomean([2.0, 8.0]) == pytest.approx(4.0)
+    assert common.geomean([]) is None
+    row = {"backends": {"a": {"rounds_ms": [2.0, 4.0, 9.0]}, "b": {"rounds_ms": [1.0, 4.0, 3.0]}}}
+    assert cpu.ratio(row, "a", "b") == 2.0
+
+
+def test_compile_time_child_splits_the_first_call():
+    result = compile_time.child("train", "floor", 1, "small", 1)
+    assert {k for k, _, _ in result["compilers"]} == {"forward", "backward"}
+    assert result["aot_s"] > 0 and result["dynamo_s"] > 0
+    parts = result["dynamo_s"] + result["aot_s"] + result["compiler_s"] + result["run_s"]
+    assert parts == pytest.approx(result["total_s"])
+    assert result["max_difference"] == 0.0
+
+
+def test_compile_time_command_reports_a_child_that_fails(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compile_time, "spawn", lambda arguments, environment, limit: {"error": "no compiler"})
+    path = tmp_path / "c.json"
+    assert compile_time.main(["--only", "inference", "--backends", "floor", "--no-slope", "--json", str(path)]) == 1
+    assert "no compiler" in capsys.readouterr().out
+    assert compile_time.slope([(4, 1.0), (8, 1.4), (16, 2.2)]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["gelu_chain", "layernorm_train", "lm_head_ce_train", "small_images", "alibi_attention"]
+)
+def test_gpu_workloads_run_without_a_gpu(name, tmp_path, capsys):
+    gpu_check.child(name, ["eager", "floor"], "cpu", "tiny", 1, str(tmp_path / "lock"))
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith(gpu_check.MARK)]
+    results = [json.loads(x[len(gpu_check.MARK) :]) for x in lines]
+    assert [r["backend"] for r in results] == ["eager", "eager", "floor", "floor"]
+    assert "ms" in results[-1] and results[-1]["check"]["ok"]
+
+
+def test_gpu_workloads_have_distinct_names():
+    names = [w.name for w in gpu_workloads.WORKLOADS]
+    assert len(names) == len(set(names)) == 24
+
+
+def test_gpu_command_survives_a_failing_workload(tmp_path, capsys):
+    path = tmp_path / "g.json"
+    arguments = ["--device", "cpu", "--tiny", "--only", "softmax", "--backends", "eager,nosuchbackend"]
+    assert gpu_check.main([*arguments, "--json", str(path), "--logs", str(tmp_path / "logs")]) == 1
+    (row,) = json.loads(path.read_text())["rows"]
+    assert "ms" in row["backends"]["eager"]
+    assert "nosuchbackend" in row["backends"]["nosuchbackend"]["error"]
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_gpu_table_stays_short():
+    verdict = {"ms": 1.234, "compile_s": 12.3, "peak_gb": 1.0, "check": {"ok": True, "ratio": 1.0}, "error": "e" * 500}
+    backends = ["eager", "fusionc", "inductor", "inductor:reduce-overhead"]
+    rows = [
+        {"name": w.name, "limit_ms": 1.0, "backends": dict.fromkeys(backends, verdict)} for w in gpu_workloads.WORKLOADS
+    ]
+    assert len(gpu_check.compact_table(rows, backends)) <= 10_000
+
+
+def test_host_cost_measures_three_ways(tmp_path):
+    path = tmp_path / "h.json"
+    arguments = ["--device", "cpu", "--backends", "eager,floor", "--lengths", "1", "2", "--batches", "2"]
+    assert host_cost.main([*arguments, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert set(rows[1]["us"]) == {"call", "backend", "program"}
+
+
+def test_commands_start_from_the_checkout():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.cpu", "--list"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "smollm2_decode" in done.stdout
