@@ -70,7 +70,7 @@ def _model_passes(gm: GraphModule, example_inputs: list[Any], config: Config) ->
 def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, number: int, stage: str,
            model_records: list[Any]) -> Callable[[list[Any]], Any]:  # fmt: skip
     """AOTAutograd's compiler: one ATen graph to a boxed callable."""
-    from .compiler import compile_graph
+    from .compiler import boxed_eager, compile_graph
     from .record import GraphRecord, remember
 
     name = f"g{number}_{stage}"
@@ -90,7 +90,7 @@ def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, nu
             )
             record = GraphRecord(name=name, stage=stage)  # type: ignore[arg-type]
             record.fallbacks.append(f"whole graph: {type(e).__name__}: {e}")
-            call = _boxed_eager(gm)
+            call = boxed_eager(gm)
     remember(record)
     if config.dump:
         from .dump import write_graph
@@ -102,15 +102,6 @@ def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, nu
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
-
-
-def _boxed_eager(gm: GraphModule) -> Callable[[list[Any]], Any]:
-    def call(args: list[Any]) -> Any:
-        mine = list(args)
-        args.clear()
-        return gm.forward(*mine)
-
-    return call
 
 
 @functools.lru_cache(maxsize=1)

@@ -39,10 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.json:
             print(text, file=sys.stderr)
             return status
-    if args.json:
-        print(json.dumps(value, indent=2, sort_keys=True, default=str))
-    elif text:
-        print(text.rstrip("\n"))
+    shown = json.dumps(value, indent=2, sort_keys=True, default=str) if args.json else text.rstrip("\n")
+    try:
+        if shown:
+            print(shown, flush=True)
+    except BrokenPipeError:  # the reader (head, less) has seen enough; keep Python's last flush quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(status)
 
 

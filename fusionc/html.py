@@ -41,7 +41,8 @@ max-height:520px}
 details{margin:4px 0}summary{cursor:pointer}
 .scroll{overflow:auto;border:1px solid var(--line);border-radius:8px;background:var(--card);max-height:760px}
 svg text{fill:var(--ink);font:11.5px ui-monospace,Menlo,"DejaVu Sans Mono",monospace}
-svg .box{stroke:var(--line)}svg .out{stroke:var(--ink);stroke-width:2}svg .edge{fill:none;stroke:var(--soft);stroke-opacity:.45}svg .onbox{fill:#1d2226}
+svg .box{stroke:var(--line)}svg .out{stroke:var(--ink);stroke-width:2}
+svg .edge{fill:none;stroke:var(--soft);stroke-opacity:.45}svg .onbox{fill:#1d2226}
 svg .axis{stroke:var(--soft);stroke-width:1}svg .roof{fill:none;stroke:var(--accent);stroke-width:2}
 svg .plain{fill:var(--card)}svg .call{fill:#c9d3df}svg .fall{fill:#f0b4ae;stroke:#b3261e}
 .bar{display:inline-block;height:9px;background:var(--accent);border-radius:2px}

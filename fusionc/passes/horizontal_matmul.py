@@ -25,6 +25,7 @@ from ..graph.facts import (
     dtype,
     is_pointwise_op,
     is_view,
+    packet_name,
     same,
     same_layout,
     same_sizes,
@@ -40,6 +41,7 @@ _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _MOVES = (aten.transpose.int, aten.permute.default, aten.t.default, aten.unsqueeze.default, aten.slice.Tensor,
           aten.select.int, aten.alias.default, aten.detach.default, aten.expand.default)
+_BY_STORAGE = {"as_strided_copy", "as_strided_scatter"}  # what they read depends on strides
 # Results are contiguous (or like the first argument) whatever the strides of these arguments are.
 _PLAIN = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
 _INTO = {aten.copy_.default: 1, aten.index_copy.default: 3, aten.index_put.default: 2, aten.slice_scatter.default: 1,
@@ -295,10 +297,10 @@ def _readers(sibling: Sibling, total: int, facts: Facts) -> Refuse | None:
                 sibling.views.append((reader, moved[0], offset + moved[1]))
                 stack.append(sibling.views[-1])
             elif is_view(reader):
-                return Refuse("a reader splits its result", reader)
+                return Refuse("a reader is a view of another kind", reader)
             elif is_pointwise_op(target) and not written_by(reader) or target in _PLAIN or _only_source(reader, source):
                 continue  # strides keep their order, so elementwise results keep their layout
-            elif not _tolerates(reader, source, strides):
+            elif packet_name(reader) in _BY_STORAGE or not _tolerates(reader, source, strides):
                 return Refuse("a reader gives another layout for strided input", reader)
     return None
 

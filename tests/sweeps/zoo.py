@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     def on_result(result: dict[str, Any]) -> None:
         results.append(result)
         cells = "  ".join(f"{str(result.get(title, '')):{width}s}" for title, width in COLUMNS)
-        print(cells + ("  " + result["message"] if result["message"] else ""), flush=True)
+        print(cells + ("  " + " ".join(result["message"].split()) if result["message"] else ""), flush=True)
 
     complete = run_tasks(
         "tests.sweeps.zoo",

@@ -1,0 +1,187 @@
+"""GPU: render Triton, compile for the device (or for one that is not there), bind a direct launch.
+
+`interpret` runs the same text on CPU tensors in Triton's interpreter.  For a cross target (`sm_90`, …) the kernels are
+compiled, so that registers, spills and assembly can be read in the dump, and nothing is launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..codegen import triton as codegen
+from ..errors import CompileError
+from ..ir.loop import Kernel, evaluate
+from ..runtime import device as devices
+from ..runtime import launch
+from ..schedule.plan import Plan
+from ..schedule.rules_triton import default_plan
+from ..schedule.split import should_split, split
+
+if TYPE_CHECKING:
+    from ..compiler import Context
+
+Launcher = Callable[[Sequence[Any], Sequence[int], int], None]
+
+
+@dataclass
+class Part:
+    """One kernel to build: its plan and text."""
+
+    symbol: str
+    kernel: Kernel
+    plan: Plan
+    source: str
+
+
+def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Launchers `f(tensors, sizes, stream)` by symbol, and reasons for kernels that could not be built."""
+    from ..compiler import kernel_record
+
+    cross = cx.target not in ("triton", "interpret")
+    device = devices.known(cx.target if cross else "sm_90") if cx.target != "triton" else devices.properties(cx.device)
+    parts: dict[str, list[Part]] = {}
+    problems: dict[str, str] = {}
+    for symbol, kernel in kernels.items():
+        try:
+            parts[symbol] = _parts(cx, symbol, kernel, device)
+        except NotImplementedError as e:
+            problems[symbol] = str(e)
+    built: dict[str, launch.Compiled | None] = {}
+    flat = [p for group in parts.values() for p in group]
+    if cross:
+        jobs = [lambda p=p: launch.cross_compile(p.source, p.symbol, p.kernel, p.plan, cx.target) for p in flat]
+        with _triton_cache(cx):
+            results = launch.compile_many(jobs)
+        built = {p.symbol: r if isinstance(r, launch.Compiled) else None for p, r in zip(flat, results, strict=True)}
+    elif cx.target == "triton":
+        bound = {p.symbol: launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device) for p in flat}
+        with _triton_cache(cx):
+            results = launch.compile_many([k.compile for k in bound.values()])
+    else:
+        results = [None] * len(flat)
+    for p, r in zip(flat, results, strict=True):
+        if isinstance(r, Exception):
+            problems[p.symbol.split("_part")[0]] = str(r)
+    functions: dict[str, Any] = {}
+    for symbol, group in parts.items():
+        if symbol in problems:
+            continue
+        if cx.target == "triton":
+            steps = [_direct(bound[p.symbol], p.kernel) for p in group]
+        elif cx.target == "interpret":
+            steps = [_interpreted(p) for p in group]
+        else:
+            steps = [_never for _ in group]
+        functions[symbol] = steps[0] if len(group) == 1 else _chain(kernels[symbol], group, steps, cx.device)
+        for p in group:
+            record = kernel_record(cx, symbol, p.kernel, p.plan, p.source, "triton")
+            record.name = p.symbol
+            compiled = built.get(p.symbol)
+            if compiled is not None and cx.config.dump:
+                record.source += (
+                    f"\n# {compiled.target}: {compiled.registers} registers, {compiled.spills} bytes spilled, {compiled.shared} bytes of shared memory\n"
+                )
+            cx.record.kernels.append(record)
+    return functions, problems
+
+
+def _parts(cx: Context, symbol: str, kernel: Kernel, device: Any) -> list[Part]:
+    hints = {s.name: cx.hints.get(s.name, 64) for s in kernel.sizes}
+    pieces: list[Kernel] = [kernel]
+    count = should_split(kernel, hints, "triton", device.processors)
+    if count > 1:
+        two = split(kernel, count)
+        if two is not None:
+            pieces = list(two)
+    out: list[Part] = []
+    for k, piece in enumerate(pieces):
+        name = symbol if len(pieces) == 1 else f"{symbol}_part{k}"
+        plan = default_plan(piece, {s.name: cx.hints.get(s.name, 64) for s in piece.sizes}, device)
+        out.append(Part(name, piece, plan, codegen.render(piece, plan, name)))
+    return out
+
+
+@contextlib.contextmanager
+def _triton_cache(cx: Context) -> Iterator[None]:
+    """Triton's own binary cache inside ours: private, and gone with `cache=False`."""
+    from triton import knobs
+
+    from .cpp import cache_for
+
+    folder = cache_for(cx.config.cache).folder("triton") if cx.config.cache is not False else None
+    if folder is None:
+        yield
+        return
+    with knobs.cache.scope():
+        knobs.cache.dir = str(folder)
+        yield
+
+
+def _direct(kernel: launch.TritonKernel, ir: Kernel) -> Launcher:
+    """Launch with pre-bound arguments; a misaligned pointer takes a variant compiled without the alignment promise."""
+    generic: list[launch.TritonKernel] = []
+    names = [s.name for s in ir.sizes]
+    scalar = any(b.scalar for b in ir.buffers)
+    static = not names
+    grid = launch.grid_of(ir, kernel.plan, {}) if static else 0
+    run = kernel.bind(grid) if static else None
+
+    def f(tensors: Sequence[Any], sizes: Sequence[int], stream: int) -> None:
+        if scalar:
+            pointers = [t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tensors]
+        else:
+            pointers = [t.data_ptr() for t in tensors]
+        bits = 0
+        for p, b in zip(pointers, ir.buffers, strict=True):
+            if not b.scalar:
+                bits |= p
+        if bits & 15:
+            if not generic:
+                generic.append(
+                    launch.TritonKernel(kernel.source, kernel.name, ir, kernel.plan, kernel.device, [False] * len(ir.buffers))
+                )
+            generic[0].launch(pointers, dict(zip(names, sizes, strict=True)), stream)
+        elif run is not None:
+            run(stream, *pointers)
+        else:
+            kernel.launch(pointers, dict(zip(names, sizes, strict=True)), stream)
+
+    return f
+
+
+def _interpreted(p: Part) -> Launcher:
+    names = [s.name for s in p.kernel.sizes]
+
+    def f(tensors: Sequence[Any], sizes: Sequence[int], stream: int) -> None:
+        launch.interpret(p.source, p.symbol, p.kernel, p.plan, tensors, dict(zip(names, sizes, strict=True)))
+
+    return f
+
+
+def _never(tensors: Sequence[Any], sizes: Sequence[int], stream: int) -> None:
+    raise CompileError("kernel", None, "was compiled for a machine that is not this one and cannot be launched")
+
+
+def _chain(kernel: Kernel, group: list[Part], steps: list[Launcher], device: torch.device) -> Launcher:
+    """Run a split kernel: partial results go through scratch buffers."""
+    from ..ir.lowering.registry import TORCH_DTYPE
+
+    order = [b.name for b in kernel.buffers]
+    known = set(order)
+    scratch = {b.name: b for p in group for b in p.kernel.buffers if b.name not in known}
+    names = [s.name for s in kernel.sizes]
+
+    def f(tensors: Sequence[Any], sizes: Sequence[int], stream: int) -> None:
+        by_name = dict(zip(order, tensors, strict=True))
+        values = dict(zip(names, sizes, strict=True))
+        for name, b in scratch.items():
+            by_name[name] = torch.empty(evaluate(b.size, values), dtype=TORCH_DTYPE[b.dtype], device=device)
+        for p, step in zip(group, steps, strict=True):
+            step([by_name[b.name] for b in p.kernel.buffers], [values[s.name] for s in p.kernel.sizes], stream)
+
+    return f
