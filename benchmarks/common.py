@@ -216,8 +216,11 @@ def compiled(fn: Callable[..., Any], spec: str) -> Callable[..., Any]:
 
 def first_line(error: BaseException, width: int = 160) -> str:
     """The innermost cause of an exception in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while True:  # Dynamo wraps what a backend raises and says little itself
+        inner = getattr(error, "inner_exception", None) or error.__cause__
+        if inner is None or inner is error:
+            break
+        error = inner
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:width]
 

@@ -65,6 +65,8 @@ def locked(path: str, shared: bool) -> Iterator[None]:
 class _ResetBetween:
     """Given to ``do_bench`` as a tensor whose gradient is to be dropped: called between runs, outside the events."""
 
+    reset: Callable[[], None]
+
     def __init__(self, reset: Callable[[], None]) -> None:
         object.__setattr__(self, "reset", reset)
 

@@ -16,19 +16,18 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from . import errors
+from . import artifacts, errors
 from .codegen import program as prog
 from .config import Config
 from .ir.build import Builder, Built
 from .ir.expr import Index, Size, index
-from .ir.loop import Kernel, kernel_bytes
 from .ir.lowering.registry import DTYPE_NAME
 from .ir.simplify import simplify
 from .ir.sizes import Unsupported, free_sizes, size_index, sizes_index
-from .record import CallRecord, GraphRecord, GroupRecord, KernelRecord
+from .record import CallRecord, GraphRecord, GroupRecord
 from .schedule.group import Call, Group, Grouper, Unit, is_view
 
-CROSS = ("sm_80", "sm_90", "sm_100", "gfx942")
+CROSS = artifacts.CROSS
 
 
 @dataclass
@@ -84,7 +83,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
         from .graph.text import graph_text
 
         record.input_text = graph_text(gm)
-        record.repro = _repro(gm, name)
+        record.repro = artifacts.repro_text(gm, example_inputs, config)
     gm, record.passes = run_passes(gm, "graph", config, example_inputs, stage=stage)
     derived = gm.meta.get("fusionc_derived") or []
     record.timings["passes"] = time.perf_counter() - started
@@ -94,8 +93,23 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     device = device_of(gm)
     target = choose_target(config, device)
     record.device = _device_words(device, target)
+    bandwidth, rate = artifacts.peaks(target, device)
+    record.peak_gbs, record.peak_gflops = bandwidth / 1e9, rate / 1e9
     cx = Context(gm, config, record, device, target, _hints(gm))
-    call = _lower_and_link(cx)
+    try:
+        call = _lower_and_link(cx)
+    except errors.StrictError:
+        raise
+    except Exception as e:  # a bug of ours costs speed, not the answer
+        if config.strict:
+            raise
+        errors.warn_once(
+            f"graph:{type(e).__name__}:{e}",
+            f"fusionc could not lower a {stage} graph ({type(e).__name__}: {e}); it runs in ATen. "
+            "Please report this; options={'strict': True} shows where it happens",
+        )
+        record.fallbacks.append(f"whole graph: {type(e).__name__}: {e}")
+        call = boxed_eager(gm)
     if target in CROSS:  # its kernels were compiled to be read; the graph itself runs in ATen
         call = boxed_eager(gm)
     if derived:
@@ -165,6 +179,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
         cx.record.timings["build"] = cx.record.timings.get("build", 0.0) + time.perf_counter() - clock
         if not failed:
             clock = time.perf_counter()
+            cx.record.kernels.clear()  # of an earlier round
             symbols, bad = _compile_kernels(cx, lowered)
             cx.record.timings["compile"] = cx.record.timings.get("compile", 0.0) + time.perf_counter() - clock
             failed = bad
@@ -276,72 +291,17 @@ def _compile_kernels(cx: Context, lowered: list[Lowered]) -> tuple[dict[str, Any
         from .targets.triton import compile_all
     functions, problems = compile_all(cx, {s: items[0].built.kernel for s, items in by_text.items()})
     bad: dict[Node, str] = {}
-    for symbol, why in problems.items():
-        if cx.config.strict:
-            raise errors.StrictError(f"kernel {symbol} could not be built: {why}")
-        errors.warn_once(f"kernel:{symbol}", f"fusionc: kernel {symbol} could not be built and its nodes run in ATen: {why}")
-        cx.record.fallbacks.append(f"kernel {symbol}: {why}")
+    if problems:
+        artifacts.report_problems(cx, problems)
+    for symbol in problems:
         for item in by_text[symbol]:
             for n in item.group.nodes:
                 bad[n] = "its kernel could not be built"
     counts = {s: len(items) for s, items in by_text.items()}
     for record in cx.record.kernels:
         record.uses = counts.get(record.symbol, record.uses)
+    artifacts.describe_kernels(cx.record.kernels, {s: items[0].group.nodes for s, items in by_text.items()})
     return functions, bad
-
-
-def kernel_record(cx: Context, symbol: str, kernel: Kernel, plan: Any, source: str, language: str) -> KernelRecord:
-    """What the dump says of a kernel; the texts are made only for a dump."""
-    from .ir.loop import evaluate
-
-    hints = {s.name: cx.hints.get(s.name, 64) for s in kernel.sizes}
-    read, written = kernel_bytes(kernel, hints)
-    points = evaluate(kernel.outer, hints) * evaluate(kernel.inner, hints)
-    out = KernelRecord(name=symbol, symbol=symbol, language=language, bytes_read=read, bytes_written=written)  # type: ignore[arg-type]
-    out.flops = kernel.flops_per_point() * points
-    out.plan_json = plan.to_json()
-    if cx.config.dump:
-        out.loop_text, out.source = kernel.text, source
-        out.standalone = _standalone(kernel, plan, source, language, symbol)
-    return out
-
-
-def _standalone(kernel: Kernel, plan: Any, source: str, language: str, symbol: str) -> str:
-    return "\n".join(
-        [
-            '"""One kernel by itself: makes inputs, runs it, compares it with the loop interpreter, times it."""',
-            "",
-            "from fusionc.standalone import run_kernel",
-            "",
-            f"SYMBOL = {symbol!r}",
-            f"LANGUAGE = {language!r}",
-            f"PLAN = {plan.to_json()!r}",
-            f"LOOP = r'''\n{kernel.text}\n'''",
-            f"SOURCE = r'''\n{source}\n'''",
-            "",
-            'if __name__ == "__main__":',
-            "    run_kernel(SYMBOL, LANGUAGE, PLAN, LOOP, SOURCE)",
-            "",
-        ]
-    )
-
-
-def _repro(gm: GraphModule, name: str) -> str:
-    from .graph.text import graph_text
-
-    return "\n".join(
-        [
-            '"""The graph by itself: random inputs, eager against fusionc."""',
-            "",
-            "from fusionc.standalone import run_repro",
-            "",
-            f"GRAPH = r'''\n{graph_text(gm)}\n'''",
-            "",
-            'if __name__ == "__main__":',
-            "    run_repro(GRAPH)",
-            "",
-        ]
-    )
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
@@ -575,7 +535,7 @@ def _link(cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowere
     link.bind_sizes()
     _insert_frees(p)
     if cx.config.dump:
-        record.program = p.text()
+        record.program = artifacts.program_text(p, cx.gm, {i.symbol: i.built.kernel for i in lowered})
     if cx.config.strict:
         for c in record.calls:
             if c.reason:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def example(name: str) -> Any:
@@ -52,9 +57,23 @@ def test_generate() -> None:
 
 
 def test_examples_are_short_and_all_tested() -> None:
-    folder = Path(__file__).resolve().parent.parent / "examples"
+    folder = ROOT / "examples"
     tests = Path(__file__).read_text(encoding="utf-8")
     for path in folder.glob("*.py"):
         limit = 150 if path.stem == "generate" else 100
         assert len(path.read_text(encoding="utf-8").splitlines()) <= limit, path.name
         assert f'example("{path.stem}")' in tests, f"{path.name} has no test"
+
+
+def test_readme_quick_start(tmp_path: Path) -> None:
+    code = re.search(r"## Quick start\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    (tmp_path / "quick.py").write_text(code[1], encoding="utf-8")
+    done = subprocess.run([sys.executable, "quick.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "kernel\n" in done.stdout
+
+
+def test_readme_table_is_current() -> None:
+    table = importlib.import_module("scripts.readme_table")
+    assert table.main(["--check"]) == 0, "run `make readme`"

@@ -17,11 +17,10 @@ class Acc:
     def __init__(self, r: Reduce, name: str):
         self.r, self.name = r, name
         self.nan = r.kind in ("max", "min") and r.dtype in FLOATS
-        self.total = False
 
-    def declare(self, total: bool) -> list[str]:
-        self.total = total and self.r.kind == "sum" and self.r.dtype in ("f32", "f16", "bf16")
-        out = [f"{'double' if self.total else acc_type(self.r)} {self.name} = {initial(self.r)};"]
+    def declare(self, total: bool = False) -> list[str]:
+        """Declarations; a `total` adds up parts."""
+        out = [f"{part_type(self.r) if total else acc_type(self.r)} {self.name} = {initial(self.r)};"]
         return [*out, f"int {self.name}n = 0;"] if self.nan else out
 
     def clauses(self) -> list[str]:
@@ -45,10 +44,12 @@ class Acc:
             return [f"{a} = {p} {sign} {a} ? {p} : {a};", f"{a}n |= {p}n;"]
         return [f"{self.name} = {merge(self.r, self.name, part.name)};"]
 
+    def final(self) -> str:
+        """The accumulated value, still as an accumulator."""
+        return f"({self.name}n ? ({acc_type(self.r)})FC_NAN : {self.name})" if self.nan else self.name
+
     def result(self) -> str:
-        if self.nan:
-            return f"{self.name}n ? ({VALUE_TYPE[self.r.dtype]})FC_NAN : {self.name}"
-        return f"({VALUE_TYPE[self.r.dtype]}){self.name}"
+        return from_acc(self.r, self.final())
 
 
 def _kind(r: Reduce | Scan) -> str:
@@ -94,7 +95,12 @@ def as_acc(r: Reduce | Scan, v: str) -> str:
 
 
 def from_acc(r: Reduce | Scan, acc: str) -> str:
-    return f"({VALUE_TYPE[r.dtype]}){acc}"
+    return f"fc_round_{r.dtype}({acc})" if r.dtype in HALF else f"({VALUE_TYPE[r.dtype]}){acc}"
+
+
+def part_type(r: Reduce | Scan) -> str:
+    """The type in which parts of a long reduction are added up: float sums and products in double."""
+    return "double" if r.kind in ("sum", "prod") and r.dtype in ("f32", *HALF) else acc_type(r)
 
 
 def merge(r: Reduce | Scan, a: str, v: str) -> str:

@@ -322,4 +322,3 @@ def operation(name: str, x: list[str], dtype: str, src: str) -> str:
     names = {"maximum": "max", "minimum": "min", "fmax": "max", "fmin": "min", "abs": "iabs"}
     names.update({"floordiv": "ifloor", "mod": "imod", "truncdiv": "itrunc", "div": "itrunc", "fmod": "ifmod"})
     return f"fc_{names.get(name, name)}<{ctype}>({', '.join(x)})"
-

@@ -440,7 +440,8 @@ class _Writer:
 
     def paren(self, e: Expr) -> str:
         text = self.text[e.uid]
-        return text if text.isidentifier() or text.isdigit() else f"({text})"
+        plain = text.isidentifier() or text.isdigit() or (isinstance(e, Const) and not text.startswith("-"))
+        return text if plain else f"({text})"
 
     def is_literal(self, e: Expr) -> bool:
         return isinstance(e, Const) or (isinstance(e, Index) and e.is_const)
@@ -467,12 +468,10 @@ class _Writer:
             if isinstance(a, Index) and not self.is_literal(a) and self.width != 64:
                 if name not in COMPARE and name != "cast":
                     text = f"{text}.to(tl.int64)"  # an index as a value is an int64, whatever it is computed in
-            elif self.is_literal(a) and text.startswith("-"):
-                text = f"({text})"
             args.append(text)
         if name == "where":
             dtype = n.dtype
-        return self.fresh(tm.operation(name, args, dtype, n.dtype))
+        return self.fresh(tm.operation(name, args, dtype, n.dtype, self.fresh))
 
     def check_index(self, n: Op) -> str:
         i, size = self.tensor(n.args[0]), self.paren(n.args[1])

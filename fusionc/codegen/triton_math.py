@@ -13,6 +13,8 @@ target (`libdevice` stands for NVIDIA's libdevice and AMD's ocml alike).  What d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..ir.expr import FLOATS
 from ..ir.ops import ARITY, COMPARE
 
@@ -50,10 +52,11 @@ def supports(name: str, dtype: str) -> bool:
     return name in ARITY and (dtype not in ("f16", "bf16") or name == "cast")
 
 
-def operation(name: str, args: list[str], dtype: str, result: str) -> str:
+def operation(name: str, args: list[str], dtype: str, result: str, fresh: Callable[[str], str]) -> str:
     """Triton text of `name` over operand texts `args` of `dtype`; `result` is the dtype of the value.
 
-    Operands are names or parenthesised; literals occur only where `NEEDS_TENSORS` allows it.
+    Operands are names or parenthesised; literals occur only where `NEEDS_TENSORS` allows it.  `fresh` writes a line that
+    gives a text a name, for steps that are used more than once.
     """
     a = args[0]
     floating = dtype in FLOATS
@@ -70,7 +73,7 @@ def operation(name: str, args: list[str], dtype: str, result: str) -> str:
     if name in ("maximum", "minimum", "fmax", "fmin"):
         return extreme(name, a, args[1], dtype)
     if name in ("floordiv", "mod", "truncdiv", "fmod"):
-        return _division(name, a, args[1], dtype)
+        return _division(name, a, args[1], dtype, fresh)
     if name == "div":
         return f"tl.div_rn({a}, {args[1]})" if dtype == "f32" else f"{a} / {args[1]}"
     if name in _LIBRARY:
@@ -96,7 +99,7 @@ def _sign(a: str, dtype: str, floating: bool) -> str:
     if dtype == "u8":
         return f"({a} > 0).to(tl.uint8)"
     if floating:
-        return f"tl.where({a} > 0, 1.0, tl.where({a} < 0, -1.0, {a}))"
+        return f"tl.where({a} > 0, 1.0, tl.where({a} < 0, -1.0, {a} + 0.0))"  # -0.0 gives 0.0
     return f"({a} > 0).to({TL_DTYPE[dtype]}) - ({a} < 0).to({TL_DTYPE[dtype]})"
 
 
@@ -147,26 +150,28 @@ def extreme(name: str, a: str, b: str, dtype: str) -> str:
     return f"tl.where(({a} {order} {b}) | ({a} != {a}), {a}, {b})"
 
 
-def _division(name: str, a: str, b: str, dtype: str) -> str:
-    if dtype in FLOATS:
-        if name == "fmod":
-            return f"libdevice.fmod({a}, {b})"
-        rem = f"libdevice.fmod({a}, {b})"
-        shift = f"({rem} != 0) & (({rem} < 0) != ({b} < 0))"
-        if name == "mod":
-            return f"tl.where({shift}, {rem} + {b}, {rem})"
-        # as c10::div_floor_floating: the exact quotient of a minus its remainder, rounded, with the sign of a / b
-        div = "tl.div_rn({}, {})" if dtype == "f32" else "({} / {})"
-        plain = div.format(a, b)
-        exact = div.format(f"({a} - {rem})", b)
-        down = f"tl.where({shift}, {exact} - 1.0, {exact})"
-        near = f"tl.where({down} - tl.floor({down}) > 0.5, tl.floor({down}) + 1.0, tl.floor({down}))"
-        return f"tl.where({b} == 0, {plain}, tl.where({down} == 0, {plain} * 0.0, {near}))"
-    if dtype in ("u8", "b1") or name in ("truncdiv", "fmod"):
+def _division(name: str, a: str, b: str, dtype: str, fresh: Callable[[str], str]) -> str:
+    floating = dtype in FLOATS
+    if not floating and (dtype == "u8" or name in ("truncdiv", "fmod")):
         return f"{a} // {b}" if name in ("floordiv", "truncdiv") else f"{a} % {b}"
+    rem = f"libdevice.fmod({a}, {b})" if floating else f"{a} % {b}"
+    if name == "fmod":
+        return rem
+    rem = fresh(rem)
+    below = f"({rem} != 0) & (({rem} < 0) != ({b} < 0))"
     if name == "mod":
-        return f"tl.where(({a} % {b} != 0) & (({a} % {b} < 0) != ({b} < 0)), {a} % {b} + {b}, {a} % {b})"
-    return f"tl.where(({a} % {b} != 0) & (({a} < 0) != ({b} < 0)), {a} // {b} - 1, {a} // {b})"
+        return f"tl.where({below}, {rem} + {b}, {rem})"
+    if not floating:
+        quotient = fresh(f"{a} // {b}")
+        return f"tl.where({below}, {quotient} - 1, {quotient})"
+    # as c10::div_floor_floating: the exact quotient of a minus its remainder, rounded, with the sign of a / b
+    div = "tl.div_rn({}, {})" if dtype == "f32" else "{} / {}"
+    plain = fresh(div.format(a, b))
+    exact = fresh(div.format(f"({a} - {rem})", b))
+    down = fresh(f"tl.where({below}, {exact} - 1.0, {exact})")
+    floor = fresh(f"tl.floor({down})")
+    near = fresh(f"tl.where({down} - {floor} > 0.5, {floor} + 1.0, {floor})")
+    return f"tl.where({b} == 0, {plain}, tl.where({down} == 0, {plain} * 0.0, {near}))"
 
 
 def cast(a: str, src: str, dst: str) -> str:

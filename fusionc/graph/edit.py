@@ -20,6 +20,7 @@ from .facts import is_pure, nodes_of, placeholders, value, written_by
 
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 DERIVED_KEY = "fusionc_derived"
+_SOURCE = "_dynamo_source"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +30,15 @@ class Derived:
     ``sources`` are placeholder positions of the graph that holds it; ``compute`` maps their tensors (in that order) to
     the value and must not keep or write them. ``share`` names the computation (structure and constants): two derived
     weights with equal ``share`` and the same source tensors are one tensor in memory, across graphs. None: not shared.
+    ``volatile`` are those sources that torch writes without telling (eager BatchNorm in training mode moves its running
+    statistics and leaves their version counters alone): the runtime looks at their values too.
     """
 
     name: str
     sources: tuple[int, ...]
     compute: Callable[[list[torch.Tensor]], torch.Tensor]
     share: str | None = None
+    volatile: tuple[int, ...] = ()
 
 
 def provenance(new: Node, old: Iterable[Node]) -> None:
@@ -146,13 +150,17 @@ def add_input(gm: GraphModule, name: str, val: Any, key: str = "val") -> Node:
 
 
 def add_derived(gm: GraphModule, sources: Sequence[int], compute: Callable[[list[torch.Tensor]], torch.Tensor],
-                val: torch.Tensor, share: str | None = None, origin: Iterable[Node] = (), key: str = "val") -> Node:
+                val: torch.Tensor, share: str | None = None, origin: Iterable[Node] = (), key: str = "val",
+                volatile: Sequence[int] = ()) -> Node:
     """A new last placeholder ``derived_<n>`` that the runtime fills with ``compute(sources)``; see ``Derived``."""
     table: list[Derived] = gm.meta.setdefault(DERIVED_KEY, [])
     name = f"derived_{len(table)}"
     node = add_input(gm, name, val, key)
     provenance(node, origin)
-    table.append(Derived(name, tuple(sources), compute, share))
+    if key != "val":  # AOTAutograd asks each placeholder of a Dynamo graph where it comes from and whether it moves
+        setattr(node, _SOURCE, None)
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    table.append(Derived(name, tuple(sources), compute, share, tuple(volatile)))
     return node
 
 
@@ -216,6 +224,32 @@ def inline(gm: GraphModule, body: Graph, bound: Sequence[Any], before: Node, ori
                 provenance(copy, origin)
                 env[node] = copy
     raise ValueError("the replacement has no output")
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """A copy with all meta (shallow) and the marks that Dynamo keeps on its placeholders."""
+    made = Graph()
+    mapping: dict[Node, Node] = {}
+    found = made.graph_copy(graph, mapping, return_output_node=True)
+    if isinstance(found, tuple):  # (returned value, the output node)
+        copied = made.output(found[0])
+        copied.meta = dict(found[1].meta)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+        if hasattr(old, _SOURCE):
+            setattr(new, _SOURCE, getattr(old, _SOURCE))
+    made._codegen = graph._codegen
+    return made
+
+
+def copy_module(gm: GraphModule) -> GraphModule:
+    """A GraphModule over a copy of the graph. Dynamo reads its own graph again after the backend: ours must be another."""
+    made = GraphModule(gm, copy_graph(gm.graph), type(gm).__name__)
+    made.meta = dict(gm.meta)
+    for name, found in vars(gm).items():
+        if name not in vars(made):
+            setattr(made, name, found)
+    return made
 
 
 def safe_name(text: str, limit: int = 63) -> str:

@@ -90,10 +90,11 @@ class ConvBatchNorm(Pass):
         eps, axis = float(given["eps"]), 1 if conv.target in _TRANSPOSED else 0
         share = f"conv_bn {present} {eps!r} {axis} {groups} "
         key = edit.value_key(gm.graph)
+        moving = [facts.position(given[name]) for name in ("running_mean", "running_var")]
         weight = edit.add_derived(gm, sources, _fold(present, eps, axis, groups, False),
-                                  edit.fake_empty(like, like.shape, _layout(like)), share + "w", (conv, bn), key)
+                                  edit.fake_empty(like, like.shape, _layout(like)), share + "w", (conv, bn), key, moving)
         bias = edit.add_derived(gm, sources, _fold(present, eps, axis, groups, True), edit.fake_empty(like, [out]),
-                                share + "b", (conv, bn), key)
+                                share + "b", (conv, bn), key, moving)
         names_in = ("input", "weight", "bias")
         args = (*[layer["input"], weight, bias], *conv.args[3:])
         kwargs = {name: part for name, part in conv.kwargs.items() if name not in names_in}

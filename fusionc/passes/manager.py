@@ -30,7 +30,7 @@ _MAX_REFUSALS = 200
 def run_passes(gm: GraphModule, level: Literal["model", "graph"], config: Any = None,
                example_inputs: Sequence[Any] | None = None, *, stage: str | None = None,
                static: Collection[int] | None = None) -> tuple[GraphModule, list[PassRecord]]:
-    """Run the built-in pipeline of one level, and the user's passes, on ``gm`` in place.
+    """Run the built-in pipeline of one level, and the user's passes: in place, but on a copy at model level.
 
     ``example_inputs``: the graph's inputs (real at model level, fake at graph level). ``stage``: "inference",
     "forward" or "backward"; default ``gm.meta["fusionc_stage"]``, else told from gradient mode at model level and
@@ -45,7 +45,20 @@ def run_passes(gm: GraphModule, level: Literal["model", "graph"], config: Any = 
         static = gm.meta.get(STATIC_KEY)
     if static is None:
         static = _static(gm, level, example_inputs)
+    if level == "model":
+        facts = Facts(gm, level, stage, static, example_inputs)
+        if not any(_looks(item, facts) for _, item in chosen):
+            return gm, [PassRecord(position, item.name, "model") for position, item in chosen]
+        gm = edit.copy_module(gm)
     return run(chosen, gm, level, config, example_inputs, stage=stage, static=static)
+
+
+def _looks(item: Pass, facts: Facts) -> bool:
+    """The pass finds something to look at (or fails, which ``run`` deals with)."""
+    try:
+        return next(iter(item.find(facts)), None) is not None
+    except Exception:  # noqa: BLE001 - reported by the real run
+        return True
 
 
 def run(pipeline: Iterable[tuple[int, Pass]], gm: GraphModule, level: str, config: Any = None,
@@ -187,15 +200,7 @@ class _Saved:
     def before_edit(self) -> None:
         """Called before each edit; copies once."""
         if self.graph is None:
-            self.graph = Graph()
-            mapping: dict[Node, Node] = {}
-            out = self.graph.graph_copy(self.gm.graph, mapping, return_output_node=True)
-            if isinstance(out, tuple):  # (returned value, the output node)
-                copied = self.graph.output(out[0])
-                copied.meta = dict(out[1].meta)
-            for old, new in mapping.items():
-                new.meta = dict(old.meta)
-            self.graph._codegen = self.gm.graph._codegen
+            self.graph = edit.copy_graph(self.gm.graph)
             known = self.gm.meta.get(edit.DERIVED_KEY)  # passes append to it
             self.derived = list(known) if known is not None else None
 

@@ -6,7 +6,7 @@ Triton's interpreter (3.6–3.7) lacks a few things, which are supplied while ou
   applied to whole halves;
 - fp32 → bf16 truncates: here it rounds to nearest even, as on every GPU;
 - the device library (`libdevice`) is missing: here torch computes it;
-- negative zero and NaN survive numpy's warnings.
+- `range` over a size fails with numpy 2.4 and later: one-element arrays are integers again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ class DeviceLibrary:
     """Stands for `triton.language.extra.libdevice` inside an interpreted module."""
 
     def __getattr__(self, name: str) -> Any:
-        fn = getattr(torch, _LIBRARY[name])
+        if name == "fmod":  # torch's vectorised one gives NaN for quotients beyond 2^53
+
+            def fn(a: Any, b: Any) -> Any:
+                return torch.from_numpy(np.asarray(np.fmod(a.numpy(), b.numpy())))
+        else:
+            fn = getattr(torch, _LIBRARY[name])
 
         def call(*args: Any) -> Any:
             import triton.language as tl
@@ -92,7 +97,11 @@ def repaired() -> Iterator[None]:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    convert = interpreter._convert_float
+    convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(())))
 
     def convert_float(data: Any, src: Any, dst: Any, mode: Any) -> Any:
         if src == tl.float32 and dst == tl.bfloat16:
@@ -104,6 +113,7 @@ def repaired() -> Iterator[None]:
 
     changes = [
         (interpreter, "_convert_float", convert_float),
+        (interpreter, "_patch_lang_tensor", patch_lang_tensor),
         (interpreter.ReduceOps, "generic_reduce", _reduce),
         (interpreter.ScanOps, "generic_scan", _scan),
     ]

@@ -115,14 +115,15 @@ def interpret(
     plan: Plan,
     tensors: Sequence[Any],
     sizes: dict[str, int] | None = None,
+    grid: int | None = None,
 ) -> None:
     """Run the rendered text on CPU tensors in Triton's interpreter; outputs are written in place.
 
     `tensors` are in the order of `kernel.buffers`: tensors whose data starts at their first element, or numbers for
-    scalar buffers.
+    scalar buffers.  `grid` runs fewer programs than all.
     """
     sizes = sizes or {}
-    grid = grid_of(kernel, plan, sizes)
+    grid = grid_of(kernel, plan, sizes) if grid is None else grid
     if grid == 0:
         return
     args = [t.item() if b.scalar and isinstance(t, torch.Tensor) else t for t, b in zip(tensors, kernel.buffers)]
@@ -300,6 +301,76 @@ def compile_many(jobs: Sequence[Callable[[], Any]], workers: int | None = None) 
 
 # -- launching ----------------------------------------------------------------------------------------------------
 
+_PACK = {"i1": "?7x", "i8": "b7x", "u8": "B7x", "i16": "h6x", "i32": "i4x", "i64": "q", "fp32": "f4x", "fp64": "d"}
+
+
+@functools.lru_cache(maxsize=1)
+def _driver() -> Any:
+    """cuLaunchKernel, called without letting go of Python's lock: argument buffers are shared between calls."""
+    import ctypes
+
+    fn = ctypes.PyDLL("libcuda.so.1").cuLaunchKernel
+    word = ctypes.c_uint
+    fn.argtypes = [ctypes.c_void_p, *[word] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    fn.restype = ctypes.c_int
+    return fn
+
+
+def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Callable[..., None] | None:
+    """A launcher that calls the driver directly, or None where the kernel needs more than a plain launch.
+
+    Kernels take hidden pointers after their arguments, in a number that depends on Triton's version: it is read from
+    the PTX, and they are null because the kernel uses no scratch memory.
+    """
+    import ctypes
+    import struct
+
+    meta = built.handle.metadata
+    simple = not any(
+        getattr(meta, name, 0)
+        for name in (
+            "global_scratch_size",
+            "profile_scratch_size",
+            "launch_cooperative_grid",
+            "launch_pdl",
+            "tmem_size",
+        )
+    )
+    entry = re.search(r"\.entry\s+\S+?\((.*?)\)", built.asm.get("ptx", ""), re.DOTALL)
+    if not simple or entry is None or getattr(meta, "num_ctas", 1) != 1:
+        return None
+    total = entry.group(1).count(".param")
+    if total < len(kinds):
+        return None
+    packer = struct.Struct("=" + "".join("Q" if k.startswith("*") else _PACK[k] for k in kinds))
+    values = bytearray(8 * max(total, 1))
+    base = ctypes.addressof((ctypes.c_char * len(values)).from_buffer(values))
+    params = (ctypes.c_void_p * max(total, 1))(*[base + 8 * i for i in range(max(total, 1))])
+    pack_into, launch = packer.pack_into, _driver()
+    function, threads, shared = built.handle.function, 32 * int(meta.num_warps), int(meta.shared)
+    name = built.name
+
+    def failed(code: int) -> None:
+        raise RuntimeError(f"launching kernel {name} failed: CUDA driver error {code}")
+
+    if grid is not None:
+
+        def fixed(stream: int, *args: Any) -> None:
+            pack_into(values, 0, *args)
+            code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+            if code:
+                failed(code)
+
+        return fixed
+
+    def variable(grid: int, stream: int, *args: Any) -> None:
+        pack_into(values, 0, *args)
+        code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+        if code:
+            failed(code)
+
+    return variable
+
 
 class TritonKernel:
     """A rendered kernel for a device of this machine.
@@ -323,6 +394,7 @@ class TritonKernel:
         self.names = [s.name for s in kernel.sizes]
         self._variants: dict[bool, Compiled] = {}
         self._direct: Callable[..., None] | None = None
+        self._launchers: dict[bool, Callable[..., None]] = {}
         self._lock = threading.Lock()
 
     def compile(self, wide: bool = False) -> Compiled:
@@ -332,8 +404,7 @@ class TritonKernel:
             if built is None:
                 from triton.runtime import driver
 
-                index = self.device.index if self.device.index is not None else torch.cuda.current_device()
-                with torch.cuda.device(index):
+                with torch.cuda.device(self._index()):
                     gpu = driver.active.get_current_target()
                     args = (self.source, self.name, self.kernel, self.plan, gpu, str(gpu.arch))
                     built = _compile(*args, self.aligned, wide, False)
@@ -350,16 +421,26 @@ class TritonKernel:
 
         Pointers are integers, or numbers for scalar buffers.
         """
-        handle = self.compile(wide).handle
-        run, function, packed = handle.run, handle.function, handle.packed_metadata
-        tail = (wide,) if self.dynamic else ()
         if grid <= 0:
             return lambda stream, *args: None
+        return self._launcher(grid, wide)
 
-        def launch(stream: int, *args: Any) -> None:
+    def _launcher(self, grid: int | None, wide: bool) -> Callable[..., None]:
+        """`f(stream, …)`, or `f(grid, stream, …)` if the grid is not given."""
+        built = self.compile(wide)
+        if "cubin" in built.asm:
+            kinds = [("i64" if wide else "i32") if t == "size" else t for _, t in parameters(self.kernel)]
+            direct = _cuda_launcher(built, kinds, grid)
+            if direct is not None:
+                return direct
+        handle = built.handle
+        run, function, packed = handle.run, handle.function, handle.packed_metadata
+        tail = (wide,) if self.dynamic else ()
+
+        def variable(grid: int, stream: int, *args: Any) -> None:
             run(grid, 1, 1, stream, function, packed, None, None, None, *args, *tail)
 
-        return launch
+        return variable if grid is None else functools.partial(variable, grid)
 
     def launch(self, tensors: Sequence[Any], sizes: dict[str, int] | None = None, stream: int | None = None) -> None:
         """Launch on `stream` (default: torch's current one) with tensors, raw pointers or numbers for scalar buffers.
@@ -367,7 +448,7 @@ class TritonKernel:
         A tensor is addressed from its first element.  Raises CompileError on first use if the kernel does not build.
         """
         if stream is None:
-            stream = torch.cuda.current_stream(self.device).cuda_stream
+            stream = torch._C._cuda_getCurrentRawStream(self._index())
         args = [
             (t.item() if b.scalar else t.data_ptr()) if isinstance(t, torch.Tensor) else t
             for t, b in zip(tensors, self.kernel.buffers)
@@ -379,11 +460,13 @@ class TritonKernel:
             direct(stream, *args)
             return
         sizes = sizes or {}
-        wide = self.dynamic and needs_wide(self.kernel, sizes)
         grid = grid_of(self.kernel, self.plan, sizes)
         if grid > 0:
-            handle = self.compile(wide).handle
-            args += [sizes[n] for n in self.names]
-            if self.dynamic:
-                args.append(wide)
-            handle.run(grid, 1, 1, stream, handle.function, handle.packed_metadata, None, None, None, *args)
+            wide = self.dynamic and needs_wide(self.kernel, sizes)
+            launcher = self._launchers.get(wide)
+            if launcher is None:
+                launcher = self._launchers[wide] = self._launcher(None, wide)
+            launcher(grid, stream, *args, *[sizes[n] for n in self.names])
+
+    def _index(self) -> int:
+        return self.device.index if self.device.index is not None else torch.cuda.current_device()

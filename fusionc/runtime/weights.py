@@ -14,6 +14,10 @@ trust the user that values stay, respectively that ``refresh(model)`` follows ev
 writers through ``.data``, which change neither identity, version nor pointer. Tensors made under
 ``inference_mode`` have no version counter: for them identity and pointer must do, and in-place writes need ``refresh``.
 
+One writer hides: eager BatchNorm in training mode moves its running statistics without a version bump. Sources that a
+pass declares ``volatile`` are therefore compared by value with a kept copy where that is cheap (CPU: some µs each);
+on a GPU, where it would wait for the device, the version of the module's ``num_batches_tracked`` stands for them.
+
 The check is three C-level maps over the source tensors and two tuple comparisons: about 0.1 µs for a source and look
 (``python -m fusionc.runtime.weights`` measures it here).
 
@@ -79,7 +83,7 @@ class _Value:
 class _Entry:
     """The derived values for one tuple of source tensors (one instance of the model)."""
 
-    __slots__ = ("__weakref__", "dead", "ids", "stale", "tensors", "token", "values", "versioned", "watch")
+    __slots__ = ("__weakref__", "dead", "copies", "counters", "ids", "stale", "tensors", "token", "values", "versioned", "watch")
 
     def __init__(self, ids: tuple[int, ...]) -> None:
         self.ids = ids
@@ -88,6 +92,8 @@ class _Entry:
         self.tensors: list[torch.Tensor] = []
         self.watch: tuple[Any, ...] = ()
         self.versioned: Callable[[Any], Any] | None = None
+        self.copies: list[tuple[int, torch.Tensor]] = []  # volatile sources on the CPU and what they held
+        self.counters: tuple[torch.Tensor, ...] = ()  # num_batches_tracked of volatile sources elsewhere
         self.stale = False
         self.dead = False
 
@@ -112,6 +118,7 @@ class DerivedWeights:
         self.positions = tuple(positions)
         self._parts = tuple(tuple(where[position] for position in each.sources) for each in self.derived)
         self._pick = _picker(positions)
+        self._volatile = tuple(sorted({where[position] for each in self.derived for position in each.volatile}))
         self._entries: OrderedDict[tuple[int, ...], _Entry] = OrderedDict()
         self._spare: list[_Entry] = []
         self._last = _Entry((-1,))
@@ -130,8 +137,8 @@ class DerivedWeights:
             entry = self._switch(ids, found)
         if self.checked:
             sources = found if entry.versioned is None else entry.versioned(found)
-            token = (tuple(map(_version, sources)), tuple(map(_pointer, found)))
-            if token != entry.token:
+            token = (tuple(map(_version, sources)), tuple(map(_pointer, found)), tuple(map(_version, entry.counters)))
+            if token != entry.token or entry.copies and _moved(entry, found):
                 self._refresh(entry, found, token)
         elif entry.stale:
             self._refresh(entry, found, None)
@@ -175,6 +182,8 @@ class DerivedWeights:
                 value.key = key
                 _shared[key] = value
             entry.values.append(value)
+        if self._volatile and self.checked:
+            entry.counters = _counters([found[i] for i in self._volatile if found[i].device.type != "cpu"])
         entry.watch = tuple(weakref.ref(source, _forget(weakref.ref(self), weakref.ref(entry))) for source in found)
         self._entries[ids] = entry
         while len(self._entries) > self.limit:
@@ -184,10 +193,17 @@ class DerivedWeights:
     def _refresh(self, entry: _Entry, found: Sequence[torch.Tensor], token: Any) -> None:
         """Recompute the values whose sources changed (all that are marked stale)."""
         with _lock:
+            moved = _moved(entry, found)
+            counted = tuple(map(_version, entry.counters))
+            if self._volatile and self.checked:
+                entry.copies = [(i, found[i].detach().clone()) for i in self._volatile if found[i].device.type == "cpu"]
             for index, (each, part) in enumerate(zip(self.derived, self._parts)):
                 sources = [found[i] for i in part]
                 value = entry.values[index]
-                state = tuple((None if s.is_inference() else s._version, s.data_ptr()) for s in sources)
+                state = (*[(None if s.is_inference() else s._version, s.data_ptr()) for s in sources],
+                         *(counted if each.volatile else ()))
+                if moved and each.volatile:
+                    value.state = None
                 if value.tensor is None or value.state is None or not value.made_from(sources) or \
                         self.checked and value.state != state:
                     value.update(each, sources, state)
@@ -205,6 +221,26 @@ class DerivedWeights:
                         value.state, entry.token, entry.stale = None, None, True
                         marked += 1
         return marked
+
+
+def _moved(entry: _Entry, found: Sequence[torch.Tensor]) -> bool:
+    """A volatile source on the CPU does not hold any more what it held."""
+    return not all(torch.equal(found[index], copy) for index, copy in entry.copies)
+
+
+def _counters(sources: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The ``num_batches_tracked`` buffers that live beside these running statistics (looked for once an instance)."""
+    if not sources:
+        return ()
+    import gc
+
+    wanted = {id(source) for source in sources}
+    return tuple(
+        holder["num_batches_tracked"] for holder in gc.get_referrers(*sources)
+        if isinstance(holder, dict) and isinstance(holder.get("num_batches_tracked"), torch.Tensor)
+        and not holder["num_batches_tracked"].is_inference()
+        and (id(holder.get("running_mean")) in wanted or id(holder.get("running_var")) in wanted)
+    )
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Any], Any]:

@@ -349,7 +349,7 @@ class Grouper:
         full = group.index[source]
         if low.kind == "row" and len(node.meta["val"].shape) == len(full):
             along = group.axis_index[source]
-            reduced = all(not isinstance(s, int) or s == 1 for d, s in enumerate(node.meta["val"].shape) if d in along)
+            reduced = all(isinstance(s, int) and s == 1 for d, s in enumerate(node.meta["val"].shape) if d in along)
             if reduced and along:
                 full = tuple([ZERO if d in along else i for d, i in enumerate(full)])
         group.index[node] = full
@@ -682,6 +682,8 @@ class Grouper:
         covered = {w for i in images for w in i.free}
         if covered not in (set(g.loops) | set(g.axis), set(g.loops)):
             return False
+        if numel([v.extent for v in (*other.loops, *other.axis)]) is not numel([v.extent for v in covered]):
+            return False  # i // 4 alone does not visit every i
         for m in other.nodes:
             g.index[m] = tuple([index(substitute(i, mapping)) for i in other.index[m]])
             if m in other.axis_index:

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from fusionc.ir.expr import ITEMSIZE, Load, Var
+from fusionc.ir.expr import ITEMSIZE, Index, Load, Var
 from fusionc.ir.loop import Kernel, evaluate
 
 from .plan import Plan
 
 _TILE = 128  # columns whose accumulators stay in the first-level cache beside the data
+_FEW = 8  # units of work from which the threads are busy without cutting the axis
+_PART = 16384  # points of a part of a cut axis
 
 
 def default_plan(kernel: Kernel, hint: dict[str, int]) -> Plan:
     """A good plan for `kernel`; `hint` gives a likely value of each size by name."""
     columns = _columns(kernel, hint)
-    return Plan(target="cpp", xblock=_TILE if columns else 1, columns=columns)
+    tile = _TILE if columns else 1
+    return Plan(target="cpp", xblock=tile, rblock=_rblock(kernel, hint, columns), columns=columns)
+
+
+def _rblock(kernel: Kernel, hint: dict[str, int], columns: bool) -> int:
+    """Points of the axis that are one part, where the loops alone would leave threads without work; else 0."""
+    if not kernel.axis or kernel.scans:
+        return 0
+    points, inner = evaluate(kernel.outer, hint), evaluate(kernel.inner, hint)
+    units = points
+    if columns:
+        units = -(-points // _TILE)
+    if units >= _FEW or points * inner < 4 * _PART:
+        return 0
+    longest = max(evaluate(v.extent, hint) for v in kernel.axis)
+    parts = min(64, longest, points * inner // _PART // max(units, 1))
+    return 0 if parts < 2 else min(-(-longest // parts), 1 << 16)
 
 
 def _columns(kernel: Kernel, hint: dict[str, int]) -> bool:
@@ -25,21 +43,24 @@ def _columns(kernel: Kernel, hint: dict[str, int]) -> bool:
         return False
     along_x = along_r = 0
     for at, dtype in _accesses(kernel):
-        along_x += _unit(at, x) * ITEMSIZE[dtype]
-        along_r += _unit(at, r) * ITEMSIZE[dtype]
+        weight = ITEMSIZE[dtype]
+        for v in at.free:
+            weight *= max(evaluate(v.extent, hint), 1)
+        along_x += _unit(at, x) * weight
+        along_r += _unit(at, r) * weight
     if along_x == along_r:
         return evaluate(kernel.inner, hint) < 8
     return along_x > along_r
 
 
-def _accesses(kernel: Kernel) -> list[tuple]:
+def _accesses(kernel: Kernel) -> list[tuple[Index, str]]:
     """Accesses that move with the axis: (index, dtype)."""
     axis = frozenset(kernel.axis)
     out = [(n.index, n.dtype) for n in kernel.nodes if isinstance(n, Load) and n.index.free & axis]
     return out + [(s.index, kernel.buffer(s.buffer).dtype) for s in kernel.stores if s.inner]
 
 
-def _unit(at: object, v: Var) -> int:
+def _unit(at: Index, v: Var) -> int:
     """1 if the index moves by one element with `v`."""
-    c = at.coefficient(v)  # type: ignore[attr-defined]
+    c = at.coefficient(v)
     return int(c is not None and c.is_const and c.value == 1)

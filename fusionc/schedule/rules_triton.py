@@ -76,24 +76,25 @@ def _rows(kernel: Kernel, outer: int, inner: int, device: Device) -> Plan:
     fits = tile <= threads * max(1, _REGISTERS // (live * 2))
     if kernel.inner.is_const and tile <= limit and fits:
         xblock = 1
-        while xblock * tile < 1024 and outer >= 2 * xblock * 2 * device.processors:
+        while xblock * tile < 2048 and outer >= 2 * xblock * 2 * device.processors:
             xblock *= 2
-        per_thread = 8 if live <= 4 else 4
-        most = threads // device.warp
+        # 16 elements a thread beat 8 by up to 30 % on an H200 (softmax and norms, 768 to 16384 columns)
+        per_thread = 16 if live <= 6 else 8
+        most = threads // device.warp // (2 if live <= 4 else 1)
         return Plan("triton", xblock=xblock, rblock=0, warps=_warps(xblock * tile, per_thread, device, most))
     top = bounds(kernel.inner)[1]
-    block = max(32, min(_pow2(min(inner, top or inner)), 1024 if kernel.scans else 4096 if live <= 4 else 2048))
+    longest = 1024 if kernel.scans else 2048 if live > 4 else 8192 if outer <= 16 * device.processors else 4096
+    block = max(32, min(_pow2(min(inner, top or inner)), longest))
     xblock = 1
     while xblock * block < 512 and outer >= 2 * xblock * 2 * device.processors:
         xblock *= 2
-    most = 16 if device.warp == 32 else 8
+    most = threads // device.warp
     return Plan("triton", xblock=xblock, rblock=block, warps=_warps(xblock * block, 8, device, most))
 
 
 def _columns(kernel: Kernel, outer: int, inner: int, device: Device) -> Plan:
     """Reductions over a slow dimension: neighbouring lanes take neighbouring columns."""
-    narrow = min((ITEMSIZE[n.dtype] for n in kernel.loads), default=4)
-    xblock = 64 if narrow <= 2 else 32
+    xblock = 32
     while xblock > 16 and outer < xblock * device.processors:
         xblock //= 2
     xblock = min(xblock, max(1, _pow2(outer)))

@@ -15,6 +15,7 @@ from ..ir.ops import and_, op
 from .rules_triton import contiguous_in_loops
 
 _MIN_CHUNK = 256  # elements of the axis that a part must have, to be worth a second launch
+_GUESS = 1024  # stands for sizes known at run time only
 _LOWEST = {"u8": 0, "i8": -(1 << 7), "i16": -(1 << 15), "i32": -(1 << 31), "i64": -(1 << 63), "b1": False}
 _HIGHEST = {"u8": 255, "i8": (1 << 7) - 1, "i16": (1 << 15) - 1, "i32": (1 << 31) - 1, "i64": (1 << 63) - 1, "b1": True}
 
@@ -94,7 +95,11 @@ def split(kernel: Kernel, parts: int) -> tuple[Kernel, Kernel] | None:
         for st in kernel.stores
         if st.inner
     ]
-    at = _flat(kernel.loops) * parts + p
+    # columns stay neighbours in memory: [parts, outer]; rows keep their partial results together: [outer, parts]
+    columns = contiguous_in_loops(kernel, {z.name: _GUESS for z in kernel.sizes})
+    flat = _flat(kernel.loops)
+    step, row = (kernel.outer, flat) if columns else (index(1), flat * parts)
+    at = row + index(p) * step
     extra: list[Buffer] = []
     q = Var("r0", index(parts))
     finish: dict[int, Expr] = {}
@@ -105,23 +110,23 @@ def split(kernel: Kernel, parts: int) -> tuple[Kernel, Kernel] | None:
         outs.append(Store(name, at, value, False))
         return name
 
-    read = _flat(kernel.loops) * parts
     for r in kernel.reductions:
         body = first.body(r)
         if r.kind in ("argmax", "argmin"):
             kind = r.kind[3:]
             best = partial(Reduce(kind, axis, body, body.dtype))
             where = partial(index(Reduce(r.kind, axis, body, "i64")) + first.base())
-            which = Reduce(r.kind, (q,), Load(best, read + q, body.dtype), "i64")
-            finish[r.uid] = Load(where, read + index(which), "i64")
+            which = Reduce(r.kind, (q,), Load(best, row + index(q) * step, body.dtype), "i64")
+            finish[r.uid] = Load(where, row + index(which) * step, "i64")
         else:
             name = partial(Reduce(r.kind, axis, body, r.dtype))
-            finish[r.uid] = Reduce(r.kind, (q,), Load(name, read + q, r.dtype), r.dtype)
+            finish[r.uid] = Reduce(r.kind, (q,), Load(name, row + index(q) * step, r.dtype), r.dtype)
     second = Rewriter(lambda e: finish.get(e.uid) if isinstance(e, Reduce) else None)
     ends = [Store(st.buffer, second.index(st.index), second(st.value), False) for st in kernel.stores if not st.inner]
     if not ends:
         return None
-    one = _kernel(kernel, (*kernel.loops, p), axis, outs, extra)
+    loops = (p, *kernel.loops) if columns else (*kernel.loops, p)
+    one = _kernel(kernel, loops, axis, outs, extra)
     reads = [Buffer(b.name, b.dtype, b.size, "in") for b in extra]
     return one, _kernel(kernel, kernel.loops, (q,), ends, reads)
 

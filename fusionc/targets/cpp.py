@@ -29,7 +29,8 @@ def cache_for(setting: bool | str) -> Cache:
 
 def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any], dict[str, str]]:
     """Callables by symbol (data pointers, then sizes), and reasons for those that could not be built."""
-    from ..compiler import ctypes_function, kernel_record
+    from ..artifacts import kernel_record
+    from ..compiler import ctypes_function
 
     sources: list[tuple[str, str]] = []
     problems: dict[str, str] = {}

@@ -40,7 +40,7 @@ class Part:
 
 def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any], dict[str, str]]:
     """Launchers `f(tensors, sizes, stream)` by symbol, and reasons for kernels that could not be built."""
-    from ..compiler import kernel_record
+    from ..artifacts import kernel_record
 
     cross = cx.target not in ("triton", "interpret")
     device = devices.known(cx.target if cross else "sm_90") if cx.target != "triton" else devices.properties(cx.device)
@@ -77,16 +77,17 @@ def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any]
             steps = [_interpreted(p) for p in group]
         else:
             steps = [_never for _ in group]
-        functions[symbol] = steps[0] if len(group) == 1 else _chain(kernels[symbol], group, steps, cx.device)
+        whole = kernels[symbol]
+        functions[symbol] = _joined([b.name for b in whole.buffers], [s.name for s in whole.sizes], group, steps, cx.device)
         for p in group:
-            record = kernel_record(cx, symbol, p.kernel, p.plan, p.source, "triton")
-            record.name = p.symbol
             compiled = built.get(p.symbol)
-            if compiled is not None and cx.config.dump:
-                record.source += (
-                    f"\n# {compiled.target}: {compiled.registers} registers, {compiled.spills} bytes spilled, {compiled.shared} bytes of shared memory\n"
+            note = ""
+            if compiled is not None:
+                note = (
+                    f"\n# {compiled.target}: {compiled.registers} registers, {compiled.spills} bytes spilled, "
+                    f"{compiled.shared} bytes of shared memory\n"
                 )
-            cx.record.kernels.append(record)
+            cx.record.kernels.append(kernel_record(cx, symbol, p.kernel, p.plan, p.source + note, "triton", p.symbol))
     return functions, problems
 
 
@@ -167,14 +168,28 @@ def _never(tensors: Sequence[Any], sizes: Sequence[int], stream: int) -> None:
     raise CompileError("kernel", None, "was compiled for a machine that is not this one and cannot be launched")
 
 
-def _chain(kernel: Kernel, group: list[Part], steps: list[Launcher], device: torch.device) -> Launcher:
+def bind(group: list[Part], order: list[str], names: list[str], device: torch.device) -> Launcher:
+    """A launcher of one kernel (or of its parts in order) for `device`; on the CPU in Triton's interpreter.
+
+    `order` and `names` are the buffers and sizes that the launcher takes.
+    """
+    if device.type == "cpu":
+        steps = [_interpreted(p) for p in group]
+    else:
+        steps = [_direct(launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, device), p.kernel) for p in group]
+    return _joined(order, names, group, steps, device)
+
+
+def _joined(
+    order: list[str], names: list[str], group: list[Part], steps: list[Launcher], device: torch.device
+) -> Launcher:
     """Run a split kernel: partial results go through scratch buffers."""
     from ..ir.lowering.registry import TORCH_DTYPE
 
-    order = [b.name for b in kernel.buffers]
+    if len(group) == 1:
+        return steps[0]
     known = set(order)
     scratch = {b.name: b for p in group for b in p.kernel.buffers if b.name not in known}
-    names = [s.name for s in kernel.sizes]
 
     def f(tensors: Sequence[Any], sizes: Sequence[int], stream: int) -> None:
         by_name = dict(zip(order, tensors, strict=True))

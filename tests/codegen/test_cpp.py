@@ -381,6 +381,7 @@ def library() -> dict[str, int]:
     for name, kernel in kernels().items():
         plan = default_plan(kernel, SIZES)
         plans = {"": plan, "_c": replace(plan, columns=not plan.columns, xblock=32), "_s": replace(plan, parallel=False)}
+        plans["_p"] = replace(plan, rblock=16)
         for suffix, p in plans.items():
             sources.append((name + suffix, render(kernel, p, name + suffix)))
     result = build(sources, open_cache(False), environment_key("cpu"), PRELUDE)
@@ -410,7 +411,7 @@ def run_both(
     return mine, theirs
 
 
-@pytest.mark.parametrize("suffix", ["", "_c", "_s"])
+@pytest.mark.parametrize("suffix", ["", "_c", "_s", "_p"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_same_as_interpreter(name: str, suffix: str) -> None:
     kernel = kernels()[name]
@@ -424,7 +425,7 @@ def test_same_as_interpreter(name: str, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["argmax", "argmax_2d", "argmax_columns", "any_all", "softmax", "cummax", "cumsum"])
-@pytest.mark.parametrize("suffix", ["", "_c"])
+@pytest.mark.parametrize("suffix", ["", "_c", "_p"])
 def test_nan_and_infinity(name: str, suffix: str) -> None:
     kernel = kernels()[name]
     data = inputs(kernel)

@@ -67,6 +67,8 @@ def grow(c: Chooser) -> Program:
             continue
         step = Step(f"t{len(steps)}", rule.name, *picked)
         exact = all(storage_exact[named[a].untyped_storage()._cdata] for a in step.args)
+        if grad and rule.ties and not exact:
+            continue
         saved = copy_tree(list(named.values())) if rule.mutates else []
         result = _try(step, named)
         if result is None or not _reasonable(result, special):

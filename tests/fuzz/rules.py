@@ -26,13 +26,15 @@ Pick = Callable[[Chooser], Arguments]
 
 @dataclass(frozen=True)
 class Rule:
-    """``keeps``: floats stay exact; ``smooth``: has a gradient worth checking; ``weight``: how often it is drawn."""
+    """``keeps``: floats stay exact; ``smooth``: has a gradient worth checking; ``ties``: the
+    gradient jumps where two values are equal, as rounded ones may or may not be; ``weight``: how often it is drawn."""
 
     name: str
     function: Callable[..., Any]
     pick: Pick
     keeps: bool = False
     smooth: bool = True
+    ties: bool = False
     mutates: bool = False
     weight: int = 1
 
@@ -120,7 +122,13 @@ def _scalar(c: Chooser) -> Arguments:
 # --- elementwise ---
 for _name in ("exp", "tanh", "sigmoid", "sin", "cos", "erf", "square", "expm1", "atan", "sinh"):
     rule(_name, getattr(torch, _name), _floats)
-_SMOOTH: dict[str, Callable[..., Any]] = {"gelu": F.gelu, "silu": F.silu, "softplus": F.softplus, "elu": F.elu, "mish": F.mish}
+_SMOOTH: dict[str, Callable[..., Any]] = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "softplus": F.softplus,
+    "elu": F.elu,
+    "mish": F.mish,
+}
 for _name, _function in _SMOOTH.items():
     rule(_name, _function, _floats)
 rule("sqrtabs", lambda x: (x.abs() + 0.25).sqrt(), _floats)
@@ -140,7 +148,7 @@ rule("mul", torch.mul, _numeric, weight=3)
 rule("div", lambda x, y: x / (y.abs() + 1), _numeric)
 rule("atan2", lambda x, y: torch.atan2(x, y.abs() + 0.5), _float_pair)
 for _name in ("maximum", "minimum", "fmax"):
-    rule(_name, getattr(torch, _name), _numeric, keeps=True)
+    rule(_name, getattr(torch, _name), _numeric, keeps=True, ties=True)
 rule("adds", lambda x, number: x + number, _scalar)
 rule("muls", lambda x, number: x * number, _scalar)
 rule("rsub", lambda x, number: number - x, _scalar)
@@ -212,8 +220,12 @@ def _along(test: Callable[[Value], bool], empty: bool = True) -> Pick:
 
 rule("sum", lambda x, dim, keepdim: x.sum(dim, keepdim), _reduction(lambda v: True), weight=2)
 rule("mean", lambda x, dim, keepdim: x.mean(dim, keepdim), _reduction(is_float), weight=2)
-rule("amax", lambda x, dim, keepdim: x.amax(dim, keepdim), _reduction(lambda v: True, empty=False), keeps=True)
-rule("amin", lambda x, dim, keepdim: x.amin(dim, keepdim), _reduction(lambda v: True, empty=False), keeps=True)
+rule(
+    "amax", lambda x, dim, keepdim: x.amax(dim, keepdim), _reduction(lambda v: True, empty=False), keeps=True, ties=True
+)
+rule(
+    "amin", lambda x, dim, keepdim: x.amin(dim, keepdim), _reduction(lambda v: True, empty=False), keeps=True, ties=True
+)
 rule("var", lambda x, dim, keepdim: x.var(dim, correction=0, keepdim=keepdim), _reduction(is_float, empty=False))
 rule("prod", lambda x, dim, keepdim: x.prod(dim, keepdim), _reduction(lambda v: True, several=False), smooth=False)
 rule("logsumexp", lambda x, dim, keepdim: x.logsumexp(dim, keepdim), _reduction(is_float, empty=False))
@@ -413,7 +425,7 @@ rule("indexselect", lambda x, i, dim: x.index_select(dim, _index(i, x.size(dim))
 rule("gatherrows", lambda x, i, dim: x.movedim(dim, 0)[_index(i, x.size(dim))], _gather, keeps=True)
 rule("scatteradd", _scatter, _gather)
 rule("indexput", lambda x, i, dim: _index_put(x, i), lambda c: _rows(c))
-rule("maxpool", lambda x: F.max_pool1d(x.unsqueeze(0), 2).squeeze(0), lambda c: _window(c), keeps=True)
+rule("maxpool", lambda x: F.max_pool1d(x.unsqueeze(0), 2).squeeze(0), lambda c: _window(c), keeps=True, ties=True)
 rule("avgpool", lambda x: F.avg_pool1d(x.unsqueeze(0), 2).squeeze(0), lambda c: _window(c))
 rule("ones", lambda x: torch.ones_like(x), _anything, keeps=True, smooth=False)
 rule("arange", lambda x: torch.arange(x.numel(), device=x.device).view(x.shape), _anything, smooth=False)

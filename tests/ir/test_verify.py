@@ -21,7 +21,9 @@ AT = index(X) * 5 + R
 LOADED = Load("in0", index(X), "f32")
 
 
-def make(value: Expr, at: object = X, inner: bool = False, buffers: tuple = (IN, OUT), axis: tuple = (), **more: object):
+def make(
+    value: Expr, at: object = X, inner: bool = False, buffers: tuple = (IN, OUT), axis: tuple = (), **more: object
+):
     return Kernel(buffers, (), (X,), axis, (Store("out0", index(at), value, inner),), **more)  # type: ignore[arg-type]
 
 

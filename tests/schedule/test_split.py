@@ -125,5 +125,7 @@ def test_rules_see_the_direction() -> None:
     column = kernels.column_sum(4096, 8192, "bf16").kernel
     assert contiguous_in_loops(column, {}) and default_plan(column, {}, device).xblock >= 32
     row = kernels.layernorm(4096, 1024, "bf16").kernel
+    pair = split(column, 64)
+    assert pair is not None and all(contiguous_in_loops(k, {}) for k in pair)
     assert not contiguous_in_loops(row, {}) and default_plan(row, {}, device).rblock == 0
     assert default_plan(kernels.softmax(64, 1 << 17).kernel, {}, device).rblock > 0

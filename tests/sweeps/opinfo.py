@@ -37,6 +37,8 @@ BASELINE = Path(__file__).with_name("opinfo_baseline.tsv")
 COLUMNS = ("op", "dtype", "direction", "status", "samples", "vacuous", "graphs", "fallbacks", "seconds", "message")
 KEY = ("op", "dtype", "direction")
 BAD = ("fail", "crash")
+# eager's own choice between 0.0 and -0.0 depends on the position here: vectors and remainders differ
+ANY_ZERO = ("maximum", "minimum", "fmax", "fmin", "max", "min")
 # their results are whatever was in memory
 UNINITIALISED = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
 
@@ -169,7 +171,7 @@ def _sample(op: Any, sample: Any, task: dict[str, Any], backend: Any, seed: int)
         finally:
             torch.set_default_dtype(torch.float32)
 
-    elementwise = "UnaryUfuncInfo" in type(op).__name__ or "BinaryUfuncInfo" in type(op).__name__
+    elementwise = type(op).__name__ in ("UnaryUfuncInfo", "BinaryUfuncInfo") and op.name not in ANY_ZERO
     problem = compare(got, want, oracle, elementwise and not backward, op.name not in UNINITIALISED)
     if problem is not None:
         return "fail", problem
