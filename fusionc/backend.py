@@ -148,7 +148,8 @@ def decompositions() -> dict[Any, Any]:
         hardswish_backward hardsigmoid_backward hardtanh_backward elu elu_backward leaky_relu_backward softplus softplus_backward
         mish mish_backward glu glu_backward logit logit_backward logaddexp logaddexp2 log_sigmoid_forward log_sigmoid_backward
         _fused_rms_norm _fused_rms_norm_backward native_batch_norm_backward cudnn_batch_norm_backward
-        _native_batch_norm_legit_no_training threshold hardshrink softshrink celu selu xlogy heaviside
+        _native_batch_norm_legit_no_training _native_batch_norm_legit _native_batch_norm_legit_functional native_batch_norm
+        _batch_norm_with_update _batch_norm_with_update_functional batch_norm_backward threshold hardshrink softshrink celu selu xlogy heaviside
         hypot deg2rad rad2deg nan_to_num dot mv soft_margin_loss l1_loss addr std_mean var_mean
         slice_backward select_backward diagonal_backward masked_fill_ norm sinc expand_copy
         special_entr special_log_ndtr frac stack t_copy addcmul_ rot90""".split()

@@ -64,7 +64,10 @@ def make_inputs(specs: Sequence[Any], device: str | None = None) -> list[Any]:
         span = 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True)) if all(spec.shape) else 0
         if dtype.is_floating_point or dtype.is_complex:
             wide = torch.complex64 if dtype.is_complex else torch.float32
-            values = torch.randn(span, generator=rng, dtype=wide).to(dtype)
+            values = torch.randn(span, generator=rng, dtype=wide)
+            if len(spec.shape) == 2:  # likely a weight: products with it keep the size of values
+                values /= max(1, spec.shape[-1]) ** 0.5
+            values = values.to(dtype)
         else:
             values = torch.randint(0, 2, (span,), generator=rng).to(dtype)
         where = device or spec.device
@@ -118,17 +121,21 @@ def compare(module: torch.nn.Module, specs: Sequence[Any], options: dict[str, An
     expected, expected_inputs = _outcome(module, specs)
     if isinstance(expected, Exception):
         return []  # eager itself fails on these inputs: nothing to compare with
+    exact, _ = _outcome(module, specs, wide=True)
     torch._dynamo.reset()
     compiled = torch.compile(module, backend=explanation._backend(), options=dict(options or {}) or None)
     found, found_inputs = _outcome(compiled, specs)
     if isinstance(found, Exception):
         return [f"fusionc failed: {type(found).__name__}: {str(found)[:2000]}"]
-    problems = _differences("output", expected, found)
+    problems = _differences("output", expected, found, exact)
     return problems + _differences("input", expected_inputs, found_inputs)
 
 
-def _outcome(f: Callable[..., Any], specs: Sequence[Any]) -> tuple[Any, list[Any]]:
+def _outcome(f: Callable[..., Any], specs: Sequence[Any], wide: bool = False) -> tuple[Any, list[Any]]:
+    """What ``f`` returns (or raises) on random inputs, and the inputs afterwards; ``wide``: floats in float64."""
     inputs = make_inputs(specs)
+    if wide:
+        inputs = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
     torch.manual_seed(0)
     try:
         with torch.no_grad():
@@ -137,11 +144,13 @@ def _outcome(f: Callable[..., Any], specs: Sequence[Any]) -> tuple[Any, list[Any
         return e, inputs
 
 
-def _differences(what: str, expected: list[Any], found: list[Any]) -> list[str]:
+def _differences(what: str, expected: list[Any], found: list[Any], exact: Any = None) -> list[str]:
     if len(expected) != len(found):
         return [f"{len(found)} {what}s instead of {len(expected)}"]
     out = []
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if isinstance(exact, list) and len(exact) == len(expected) and _as_good(a, b, exact[i]):
+            continue
         try:
             tolerance: dict[str, float] = {}
             if isinstance(a, torch.Tensor) and a.dtype in (torch.float16, torch.bfloat16):
@@ -152,6 +161,18 @@ def _differences(what: str, expected: list[Any], found: list[Any]) -> list[str]:
         except AssertionError as e:
             out.append(f"{what} {i} differs: {' '.join(str(e).split())}")
     return out
+
+
+def _as_good(eager: Any, ours: Any, exact: Any) -> bool:
+    """Ours is no further from float64 than thrice eager's error: rounding that a long graph has amplified."""
+    if not all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in (eager, ours, exact)):
+        return False
+    if (eager.shape, eager.dtype) != (ours.shape, ours.dtype) or exact.dtype != torch.float64 or exact.shape != eager.shape:
+        return False
+    a, b = (t.double() - exact for t in (eager, ours))
+    if not bool(a.isfinite().all() and b.isfinite().all()):
+        return False
+    return bool(b.abs().max() <= 3 * a.abs().max()) if a.numel() else True
 
 
 # reading and cutting down

@@ -48,7 +48,7 @@ def run_kernel(symbol: str, language: str, plan: str, loop: str, source: str,
     C++ is built with this machine's compiler; Triton runs on the GPU if there is one, else its first programs run in
     Triton's interpreter.  ``sizes`` gives a value to each run-time size.
     """
-    kernel, chosen = parse_kernel(loop), Plan.from_dict(json.loads(plan))
+    kernel, chosen = parse_kernel(loop.strip()), Plan.from_dict(json.loads(plan))
     values = {s.name: int((sizes or {}).get(s.name, 64)) for s in kernel.sizes}
     points = evaluate(kernel.outer, values) * evaluate(kernel.inner, values)
     print(f"{symbol}: {language}, {kernel.kind}, {points} points")
@@ -298,12 +298,16 @@ def load_kernels(folder: Path, wanted: Mapping[str, tuple[tuple[str, ...], tuple
     absent = [s for s in wanted if s not in parts]
     if absent:
         raise FusioncError(f"kernel {absent[0]} is in no k*/kernel.py beside program.py; run it inside its dump")
-    cpp = {s: (parse_kernel(p["LOOP"]), p["SOURCE"]) for s in wanted for p in parts[s][:1] if p["LANGUAGE"] == "cpp"}
+    cpp = {s: (_kernel(p), p["SOURCE"]) for s in wanted for p in parts[s][:1] if p["LANGUAGE"] == "cpp"}
     functions: dict[str, Any] = dict(_build(cpp)) if cpp else {}
     for symbol, (buffers, sizes) in wanted.items():
         if symbol not in functions:
             functions[symbol] = _triton(sorted(parts[symbol], key=lambda p: str(p["SYMBOL"])), buffers, sizes)
     return functions
+
+
+def _kernel(found: dict[str, Any]) -> Kernel:
+    return parse_kernel(str(found["LOOP"]).strip())
 
 
 def _literals(path: Path) -> dict[str, Any]:
@@ -321,7 +325,7 @@ def _literals(path: Path) -> dict[str, Any]:
 def _triton(found: list[dict[str, Any]], buffers: tuple[str, ...], sizes: tuple[str, ...]) -> Any:
     from .targets.triton import Part, bind
 
-    group = [Part(p["SYMBOL"], parse_kernel(p["LOOP"]), Plan.from_dict(json.loads(p["PLAN"])), p["SOURCE"]) for p in found]
+    group = [Part(p["SYMBOL"], _kernel(p), Plan.from_dict(json.loads(p["PLAN"])), p["SOURCE"]) for p in found]
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return bind(group, list(buffers), list(sizes), where)
 

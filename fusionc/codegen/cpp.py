@@ -86,9 +86,9 @@ class _Renderer(Nest):
         e.line("int err = 0;")
         e.line(f"const int64_t units = {' * '.join([c for _, c in counters]) or '1'};")
         e.line("if (units <= 0) return 0;")
-        for n in ordered_walk([x for s in k.stores for x in (s.value, s.index)]):
-            if isinstance(n, Op) and n.name == "check_index" and (bounds(n.args[1])[0] or 0) < 1:
-                e.line(f"if ({e.value(n.args[1])} <= 0) return 1;")  # there is nothing that an index may name
+        for c in ordered_walk([x for s in k.stores for x in (s.value, s.index)]):
+            if isinstance(c, Op) and c.name == "check_index" and (bounds(c.args[1])[0] or 0) < 1:
+                e.line(f"if ({e.value(c.args[1])} <= 0) return 1;")  # there is nothing that an index may name
         split = self.choose_split()
         if split is not None:
             self.render_split(split, counters)
@@ -130,7 +130,7 @@ class _Renderer(Nest):
     def pointwise(self, tile: Var | None, packed: list[Load]) -> None:
         e, v = self.e, self.vector
         if v is None:
-            self.write([(s, e.value(s.value)) for s in self.k.stores])
+            self.write([self.stored(s) for s in self.k.stores])
             return
         for line in self.begin:
             e.line(line)
@@ -152,7 +152,7 @@ class _Renderer(Nest):
             self.spans[tile] = (f"{t}_", f"{t}_end")
             self.open_loop(tile)
         self.open_vector()
-        self.write([(s, e.value(s.value)) for s in self.k.stores])
+        self.write([self.stored(s) for s in self.k.stores])
         self.close_simd()
         if tile is not None:
             e.close()
@@ -189,14 +189,13 @@ class _Renderer(Nest):
 
     def row_and_inner(self) -> None:
         """All stores; row values are computed before the inner stores and written after them (inout buffers)."""
-        e = self.e
         if self.columns and self.row:
             self.open_vector()
-            values = [(s, e.value(s.value)) for s in self.row]
+            values = [self.stored(s) for s in self.row]
             if not self.inner:
                 self.write(values)
             else:
-                values = [(s, self.keep_column(s.value, t)) for s, t in values]
+                values = [(s, self.keep_column(MEMORY_TYPE[self.k.buffer(s.buffer).dtype], t)) for s, t in values]
             self.close_simd()
             if self.inner:
                 self.store_inner(self.inner)
@@ -204,7 +203,7 @@ class _Renderer(Nest):
                 self.write(values)
                 self.close_simd()
             return
-        values = [(s, e.value(s.value)) for s in self.row]
+        values = [self.stored(s) for s in self.row]
         if self.inner:
             self.store_inner(self.inner)
         self.write(values)
@@ -473,10 +472,10 @@ class _Renderer(Nest):
             begin("unit", False)
             if self.columns:
                 self.open_vector()
-                self.write([(s, e.value(s.value)) for s in self.row])
+                self.write([self.stored(s) for s in self.row])
                 self.close_simd()
             else:
-                self.write([(s, e.value(s.value)) for s in self.row])
+                self.write([self.stored(s) for s in self.row])
 
         def stores() -> None:
             begin("unit / parts", True)
@@ -551,13 +550,13 @@ class _Renderer(Nest):
                 stack += reversed(ordered_children(n))
         if found:
             self.open_vector()
-            texts = {n: self.keep_column(n, self.e.value(n)) for n in found}
+            texts = {n: self.keep_column(VALUE_TYPE[n.dtype], self.e.value(n)) for n in found}
             self.close_simd()
             self.saved.update(texts)
 
-    def keep_column(self, n: Expr, value: str) -> str:
+    def keep_column(self, ctype: str, value: str) -> str:
         """Inside a vector loop: put a value into an array over the columns; its text there."""
-        text = self.array(VALUE_TYPE[n.dtype], self.e.fresh("col"))
+        text = self.array(ctype, self.e.fresh("col"))
         self.e.line(f"{text} = {value};")
         return text
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from fusionc.ir.expr import Expr, Index, Reduce, Scan, Var
+from fusionc.ir.expr import Expr, Index, Op, Reduce, Scan, Var
 from fusionc.ir.loop import Kernel, Store
 from fusionc.ir.text import ordered_children
 
@@ -128,17 +128,21 @@ class Nest:
         return bare(self.e.value(total))
 
     # -- assignments ----------------------------------------------------------------------------------------------------
+    def stored(self, s: Store) -> tuple[Store, str]:
+        """What `s` assigns, in the form it has in memory; computed here, assigned by `write`."""
+        dtype, value = self.k.buffer(s.buffer).dtype, s.value
+        if dtype in HALF and isinstance(value, Op) and value.name == "cast" and value.dtype == dtype:
+            value = value.args[0]  # rounded once, on the way to memory
+        text = self.e.value(value)
+        if dtype not in HALF:
+            text = convert(text, value.dtype, dtype)
+        elif value.dtype not in ("f32", *HALF):
+            text = f"(float){text}"
+        return s, to_memory(text, dtype, value.dtype == dtype)
+
     def write(self, stores: list[tuple[Store, str]]) -> None:
-        """Assignments of values that are computed already."""
-        lines = []
-        for s, value in stores:
-            dtype, src = self.k.buffer(s.buffer).dtype, s.value.dtype
-            if dtype not in HALF:
-                value = convert(value, src, dtype)
-            elif src not in ("f32", *HALF):
-                value = f"(float){value}"
-            lines.append(f"{s.buffer}[{bare(self.e.value(s.index))}] = {to_memory(value, dtype, src == dtype)};")
-        for line in lines:
+        """Assignments of values that are computed already (`stored`)."""
+        for line in [f"{s.buffer}[{bare(self.e.value(s.index))}] = {text};" for s, text in stores]:
             self.e.line(line)
 
     def store_inner(self, stores: list[Store]) -> None:
@@ -165,7 +169,7 @@ class Nest:
             if self.columns:
                 self.open_vector()
         self.scan_steps(states)
-        self.write([(s, e.value(s.value)) for s in stores])
+        self.write([self.stored(s) for s in stores])
         if scan is None or self.columns:
             self.close_simd()
         if scan is not None or self.columns:

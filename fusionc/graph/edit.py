@@ -218,7 +218,8 @@ def inline(gm: GraphModule, body: Graph, bound: Sequence[Any], before: Node, ori
                 return map_arg(node.args[0], env.__getitem__)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-                copy = gm.graph.create_node(node.op, node.target, args, kwargs)
+                name = node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else None
+                copy = gm.graph.create_node(node.op, node.target, args, kwargs, name=name)
                 found = value(node)
                 copy.meta[key] = compute_value(node.target, args, kwargs, node.op) if found is None else found
                 provenance(copy, origin)

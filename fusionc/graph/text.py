@@ -398,7 +398,7 @@ def _value(kind: str, mode: Any, sizes: Mapping[str, int]) -> Any:
         raise ParseError("a size is out of bounds")
     if strides is not None and len(strides) != len(shape):
         raise ParseError("there are not as many strides as sizes")
-    place = torch.device(found.group(4) or "cpu")
+    place = _made("device", [found.group(4) or "cpu"], sizes)
     dtype = _BY_NAME[found.group(1)]
     try:
         plain = torch.empty(shape, dtype=dtype, device="meta") if strides is None else \

@@ -39,7 +39,8 @@ def rows() -> list[Row]:
 
 def parts(text: str) -> Iterator[tuple[str, str]]:
     """(name, text on one line) of the parts of a pass's docstring."""
-    current, lines = "", []
+    current = ""
+    lines: list[str] = []
     for line in [*text.splitlines(), "End"]:
         head = re.match(rf"({'|'.join(PARTS)}|End)\b\s*(.*)", line)
         if head:

@@ -166,9 +166,10 @@ def replace_traced(item: Pass, match: Match, gm: GraphModule) -> Refuse | None:
     from ..graph.facts import same_layout
 
     if not same_layout(value(new), value(last)):
-        edit.erase_dead([new])
+        edit.erase_dead([new])  # torch-level parts that have no schema stay unused: AOTAutograd drops them
         return Refuse("the replacement has another shape, stride or dtype", last)
     edit.replace(last, new)
+    edit.erase_dead(node for node in match.nodes if not node._erased)
     return None
 
 

@@ -348,10 +348,9 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
     params = (ctypes.c_void_p * max(total, 1))(*[base + 8 * i for i in range(max(total, 1))])
     pack_into, launch = packer.pack_into, _driver()
     function, threads, shared = built.handle.function, 32 * int(meta.num_warps), int(meta.shared)
-    name = built.name
 
-    def failed(code: int) -> None:
-        raise RuntimeError(f"launching kernel {name} failed: CUDA driver error {code}")
+    def failed(code: int) -> None:  # (refers to `built`, which keeps the binary loaded)
+        raise RuntimeError(f"launching kernel {built.name} failed: CUDA driver error {code}")
 
     if grid is not None:
 
@@ -395,6 +394,7 @@ class TritonKernel:
         self._variants: dict[bool, Compiled] = {}
         self._direct: Callable[..., None] | None = None
         self._launchers: dict[bool, Callable[..., None]] = {}
+        self._shapes: dict[tuple[int, ...], tuple[int, Callable[..., None] | None]] = {}
         self._lock = threading.Lock()
 
     def compile(self, wide: bool = False) -> Compiled:
@@ -459,14 +459,27 @@ class TritonKernel:
                 direct = self._direct = self.bind(grid_of(self.kernel, self.plan, {}))
             direct(stream, *args)
             return
-        sizes = sizes or {}
+        values = tuple([sizes[n] for n in self.names])  # type: ignore[index]
+        known = self._shapes.get(values)
+        if known is None:
+            known = self._shape(values, sizes or {})
+        grid, launcher = known
+        if launcher is not None:
+            launcher(grid, stream, *args, *values)
+
+    def _shape(self, values: tuple[int, ...], sizes: dict[str, int]) -> tuple[int, Callable[..., None] | None]:
+        """Grid and launcher for these sizes (None: nothing to do)."""
         grid = grid_of(self.kernel, self.plan, sizes)
+        launcher = None
         if grid > 0:
             wide = self.dynamic and needs_wide(self.kernel, sizes)
             launcher = self._launchers.get(wide)
             if launcher is None:
                 launcher = self._launchers[wide] = self._launcher(None, wide)
-            launcher(grid, stream, *args, *[sizes[n] for n in self.names])
+        if len(self._shapes) >= 4096:
+            self._shapes.clear()
+        self._shapes[values] = (grid, launcher)
+        return grid, launcher
 
     def _index(self) -> int:
         return self.device.index if self.device.index is not None else torch.cuda.current_device()

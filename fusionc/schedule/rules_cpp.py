@@ -41,6 +41,8 @@ def _columns(kernel: Kernel, hint: dict[str, int]) -> bool:
     x, r = kernel.loops[-1], kernel.axis[-1]
     if evaluate(x.extent, hint) < 8:
         return False
+    if evaluate(kernel.inner, hint) <= 4:
+        return True
     along_x = along_r = 0
     for at, dtype in _accesses(kernel):
         weight = ITEMSIZE[dtype]

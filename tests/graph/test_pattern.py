@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx import symbolic_trace
+
 from fusionc.graph.pattern import Pattern, canonical
 from fusionc.graph.text import parse
-from torch.fx import symbolic_trace
 
 
 def names(pattern: Any, text: str) -> list[dict[str, Any]]:

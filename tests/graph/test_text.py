@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
-from fusionc.graph.text import ParseError, graph_text, parse, show
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from fusionc.graph.text import ParseError, graph_text, parse, show
 
 TEXT = """
 %x: f32[2, 3] = input
@@ -55,7 +55,7 @@ def test_traced_graph_round_trips_and_computes_the_same() -> None:
 def test_symbols() -> None:
     gm = make_fx(lambda x: x.view(-1).sin(), tracing_mode="symbolic")(torch.randn(3, 4))
     text = show(gm)
-    assert "s" in text and "aten.sym_size.int" in text
+    assert re.search(r"%x_1: f32\[s\d+, s\d+\] = input", text) and re.search(r"f32\[s\d+\*s\d+\] = aten.sin", text)
     with pytest.raises(ParseError, match="symbolic; give it a number"):
         parse("%x: f32[s0, 2] = input\nreturn (%x)")
     assert parse("%x: f32[s0, 2*s0 + 1] = input\nreturn (%x)", {"s0": 3}).graph.find_nodes(
@@ -80,14 +80,6 @@ def test_users_line_without_path() -> None:
     assert "  # mo_e.py:3\n" in show(gm)
 
 
-def test_same_text_in_another_process() -> None:
-    code = ("import torch; from torch.fx.experimental.proxy_tensor import make_fx; from fusionc.graph.text import show;"
-            "print(show(make_fx(lambda x: torch.softmax(x, 1).sum(0))(torch.ones(2, 3))))")
-    runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                           env={"PYTHONHASHSEED": seed, "PATH": "", "PYTHONPATH": "."}).stdout for seed in "12"}
-    assert len(runs) == 1
-
-
 HOSTILE = [
     "", "return", "%x = input", "%x: f32[2] = input\nreturn (%y)", "%x: f32[2] = input\n%x: f32[2] = input\nreturn (%x)",
     "%x: f32[2] = input\nreturn (%x)\n%y: f32[2] = input", "%x: f33[2] = input\nreturn (%x)", "%x: f32[-2] = input\nreturn (%x)",
@@ -96,7 +88,8 @@ HOSTILE = [
     "%x = aten.__class__(1)\nreturn (%x)", "%x = aten.add.__class__(1)\nreturn (%x)", "%x = aten.add.Tensr(1)\nreturn (%x)",
     "%x = aten.sin(open(\"f\"))\nreturn (%x)", "%x = aten.sin([i for i in 9])\nreturn (%x)", "%x = aten.sin(*%y)\nreturn (%x)",
     "%x = aten.sin(**{})\nreturn (%x)", "%x = aten.sin(lambda: 0)\nreturn (%x)", "%x = aten.sin(torch.ops)\nreturn (%x)",
-    "%x = aten.sin(torch.os.system)\nreturn (%x)", "%x = aten.sin(device(\"rm\"))\nreturn (%x)", "%x = aten.sin(1 + 1)\nreturn (%x)",
+    "%x = aten.sin(torch.os.system)\nreturn (%x)",
+    "%x = aten.sin(device(\"rm\"))\nreturn (%x)", "%x = aten.sin(1 + 1)\nreturn (%x)",
     "%x = torch.load(\"f\")\nreturn (%x)", "%x = operator.attrgetter(\"x\")\nreturn (%x)", "%x = prim.Print(1)\nreturn (%x)",
     "%x = aten.sin(" + "(" * 5000 + ")" * 5000 + ")\nreturn (%x)", "%x = aten.sin(f\"{1}\")\nreturn (%x)",
     "%x: sym(1 // 0) = input\nreturn (%x)", "%x = aten.sin(\0)\nreturn (%x)", "return (%x", "%é: f32[2] = input\nreturn ()",

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fusionc.errors import VerifyError
 from fusionc.graph import edit
 from fusionc.graph.text import parse

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
+
 from fusionc.graph.text import parse, show
 from fusionc.graph.verify import mutations, verify
 from fusionc.passes.base import Pass
 from fusionc.passes.manager import run
 from fusionc.runtime.weights import DerivedWeights
-from torch.fx import GraphModule
 
 
 def apply(item: Pass, text: str | GraphModule, stage: str = "inference") -> tuple[GraphModule, Any]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from fusionc.graph.text import show
-from fusionc.passes.conv_bn import ConvBatchNorm
-from fusionc.passes.manager import run_passes, static_inputs
-from fusionc.runtime.weights import DerivedWeights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from fusionc.graph.text import show
+from fusionc.passes.manager import run_passes, static_inputs
+from fusionc.runtime.weights import DerivedWeights
 
 
 class Backend:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from fusionc.passes.cse import CommonSubexpressions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusionc.passes.cse import CommonSubexpressions
 from tests.passes.helpers import check_values, refusals, rewritten
 
 TWICE = """
@@ -54,6 +54,7 @@ def test_different_things_stay(first: str, second: str) -> None:
 return (%a, %b)
 """
     import torch
+
     from fusionc.graph.text import parse
     from fusionc.passes.manager import run
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusionc.graph.text import parse, show
-from fusionc.passes.horizontal_matmul import HorizontalMatmul, view_strides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusionc.graph.text import parse, show
+from fusionc.passes.horizontal_matmul import HorizontalMatmul, view_strides
 from tests.passes.helpers import apply, call, check_values, refusals, rewritten
 
 PASS = HorizontalMatmul()
@@ -127,7 +127,8 @@ REFUSED = {
     "a view of its result needs contiguous memory": pair(
         tail="%c: f64[6, 5] = aten.neg(%a)\n%v: f64[24] = aten.view(%b, [24])\n%d: f64[24] = aten.neg(%v)"),
     "a reader gives another layout for strided input": pair(
-        tail="%c: f64[6, 5] = aten.neg(%a)\n%d: f64[6, 4] = aten.as_strided_copy(%b, [6, 4], [4, 1])\n%e: f64[6, 4] = aten.neg(%d)",
+        tail="%c: f64[6, 5] = aten.neg(%a)\n%d: f64[6, 4] = aten.as_strided_copy(%b, [6, 4], [4, 1])\n"
+             "%e: f64[6, 4] = aten.neg(%d)",
         result="%c, %e"),
     "a reader is a view of another kind": pair(
         tail="%c: f64[6, 5] = aten.neg(%a)\n%p: (f64[6, 2]{4, 1}, f64[6, 2]{4, 1}) = aten.split.Tensor(%b, 2, 1)\n"
@@ -185,9 +186,10 @@ def test_symbolic_rows() -> None:
         q = (x.view(-1, 8) @ w1.t()).view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2)
         return q.sin(), (x.view(-1, 8) @ w2.t()).view(x.shape[0], x.shape[1], 4).cos()
 
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     from fusionc.passes.cse import CommonSubexpressions
     from fusionc.passes.manager import run
-    from torch.fx.experimental.proxy_tensor import make_fx
 
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fusionc.config import Config
 from fusionc.errors import FallbackWarning, StrictError, VerifyError
 from fusionc.graph import edit

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from fusionc.passes.reinplace import Reinplace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusionc.passes.reinplace import Reinplace
 from tests.passes.helpers import check_values, refusals, rewritten
 
 CACHE = """
@@ -114,6 +114,7 @@ return ()
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refusals(reason: str) -> None:
     import torch
+
     from fusionc.graph.text import parse
     from fusionc.passes.manager import run
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from fusionc.passes.strip import Strip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusionc.passes.strip import Strip
 from tests.passes.helpers import apply, check_values, refusals, rewritten
 
 
