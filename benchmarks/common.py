@@ -225,6 +225,46 @@ def first_line(error: BaseException, width: int = 160) -> str:
     return f"{type(error).__name__}: {text}"[:width]
 
 
+def records(spec: str) -> list[Any]:
+    """What fusionc has recorded in this process so far; empty for other backends."""
+    if spec.partition(":")[0] != "fusionc":
+        return []
+    import fusionc
+
+    return list(fusionc.report())
+
+
+def counts(spec: str, before: Sequence[Any]) -> dict[str, Any] | None:
+    """Graphs, kernels and unexpected library calls that fusionc recorded since ``before``; None for other backends."""
+    if spec.partition(":")[0] != "fusionc":
+        return None
+    new = [g for g in records(spec) if not any(g is old for old in before)]
+    return {
+        "graphs": len(new),
+        "kernels": sum(len(g.kernels) for g in new),
+        "launches": sum(k.uses for g in new for k in g.kernels),
+        "whole": [f for g in new for f in g.fallbacks if f.startswith("whole graph")],
+        "fallbacks": sorted(
+            {f"{c.op}: {c.reason}" for g in new for c in g.calls if c.reason} | {f for g in new for f in g.fallbacks}
+        ),
+        "timings": [{k: round(v, 4) for k, v in g.timings.items()} for g in new],
+    }
+
+
+def not_compiled(report: dict[str, Any] | None) -> str | None:
+    """Why a run may not count as fusionc's, or None: it never raises, but runs a graph in ATen where compiling fails.
+
+    Such a run is right and about as fast as eager, so neither the check nor the times would show it.
+    """
+    if report is None:
+        return None
+    if report["whole"]:
+        return f"NOT COMPILED, ran in ATen: {report['whole'][0]}"[:200]
+    if not report["graphs"] or not report["kernels"]:
+        return f"NOT COMPILED: {report['graphs']} graphs with {report['kernels']} kernels recorded"
+    return None
+
+
 @contextmanager
 def cold_caches(folder: str | None = None) -> Any:
     """Points Inductor's, Triton's and fusionc's caches at an empty folder (or at ``folder``) for the duration."""

@@ -34,7 +34,6 @@ from .common import (
     Case,
     cache_environment,
     compiled,
-    first_line,
     machine,
     randint,
     step,
@@ -87,6 +86,7 @@ def child(what: str, backend: str, layers: int, width: str, threads: int) -> dic
     eager = step(case, case.fn, inputs)
     if case.reset:
         case.reset()
+    before = records(backend)
     with watch_compilers() as log:
         start = time.perf_counter()
         fn = compiled(case.fn, backend)
@@ -109,27 +109,10 @@ def child(what: str, backend: str, layers: int, width: str, threads: int) -> dic
         "max_difference": difference,
         "load": os.getloadavg()[0],
     }
-    if backend.startswith("fusionc"):
-        result["report"] = report_counts()
+    result["report"] = report = counts(backend, before)
+    if unfit := not_compiled(report):
+        result["not_compiled"] = unfit
     return result
-
-
-def report_counts() -> dict[str, Any]:
-    """Counts from ``fusionc.report()``: graphs, kernels and unexpected library calls; empty where it cannot be had."""
-    try:
-        import fusionc
-
-        records = fusionc.report()
-        return {
-            "graphs": len(records),
-            "kernels": len({k.symbol or k.name for g in records for k in g.kernels}),
-            "launches": sum(k.uses for g in records for k in g.kernels),
-            "fallbacks": sorted({f"{c.op}: {c.reason}" for g in records for c in g.calls if c.reason})
-            + sorted({f for g in records for f in g.fallbacks}),
-            "timings": [{k: round(v, 4) for k, v in g.timings.items()} for g in records],
-        }
-    except Exception as error:
-        return {"error": first_line(error)}
 
 
 # ------------------------------------------------------------------------------------------------------ parent process
@@ -157,7 +140,10 @@ def spawn(arguments: list[str], environment: dict[str, str], limit_s: float) -> 
             raise
     for line in out.splitlines():
         if line.startswith(MARK):
-            return json.loads(line[len(MARK) :])
+            result = json.loads(line[len(MARK) :])
+            if "not_compiled" in result:  # the time of a fallback is no time of this backend: no table may show it
+                return {"error": result["not_compiled"], "discarded": result}
+            return result
     return {"error": (err.strip().splitlines() or [f"exit status {process.returncode}"])[-1][:200]}
 
 

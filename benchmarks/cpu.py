@@ -64,6 +64,7 @@ def measure(workload: Workload, backends: list[str], size: str, rounds: int, tur
         row["backends"][spec] = result
         try:
             fn = common.compiled(case.fn, spec)
+            before = common.records(spec)
             reset()
             start = time.perf_counter()
             common.step(case, fn, sets[0])
@@ -71,6 +72,10 @@ def measure(workload: Workload, backends: list[str], size: str, rounds: int, tur
                 result["compile_s"] = time.perf_counter() - start
             reset()
             result["check"] = vars(common.check(common.step(case, fn, probe), eager, ref))
+            result["report"] = common.counts(spec, before)
+            if unfit := common.not_compiled(result["report"]):
+                result["error"] = unfit
+                continue  # not timed: it would be eager's time under another name
             calls[spec] = common.host_timer(case, fn, sets)
             calls[spec](0)  # once more: lazily built parts
         except Exception as error:
@@ -121,8 +126,8 @@ def print_rows(rows: list[dict[str, Any]], backends: list[str]) -> None:
         found = row["backends"]
         body.append(
             [row["name"], *(found[b].get("ms") for b in backends), *(ratio(row, o, u) for o, u in pairs)]
-            + [found[b].get("compile_s") for b in others]
-            + [found[b].get("check", {}).get("ratio") for b in others]
+            + [None if "error" in found[b] else found[b].get("compile_s") for b in others]
+            + [None if "error" in found[b] else found[b].get("check", {}).get("ratio") for b in others]
         )
         for b in backends:
             if "error" in found[b]:
@@ -185,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
                         for p, m in pairs if not p.startswith("eager")]))  # fmt: skip
     totals = {}
     for spec in starts:
-        seconds = [r["backends"][spec]["compile_s"] for r in rows if "compile_s" in r["backends"][spec]]
+        seconds = [v["compile_s"] for r in rows if "compile_s" in (v := r["backends"][spec]) and "error" not in v]
         extra = starts[spec] if args.count_warmup and isinstance(starts[spec], float) else 0.0
         totals[spec] = sum(seconds) + extra
         print(

@@ -46,7 +46,6 @@ from .common import (
     table,
     write_json,
 )
-from .compile_time import report_counts
 
 MARK = "@@result "
 
@@ -122,6 +121,7 @@ def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int
         result: dict[str, Any] = {}
         try:
             fn = compiled(case.fn, backend)
+            before_records = records(backend)
             reset()
             graphs = ":" in backend  # modes that replay CUDA graphs own their outputs until the next step
 
@@ -144,8 +144,11 @@ def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int
                 result["check"] = vars(check(out, eager, ref)) if backend != "eager" else eager_check
                 del out
                 sync()
-            if backend.startswith("fusionc"):
-                result["report"] = report_counts()
+            result["report"] = counts(backend, before_records)
+            if unfit := not_compiled(result["report"]):
+                say(backend, **result, error=unfit)  # not timed: it would be eager's time under another name
+                torch._dynamo.reset()
+                continue
             say(backend, **result)  # known so far, should the timing fail
             with locked(lock, shared=False):
                 reset()
@@ -285,7 +288,7 @@ def compact_table(rows: list[dict[str, Any]], backends: list[str]) -> str:
         gains = [x / y for x, y in pairs if x and y]
         mean = geomean(gains)
         lines.append(f"{b}: {len(gains)} of {len(rows)} timed, geometric mean {cell(mean)}× eager")
-        parts = [r["backends"].get(b, {}).get("report", {}) for r in rows]
+        parts = [r["backends"].get(b, {}).get("report") or {} for r in rows]
         if any(parts):
             reasons = sorted({f for p in parts for f in p.get("fallbacks", [])})
             kernels = sum(p.get("kernels", 0) for p in parts)

@@ -39,18 +39,25 @@ _CPU_THREAD = (10e9, 30e9)  # bytes/s and FLOP/s of one thread: round figures th
 
 
 def graph_label(gm: GraphModule) -> str:
-    """The class of the module that Dynamo compiled, or the name of the function: letters, digits and underscores."""
+    """The class of the module that Dynamo compiles, or the function's name: letters, digits and underscores."""
+    try:  # what Dynamo is at; nothing of it is in the graph where the compiled module is the outermost one
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        tx = InstructionTranslator.current_tx()
+        owner, name = tx.f_locals.get("self"), tx.f_code.co_name
+        if isinstance(owner, torch.nn.Module):
+            return _word(type(owner).__name__)
+        name = re.sub(r"^torch_dynamo_resume_in_(.*)_at_\d+$", r"\1", name)
+        if name not in ("<lambda>", "inner", "wrapper"):
+            return _word(name)
+    except Exception:  # noqa: BLE001 - called outside of Dynamo, or by another Dynamo than ours
+        pass
     for node in gm.graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if isinstance(stack, dict) and stack:
             kind = next(iter(stack.values()))
             kind = kind[1] if isinstance(kind, tuple) and len(kind) == 2 else kind
-            name = kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
-            return _word(name)
-    for node in gm.graph.nodes:
-        found = re.search(r'File "[^"\n]+", line \d+, in ([^\n]+)', node.meta.get("stack_trace") or "")
-        if found:
-            return _word(found.group(1))
+            return _word(kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2])
     return "graph"
 
 

@@ -28,8 +28,10 @@ def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+    from .artifacts import graph_label
+
     config = Config.parse(mode, options)
-    number = next(_numbers)
+    title = f"g{next(_numbers)}_{graph_label(gm)}"
     example_inputs = list(example_inputs)
     derived: list[Any] = []
     model_records: list[Any] = []
@@ -42,7 +44,7 @@ def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
         weights = DerivedWeights(derived, config.weights)
         example_inputs = [*example_inputs, *_static(weights.resolve(example_inputs))]
         _give_sources(gm)
-    inner = functools.partial(_inner, config=config, number=number, model_records=model_records)
+    inner = functools.partial(_inner, config=config, title=title, model_records=model_records)
     compiled = aot_autograd(
         fw_compiler=functools.partial(inner, stage="forward"),
         bw_compiler=functools.partial(inner, stage="backward"),
@@ -96,13 +98,13 @@ def _model_passes(gm: GraphModule, example_inputs: list[Any], config: Config) ->
     return gm, list(gm.meta.get("fusionc_derived") or []), records
 
 
-def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, number: int, stage: str,
+def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, title: str, stage: str,
            model_records: list[Any]) -> Callable[[list[Any]], Any]:  # fmt: skip
     """AOTAutograd's compiler: one ATen graph to a boxed callable."""
     from .compiler import boxed_eager, compile_graph
     from .record import GraphRecord, remember
 
-    name = f"g{number}_{stage}"
+    name = title if stage == "inference" else f"{title}_{stage}"
     with _lock:
         try:
             call, record = compile_graph(gm, example_inputs, config, stage, name)

@@ -10,13 +10,13 @@ import ctypes
 import operator
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from . import artifacts, errors
+from . import artifacts, errors, program_cache
 from .codegen import program as prog
 from .config import Config
 from .ir.build import Builder, Built
@@ -49,6 +49,9 @@ class Context:
     device: torch.device
     target: str
     hints: dict[str, int]
+    sources: dict[str, str] = field(default_factory=dict)  # symbol -> generated text
+    loops: dict[str, str] = field(default_factory=dict)  # symbol -> loop IR, once linked
+    program: prog.Program | None = None  # once linked
 
 
 def device_of(gm: GraphModule) -> torch.device:
@@ -84,14 +87,18 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
 
         record.input_text = graph_text(gm)
         record.repro = artifacts.repro_text(gm, example_inputs, config)
+    device = device_of(gm)
+    target = choose_target(config, device)
+    slot = program_cache.Slot(gm, config, stage, device, target)
+    found = slot.load(name)
+    if found is not None:
+        return found
     gm, record.passes = run_passes(gm, "graph", config, example_inputs, stage=stage)
     derived = gm.meta.get("fusionc_derived") or []
     record.timings["passes"] = time.perf_counter() - started
     if config.dump:
         record.final_text = graph_text(gm)
         record.edges = [(a.name, n.name) for n in gm.graph.nodes for a in n.all_input_nodes]
-    device = device_of(gm)
-    target = choose_target(config, device)
     record.device = _device_words(device, target)
     bandwidth, rate = artifacts.peaks(target, device)
     record.peak_gbs, record.peak_gflops = bandwidth / 1e9, rate / 1e9
@@ -112,10 +119,8 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
         call = boxed_eager(gm)
     if target in CROSS:  # its kernels were compiled to be read; the graph itself runs in ATen
         call = boxed_eager(gm)
-    if derived:
-        from .runtime.weights import DerivedWeights
-
-        call = _with_derived(call, DerivedWeights(derived, config.weights))
+    call = _with_derived(call, derived, config)
+    slot.store(cx, derived, call)
     record.timings["total"] = time.perf_counter() - started
     return call, record
 
@@ -135,8 +140,12 @@ def _device_words(device: torch.device, target: str) -> str:
     return f"{device.type} ({target})"
 
 
-def _with_derived(call: Callable[[list[Any]], Any], weights: Any) -> Callable[[list[Any]], Any]:
-    resolve = weights.resolve
+def _with_derived(call: Callable[[list[Any]], Any], derived: Sequence[Any], config: Config) -> Callable[[list[Any]], Any]:
+    if not derived:
+        return call
+    from .runtime.weights import DerivedWeights
+
+    resolve = DerivedWeights(derived, config.weights).resolve
 
     def with_derived(args: list[Any]) -> Any:
         args.extend(resolve(args))
@@ -540,7 +549,13 @@ def _link(cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowere
         for c in record.calls:
             if c.reason:
                 raise errors.StrictError(f"node {c.node} ({c.op}) was left to ATen: {c.reason}. Remove options['strict'] to allow it")
+    cx.program, cx.loops = p, {i.symbol: i.built.kernel.text for i in lowered}
     return p.compile(_namespace(cx), record.name)
+
+
+def finish(cx: Context, program: prog.Program, derived: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    """The callable of a Program that was read from the cache."""
+    return _with_derived(program.compile(_namespace(cx), cx.record.name), derived, cx.config)
 
 
 def _stable_inputs(cx: Context) -> frozenset[Node]:
@@ -596,7 +611,7 @@ def _namespace(cx: Context) -> dict[str, Any]:
         "view": _reinterpret_tensor,
         "restride": _restride,
         "index_error": _index_error,
-        "__builtins__": {"float": float, "slice": slice},
+        "__builtins__": {"float": float, "slice": slice, "__import__": __import__},  # ATen's Python kernels import
     }
     if cx.device.type == "cuda":
         ordinal = cx.device.index or 0

@@ -95,7 +95,7 @@ class GroupRecord:
 class GraphRecord:
     """One compiled graph. ``edges`` are (producer node, consumer node) of the final graph; ``timings`` are seconds.
 
-    ``device`` says in words what it was compiled for; ``peak_gbs`` and ``peak_gflops`` are the copy bandwidth (GB/s)
+    ``device`` says in words what it was compiled for; ``cache`` whether its Program came from the cache or went there; ``peak_gbs`` and ``peak_gflops`` are the copy bandwidth (GB/s)
     and float32 rate (GFLOP/s) that the cost model assumes of it, and draw the roof of the roofline plot.
     """
 
@@ -113,6 +113,7 @@ class GraphRecord:
     timings: dict[str, float] = field(default_factory=dict)
     edges: list[tuple[str, str]] = field(default_factory=list)
     device: str = ""
+    cache: str = ""
     peak_gbs: float | None = None
     peak_gflops: float | None = None
 

@@ -348,6 +348,6 @@ def run_program(call: Callable[[list[Any]], Any], specs: Sequence[Any]) -> int:
             return time.perf_counter() - start
 
         first = once()
-        best = min([first, *(once() for _ in range(min(1000, int(_SECONDS / max(first, 1e-5)))))])
+        best = min([first, *(once() for _ in range(max(3, min(1000, int(_SECONDS / max(first, 1e-5))))))])
     print(f"{best * 1e6:.1f} us a call")
     return 0

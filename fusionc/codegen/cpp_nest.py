@@ -15,7 +15,7 @@ from fusionc.ir.text import ordered_children
 from .cpp_acc import HALF, as_acc, from_acc, initial, merge, part_type
 from .cpp_expr import VALUE_TYPE, Emitter, convert, to_memory
 
-_PARALLEL = 32768  # element operations worth waking the threads for
+_PARALLEL = 65536  # element operations worth waking the threads for
 
 
 class Nest:

@@ -23,6 +23,7 @@ from . import program as prog
 
 NAMESPACES = ("aten", "prims", "fusionc")  # of operators: those whose meaning is that of a version of torch or of us
 _STEPS: dict[str, Any] = {cls.__name__: cls for cls in typing.get_args(prog.Step)}
+_DENIED = frozenset({"from_file", "save"})  # touch files; no graph of ours holds them
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,79}")
 _OPERATOR = re.compile(r"([a-z_]{1,20})::([A-Za-z0-9_]{1,80})(?:\.([A-Za-z0-9_]{1,60}))?")
 _MAX_DEPTH, _MAX_TEXT, _MAX_INT = 24, 4_000_000, 1 << 62
@@ -95,8 +96,8 @@ def bind(described: Any) -> Any:
     match described:
         case ["op", str(name)]:
             found = _OPERATOR.fullmatch(name)
-            if found is None or found.group(1) not in NAMESPACES:
-                raise Invalid("not the name of an operator")
+            if found is None or found.group(1) not in NAMESPACES or found.group(2) in _DENIED:
+                raise Invalid("not the name of an operator that a program may call")
             packet = getattr(getattr(torch.ops, found.group(1)), found.group(2), None)
             overload = getattr(packet, found.group(3) or "default", None)
             if not isinstance(overload, torch._ops.OpOverload):

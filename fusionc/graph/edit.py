@@ -31,7 +31,8 @@ class Derived:
     the value and must not keep or write them. ``share`` names the computation (structure and constants): two derived
     weights with equal ``share`` and the same source tensors are one tensor in memory, across graphs. None: not shared.
     ``volatile`` are those sources that torch writes without telling (eager BatchNorm in training mode moves its running
-    statistics and leaves their version counters alone): the runtime looks at their values too.
+    statistics and leaves their version counters alone): the runtime looks at their values too. ``recipe`` is the
+    computation as JSON that ``passes.recipes.rebuild`` understands; None: a graph that holds it is not cached on disk.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Derived:
     compute: Callable[[list[torch.Tensor]], torch.Tensor]
     share: str | None = None
     volatile: tuple[int, ...] = ()
+    recipe: Any = None
 
 
 def provenance(new: Node, old: Iterable[Node]) -> None:
@@ -151,7 +153,7 @@ def add_input(gm: GraphModule, name: str, val: Any, key: str = "val") -> Node:
 
 def add_derived(gm: GraphModule, sources: Sequence[int], compute: Callable[[list[torch.Tensor]], torch.Tensor],
                 val: torch.Tensor, share: str | None = None, origin: Iterable[Node] = (), key: str = "val",
-                volatile: Sequence[int] = ()) -> Node:
+                volatile: Sequence[int] = (), recipe: Any = None) -> Node:
     """A new last placeholder ``derived_<n>`` that the runtime fills with ``compute(sources)``; see ``Derived``."""
     table: list[Derived] = gm.meta.setdefault(DERIVED_KEY, [])
     name = f"derived_{len(table)}"
@@ -160,7 +162,7 @@ def add_derived(gm: GraphModule, sources: Sequence[int], compute: Callable[[list
     if key != "val":  # AOTAutograd asks each placeholder of a Dynamo graph where it comes from and whether it moves
         setattr(node, _SOURCE, None)
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    table.append(Derived(name, tuple(sources), compute, share, tuple(volatile)))
+    table.append(Derived(name, tuple(sources), compute, share, tuple(volatile), recipe))
     return node
 
 

@@ -89,12 +89,14 @@ class ConvBatchNorm(Pass):
         sources = [facts.position(part) for part in parts if part is not None]
         eps, axis = float(given["eps"]), 1 if conv.target in _TRANSPOSED else 0
         share = f"conv_bn {present} {eps!r} {axis} {groups} "
+        recipe = ["fold_batch_norm", list(present), eps.hex(), axis, groups]
         key = edit.value_key(gm.graph)
         moving = [facts.position(given[name]) for name in ("running_mean", "running_var")]
         weight = edit.add_derived(gm, sources, _fold(present, eps, axis, groups, False),
-                                  edit.fake_empty(like, like.shape, _layout(like)), share + "w", (conv, bn), key, moving)
+                                  edit.fake_empty(like, like.shape, _layout(like)), share + "w", (conv, bn), key, moving,
+                                  [*recipe, False])
         bias = edit.add_derived(gm, sources, _fold(present, eps, axis, groups, True), edit.fake_empty(like, [out]),
-                                share + "b", (conv, bn), key, moving)
+                                share + "b", (conv, bn), key, moving, [*recipe, True])
         names_in = ("input", "weight", "bias")
         args = (*[layer["input"], weight, bias], *conv.args[3:])
         kwargs = {name: part for name, part in conv.kwargs.items() if name not in names_in}
@@ -146,6 +148,16 @@ def _fold(present: tuple[bool, ...], eps: float, axis: int, groups: int,
         return place.copy_(folded)
 
     return compute
+
+
+def rebuild(present: Any, eps: Any, axis: Any, groups: Any, want_bias: Any,
+            count: int) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+    """The computation of a recipe for ``count`` sources. Raises ValueError or TypeError for what is none."""
+    flags = [*present, want_bias]
+    if len(present) != 6 or not all(type(flag) is bool for flag in flags) or sum(present) != count or \
+            not (present[0] and present[2] and present[3]) or axis not in (0, 1) or type(groups) is not int or groups < 1:
+        raise ValueError("not a folded BatchNorm")
+    return _fold(tuple(present), float.fromhex(eps), axis, groups, want_bias)
 
 
 def _layout(weight: torch.Tensor) -> tuple[int, ...]:

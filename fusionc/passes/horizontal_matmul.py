@@ -160,8 +160,8 @@ class HorizontalMatmul(Pass):
         if group[0].bias is not None:
             biases = [sibling.bias for sibling in group if sibling.bias is not None]
             bias = edit.add_derived(
-                gm, [facts.position(each.source) for each in biases], _joined(biases, 0, False),
-                edit.fake_empty(like, [total]), _share(biases, 0, False), origin)
+                gm, [facts.position(each.source) for each in biases], _joined([each.steps for each in biases], 0, False),
+                edit.fake_empty(like, [total]), _share(biases, 0, False), origin, recipe=_recipe(biases, 0, False))
         with graph.inserting_before(first):
             if transposed is not None:
                 operand = edit.insert(graph, aten.t.default, (operand,), origin=origin, val=transposed)
@@ -243,12 +243,13 @@ def _operand(group: Sequence[Sibling], facts: Facts, total: int, origin: list[No
     weights = [sibling.weight for sibling in group]
     values = edit.FakeViews(like, (total, inner) if transposed else (inner, total))
     node = edit.add_derived(facts.gm, [facts.position(weight.source) for weight in weights],
-                            _joined(weights, 1, transposed), values.whole, _share(weights, 1, transposed), origin)
+                            _joined([weight.steps for weight in weights], 1, transposed), values.whole,
+                            _share(weights, 1, transposed), origin, recipe=_recipe(weights, 1, transposed))
     return node, values.view((inner, total), (1, inner)) if transposed else None
 
 
-def _joined(weights: Sequence[Weight], dim: int, transposed: bool) -> Callable[[list[torch.Tensor]], torch.Tensor]:
-    chains = [weight.steps for weight in weights]  # not the weights: they would keep the graph alive
+def _joined(chains: Sequence[Any], dim: int, transposed: bool) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+    """Takes the weights' steps, not the weights: those would keep the graph alive."""
 
     def compute(sources: list[torch.Tensor]) -> torch.Tensor:
         parts = [_applied(steps, source) for steps, source in zip(chains, sources)]
@@ -261,6 +262,39 @@ def _applied(steps: Sequence[Any], found: torch.Tensor) -> torch.Tensor:
     for target, args, kwargs in steps:
         found = target(found, *args, **dict(kwargs))
     return found
+
+
+def _recipe(weights: Sequence[Weight], dim: int, transposed: bool) -> Any:
+    """``_joined`` as JSON, or None for arguments that have no such form."""
+    chains: list[Any] = []
+    for weight in weights:
+        steps: list[Any] = []
+        for target, args, kwargs in weight.steps:
+            dtype = dict(kwargs).get("dtype")
+            if not _plain(args):
+                return None
+            steps.append([target.name(), [list(a) if isinstance(a, tuple) else a for a in args],
+                          None if dtype is None else str(dtype)[6:]])
+        chains.append(steps)
+    return ["concatenate", dim, transposed, chains]
+
+
+def rebuild(dim: Any, transposed: Any, chains: Any, count: int) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+    """The computation of a recipe for ``count`` sources. Raises ValueError or TypeError for what is none."""
+    known = {target.name(): target for target in (*_TRANSPOSES, aten._to_copy.default)}
+    if dim not in (0, 1) or type(transposed) is not bool or len(chains) != count or count == 0:
+        raise ValueError("not a concatenation of weights")
+    found: list[Any] = []
+    for steps in chains:
+        chain: list[Any] = []
+        for name, args, word in steps:
+            made = getattr(torch, word, None) if isinstance(word, str) else None
+            if name not in known or not _plain(args) or word is not None and not isinstance(made, torch.dtype):
+                raise ValueError("not a step of a weight")
+            given = tuple(tuple(a) if isinstance(a, list) else a for a in args)
+            chain.append((known[name], given, () if made is None else (("dtype", made),)))
+        found.append(tuple(chain))
+    return _joined(found, dim, transposed)
 
 
 def _share(weights: Sequence[Weight], dim: int, transposed: bool) -> str:

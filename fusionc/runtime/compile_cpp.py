@@ -246,6 +246,17 @@ def build(
     return result
 
 
+def load_cached(
+    hashes: Mapping[str, str], cache: Cache, env_key: Mapping[str, Any], prelude: str = ""
+) -> dict[str, int]:
+    """Addresses of those kernels that the cache has, by symbol; ``hashes`` are the SHA-256 of their texts."""
+    result = BuildResult()
+    like = kernel_key("", "", env_key, prelude)
+    keys = {symbol: {**like, "symbol": symbol, "text": text} for symbol, text in hashes.items()}
+    _load_cached(list(hashes), keys, cache, compiler_identity(), result)
+    return result.addresses
+
+
 def _load_cached(
     symbols: Iterable[str], keys: Mapping[str, Mapping[str, Any]], cache: Cache, tool: str, result: BuildResult
 ) -> list[str]:

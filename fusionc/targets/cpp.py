@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..codegen import cpp
 from ..ir.loop import Kernel
 from ..runtime.cache import Cache, open_cache
-from ..runtime.compile_cpp import build
+from ..runtime.compile_cpp import build, load_cached
 from ..runtime.environment import environment_key
 from ..schedule.rules_cpp import default_plan
 
@@ -53,7 +54,24 @@ def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any]
         if f is None:
             f = _functions[key] = ctypes_function(result.addresses[symbol], len(kernel.buffers), len(kernel.sizes))
         functions[symbol] = f
+        cx.sources[symbol] = text
         record = kernel_record(cx, symbol, kernel, plans[symbol], text, "cpp")
         record.from_cache = symbol in result.from_cache
         cx.record.kernels.append(record)
     return functions, problems
+
+
+def load_all(cx: Context, hashes: Mapping[str, str], loops: Mapping[str, str]) -> dict[str, Any]:
+    """Callables of those kernels whose binary the cache has, found by the hash of their C++ text alone."""
+    from ..compiler import ctypes_function
+
+    addresses = load_cached(hashes, cache_for(cx.config.cache), environment_key("cpu"), cpp.PRELUDE)
+    functions: dict[str, Any] = {}
+    for symbol, address in addresses.items():
+        f = _functions.get((symbol, address))
+        if f is None:
+            buffers = len(re.findall(r"(?m)^  (?:in|out|inout)[ ]", loops[symbol]))
+            sizes = len(re.findall(r"(?m)^  size[ ]", loops[symbol]))
+            f = _functions[symbol, address] = ctypes_function(address, buffers, sizes)
+        functions[symbol] = f
+    return functions

@@ -194,8 +194,6 @@ def _pow(a: E, b: E) -> E:
 for _names, _ir, _int_ok in (
     ("aten.neg.default", "neg", True),
     ("aten.abs.default", "abs", True),
-    ("aten.sgn.default", "sign", True),
-    ("aten.sign.default", "sign", True),
     ("aten.floor.default", "floor", False),
     ("aten.ceil.default", "ceil", False),
     ("aten.round.default", "round", False),
@@ -228,7 +226,16 @@ def _square(x: E) -> E:
 def _relu(x: E) -> E:
     if x.dtype == "b1":
         raise Unsupported("relu of booleans")
-    return binary("maximum", x, fc(0, x))
+    return where(compare("lt", x, fc(0, x)), fc(0, x), x)  # keeps NaN and -0.0
+
+
+@elementwise(["aten.sign.default", "aten.sgn.default"], 1)
+def _sign(x: E) -> E:
+    """(0 < x) - (x < 0): 0 for NaN."""
+    if x.dtype == "b1":
+        return x
+    zero = fc(0, x)
+    return sub(cast(compare("lt", zero, x), x.dtype), cast(compare("lt", x, zero), x.dtype))
 
 
 for _name in ("maximum", "minimum", "fmax", "fmin"):
@@ -248,6 +255,13 @@ def _atan2(a: E, b: E) -> E:
 @elementwise(["aten.copysign.Tensor", "aten.copysign.Scalar"], 2, ints=False)
 def _copysign(a: E, b: E) -> E:
     return binary("copysign", a, b)
+
+
+def bound(beyond: str, name: str, e: E, limit: E) -> E:
+    """One side of a clamp.  With a constant limit a comparison does it, which keeps NaN and the sign of zero."""
+    if isinstance(limit, Const) and limit.value == limit.value:
+        return where(compare(beyond, e, limit), limit, e)
+    return binary(name, e, limit)
 
 
 @register(["aten.clamp.default", "aten.clamp_min.default", "aten.clamp_max.default", "aten.clamp.Tensor",
@@ -272,9 +286,9 @@ def _clamp(ctx: Context, node: Node, x: Value, *bounds: Any, min: Any = None, ma
     def fn(e: E, *rest: E) -> E:
         it = iter(rest)
         if lo is not None:
-            e = binary("maximum", e, next(it))
+            e = bound("lt", "maximum", e, next(it))
         if hi is not None:
-            e = binary("minimum", e, next(it))
+            e = bound("gt", "minimum", e, next(it))
         return e
 
     return pointwise(ctx, shape_of(node), dtype, args, fn, work)

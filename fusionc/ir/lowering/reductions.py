@@ -71,7 +71,7 @@ class Rows:
 
     def reduce(self, kind: str, body: Expr) -> Expr:
         dtype = "i64" if kind.startswith("arg") else body.dtype
-        if not self.ctx.axis_vars:
+        if not self.ctx.axis_of[self.node]:  # every reduced dimension has size 1
             return Const(0, "i64") if kind.startswith("arg") else body
         return Reduce(kind, self.ctx.axis_vars, body, dtype)
 

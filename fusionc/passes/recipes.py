@@ -1,0 +1,30 @@
+"""Computations of derived weights as data: JSON recipes and the functions they stand for, so that a graph can be cached.
+
+A pass that adds a derived weight gives its recipe along (``edit.add_derived(..., recipe=)``) and names the rebuilding
+function here. A recipe is a list: a word of ``RECIPES``, then arguments that the function checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import conv_bn, horizontal_matmul
+
+Compute = Callable[[list[torch.Tensor]], torch.Tensor]
+RECIPES: dict[str, tuple[int, Callable[..., Compute]]] = {  # word: number of arguments, function
+    "concatenate": (3, horizontal_matmul.rebuild),
+    "fold_batch_norm": (5, conv_bn.rebuild),
+}
+
+
+def rebuild(recipe: Any, count: int) -> Compute:
+    """The computation that ``recipe`` describes, for ``count`` source tensors. Raises ValueError or TypeError."""
+    if not isinstance(recipe, list) or not recipe or not isinstance(recipe[0], str) or recipe[0] not in RECIPES:
+        raise ValueError("not a recipe for a derived weight")
+    arguments, function = RECIPES[recipe[0]]
+    if len(recipe) != arguments + 1:
+        raise ValueError(f"recipe {recipe[0]} has another number of arguments")
+    return function(*recipe[1:], count=count)
