@@ -38,8 +38,10 @@ def warm_up(backends: list[str]) -> dict[str, Any]:
     for spec in backends:
         start = time.perf_counter()
         try:
+            before = common.records(spec)
             common.compiled(lambda v: (v * 2).relu().sum(-1), spec)(x)
-            seconds[spec] = time.perf_counter() - start
+            unfit = common.not_compiled(common.counts(spec, before))
+            seconds[spec] = unfit or time.perf_counter() - start
         except Exception as error:
             seconds[spec] = common.first_line(error)
         torch._dynamo.reset()

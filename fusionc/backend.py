@@ -29,10 +29,15 @@ def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     from .artifacts import graph_label
+    from .warm import Warm
 
     config = Config.parse(mode, options)
     title = f"g{next(_numbers)}_{graph_label(gm)}"
     example_inputs = list(example_inputs)
+    warm = Warm(gm, example_inputs, config, title)
+    ready = warm.load()
+    if ready is not None:
+        return ready
     derived: list[Any] = []
     model_records: list[Any] = []
     if not torch.is_grad_enabled():
@@ -44,7 +49,7 @@ def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
         weights = DerivedWeights(derived, config.weights)
         example_inputs = [*example_inputs, *_static(weights.resolve(example_inputs))]
         _give_sources(gm)
-    inner = functools.partial(_inner, config=config, title=title, model_records=model_records)
+    inner = functools.partial(_inner, config=config, title=title, model_records=model_records, warm=warm)
     compiled = aot_autograd(
         fw_compiler=functools.partial(inner, stage="forward"),
         bw_compiler=functools.partial(inner, stage="backward"),
@@ -53,6 +58,7 @@ def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
         partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
         keep_inference_input_mutations=True,
     )(gm, example_inputs)
+    warm.finish(derived, model_records)
     if weights is None:
         return compiled
     resolve = weights.resolve
@@ -99,10 +105,11 @@ def _model_passes(gm: GraphModule, example_inputs: list[Any], config: Config) ->
 
 
 def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, title: str, stage: str,
-           model_records: list[Any]) -> Callable[[list[Any]], Any]:  # fmt: skip
+           model_records: list[Any], warm: Any) -> Callable[[list[Any]], Any]:  # fmt: skip
     """AOTAutograd's compiler: one ATen graph to a boxed callable."""
     from .compiler import boxed_eager, compile_graph
     from .record import GraphRecord, remember
+    from .rescue import guarded
 
     name = title if stage == "inference" else f"{title}_{stage}"
     with _lock:
@@ -122,15 +129,14 @@ def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, ti
             record = GraphRecord(name=name, stage=stage)  # type: ignore[arg-type]
             record.fallbacks.append(f"whole graph: {type(e).__name__}: {e}")
             call = boxed_eager(gm)
+    warm.observe(stage, call)
     remember(record)
     if config.dump:
         from .dump import write_graph
 
         write_graph(record, config)
 
-    def run(args: list[Any]) -> Any:
-        return call(args)
-
+    run = guarded(call, config.strict)
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from . import artifacts, errors, program_cache
+from . import artifacts, errors, program_cache, rescue
 from .codegen import program as prog
 from .config import Config
 from .ir.build import Builder, Built
@@ -178,21 +178,23 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     never: dict[Node, str] = {}
     if cx.target == "aten":
         never = {n: "target is aten" for n in cx.gm.graph.nodes if n.op == "call_function" and not is_view(n)}
-    for _ in range(4):
+    alone: set[Node] = set()
+    for _ in range(12):
         clock = time.perf_counter()
-        grouper = Grouper(cx.gm.graph, cx.device, never)
+        grouper = Grouper(cx.gm.graph, cx.device, never, alone)
         units = grouper.run()
         cx.record.timings["group"] = cx.record.timings.get("group", 0.0) + time.perf_counter() - clock
         clock = time.perf_counter()
-        lowered, failed = _build_kernels(cx, grouper, units)
+        lowered, failed, apart = _build_kernels(cx, grouper, units)
+        alone |= apart
         cx.record.timings["build"] = cx.record.timings.get("build", 0.0) + time.perf_counter() - clock
-        if not failed:
+        if not failed and not apart:
             clock = time.perf_counter()
             cx.record.kernels.clear()  # of an earlier round
             symbols, bad = _compile_kernels(cx, lowered)
             cx.record.timings["compile"] = cx.record.timings.get("compile", 0.0) + time.perf_counter() - clock
             failed = bad
-        if not failed:
+        if not failed and not apart:
             break
         never.update(failed)
     else:
@@ -241,10 +243,12 @@ def _stored(grouper: Grouper, units: Sequence[Unit]) -> dict[Node, None]:
     return out
 
 
-def _build_kernels(cx: Context, grouper: Grouper, units: list[Unit]) -> tuple[list[Lowered], dict[Node, str]]:
+def _build_kernels(cx: Context, grouper: Grouper, units: list[Unit]) -> tuple[list[Lowered], dict[Node, str], set[Node]]:
+    """Kernels of all groups; nodes that cannot be lowered, with the reason; nodes whose groups must be taken apart."""
     stored = _stored(grouper, units)
     out: list[Lowered] = []
     failed: dict[Node, str] = {}
+    apart: set[Node] = set()
     for unit in units:
         if not isinstance(unit, Group):
             continue
@@ -252,23 +256,13 @@ def _build_kernels(cx: Context, grouper: Grouper, units: list[Unit]) -> tuple[li
         if not wanted:
             continue
         try:
-            built = _build_one(cx, grouper, unit, wanted)
+            out.append(Lowered(unit, _build_one(cx, grouper, unit, wanted)))
         except (Unsupported, NotImplementedError) as e:
-            if len(unit.nodes) == 1 or all(n.target is operator.getitem for n in unit.nodes[1:]):
+            if len([n for n in unit.nodes if n.target is not operator.getitem]) == 1:
                 failed[unit.nodes[0]] = str(e) or "empty"
             else:
-                cx.record.fallbacks.append(f"group of {len(unit.nodes)} nodes at {unit.nodes[0].name}: {e}")
-                for n in unit.nodes:
-                    failed.setdefault(n, str(e)) if not _lowers_alone(n, e) else None
-                if not any(n in failed for n in unit.nodes):
-                    failed[unit.nodes[-1]] = str(e)
-            continue
-        out.append(Lowered(unit, built))
-    return out, failed
-
-
-def _lowers_alone(node: Node, error: Exception) -> bool:
-    return True
+                apart.update(unit.nodes)
+    return out, failed, apart
 
 
 def _build_one(cx: Context, grouper: Grouper, group: Group, wanted: list[Node]) -> Built:
@@ -550,12 +544,13 @@ def _link(cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowere
             if c.reason:
                 raise errors.StrictError(f"node {c.node} ({c.op}) was left to ATen: {c.reason}. Remove options['strict'] to allow it")
     cx.program, cx.loops = p, {i.symbol: i.built.kernel.text for i in lowered}
-    return p.compile(_namespace(cx), record.name)
+    return p.compile({**_namespace(cx), **rescue.entry(p, cx.loops)}, record.name)
 
 
 def finish(cx: Context, program: prog.Program, derived: Sequence[Any]) -> Callable[[list[Any]], Any]:
     """The callable of a Program that was read from the cache."""
-    return _with_derived(program.compile(_namespace(cx), cx.record.name), derived, cx.config)
+    call = program.compile({**_namespace(cx), **rescue.entry(program, cx.loops)}, cx.record.name)
+    return _with_derived(call, derived, cx.config)
 
 
 def _stable_inputs(cx: Context) -> frozenset[Node]:

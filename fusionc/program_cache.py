@@ -10,8 +10,11 @@ is a miss.  What has no description is not stored; the record says why.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -100,13 +103,12 @@ def common_key(config: Config, device: torch.device, target: str) -> Key:
     }
 
 
+@functools.lru_cache(maxsize=1)
 def _own_sources() -> str:
     """Hash of the top-level modules that shape a Program."""
-    import os
-
     digest = hashlib.sha256()
     home = os.path.dirname(os.path.abspath(__file__))
-    for name in ("artifacts.py", "backend.py", "compiler.py", "program_cache.py", "warm.py"):
+    for name in ("artifacts.py", "backend.py", "compiler.py", "program_cache.py", "warm.py", "warm_training.py"):
         with open(os.path.join(home, name), "rb") as stream:
             digest.update(hashlib.sha256(stream.read()).digest())
     return digest.hexdigest()
@@ -252,8 +254,8 @@ class Slot:
         self.why = ""
         try:
             self.key = make_key(gm, config, stage, device, target)
-        except NotCacheable as e:
-            self.why = str(e)
+        except Exception as e:  # noqa: BLE001 - a cache must not be what fails
+            self.why = str(e) if isinstance(e, NotCacheable) else f"{type(e).__name__}: {e}"
 
     def load(self, name: str) -> tuple[Callable[[list[Any]], Any], GraphRecord] | None:
         """The callable and its record, if the graph was compiled before."""
@@ -273,9 +275,15 @@ class Slot:
                 raise NotCacheable("no program was made")
             cx.record.cache = "stored" if store(self.key, cx, cx.program, cx.loops, derived) else "kept in memory"
             call.program_key = self.key  # type: ignore[attr-defined]
-        except NotCacheable as e:
-            cx.record.cache = f"not cached: {e}"
-            stats[f"not cached: {e}"] += 1
+            call.program_shape = shape_of(cx.program, derived)  # type: ignore[attr-defined]
+        except Exception as e:  # noqa: BLE001 - as above
+            cx.record.cache = f"not cached: {e}" if isinstance(e, NotCacheable) else f"not cached: {type(e).__name__}: {e}"
+            stats[cx.record.cache] += 1
+
+
+def shape_of(program: Program, derived: Sequence[Derived]) -> tuple[int, tuple[str, ...]]:
+    """How many arguments the callable takes, and the texts of its results."""
+    return len(program.arguments) - len(derived), program.results
 
 
 # -- storing ----------------------------------------------------------------------------------------------------------
@@ -355,6 +363,7 @@ def _rebuild(payload: Mapping[str, Any], config: Config, stage: str, name: str, 
     hints = {str(n): v for n, v in payload["hints"].items() if type(v) is int and 0 <= v < 1 << 62}
     empty = GraphModule({}, torch.fx.Graph())
     cx = compiler.Context(empty, config, record, device, target, hints)
+    cx.loops = {e["symbol"]: e["loop"] for e in payload["kernels"]}
     launchers = _launchers(cx, payload["kernels"])
     if launchers is None:
         return None
@@ -362,13 +371,12 @@ def _rebuild(payload: Mapping[str, Any], config: Config, stage: str, name: str, 
     program = decode(payload["program"], launchers)
     derived = [_derived(each) for each in payload["derived"]]
     call = compiler.finish(cx, program, derived)
+    call.program_shape = shape_of(program, derived)  # type: ignore[attr-defined]
     return call, record
 
 
 def _launchers(cx: Context, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Launchers by symbol: C++ ones by the hash of their text, others (and lost ones) from the loop IR."""
-    import re
-
     from .ir.text import parse_kernel
 
     launchers: dict[str, Any] = {}

@@ -70,6 +70,66 @@ def test_a_wrong_backend_is_caught_and_a_broken_one_reported(monkeypatch):
     assert cpu.ratio(row, "eager", "broken") is None
 
 
+def graph(kernels=1, fallbacks=()):
+    from fusionc.record import GraphRecord, KernelRecord
+
+    return GraphRecord("g", kernels=[KernelRecord("k")] * kernels, fallbacks=list(fallbacks))
+
+
+WHOLE = "whole graph: AttributeError: module has no attribute 'Slot'"
+
+
+@pytest.mark.parametrize("new", [[graph(fallbacks=[WHOLE])], [graph(), graph(0, [WHOLE])], [graph(0)], []])
+def test_a_run_that_fell_back_to_aten_is_no_figure_of_fusionc(new, monkeypatch, capsys):
+    # It is right and as fast as eager: once, a table of such rows came with a geometric mean.
+    old = [graph()]  # an earlier workload's kernels must not vouch for this one
+    kept = list(old)
+
+    def fake(fn, spec):
+        kept.extend(new if spec == "fusionc" else [])
+        return fn
+
+    real = common.records
+    monkeypatch.setattr(common, "records", lambda spec: list(kept) if spec == "fusionc" else real(spec))
+    monkeypatch.setattr(common, "compiled", lambda fn, spec: lambda *a: fake(fn, spec) and fn(*a))
+    workload = next(w for w in cpu.WORKLOADS if w.name == "softmax")
+    row = cpu.measure(workload, ["eager", "fusionc"], "tiny", 1, 0.001)
+    assert row["backends"]["fusionc"]["error"].startswith("NOT COMPILED")
+    assert "ms" not in row["backends"]["fusionc"]
+    assert cpu.summary([row], ["eager", "fusionc"]) == {}
+    cpu.print_rows([row], ["eager", "fusionc"])
+    assert "NOT COMPILED" in capsys.readouterr().out
+
+
+def test_kernels_recorded_since_then_count_as_compiled():
+    assert common.not_compiled(None) is None
+    assert common.counts("inductor", []) is None
+    found = {"graphs": 1, "kernels": 2, "whole": []}
+    assert common.not_compiled(found) is None
+    assert common.not_compiled(found | {"whole": [WHOLE]}).endswith(WHOLE)
+
+
+def test_compile_time_discards_a_run_that_fell_back(monkeypatch):
+    class Child:
+        returncode, pid = 0, -1
+
+        def __init__(self, *a, **k):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *a):
+            return None
+
+        def communicate(self, timeout=None):
+            return compile_time.MARK + json.dumps({"total_s": 1.0, "not_compiled": "NOT COMPILED: x"}) + "\n", ""
+
+    monkeypatch.setattr(compile_time.subprocess, "Popen", Child)
+    result = compile_time.spawn([], {}, 1.0)
+    assert result["error"] == "NOT COMPILED: x" and "total_s" not in result
+
+
 def test_check_sees_shape_dtype_count_and_nonfinite_values():
     ref = [torch.tensor([1.0, math.inf, math.nan], dtype=torch.float64)]
     eager = [ref[0].float()]

@@ -97,7 +97,8 @@ class Nest:
         self.e.bind(v, v.name)
         for node, text in self.saved.items():
             if node.uid not in self.e.memo:
-                self.e.bind(node, text)
+                # the position's text may be hoisted into a loop around this one: make it anew in each pass
+                self.e.bind(node, text.replace("[@]", f"[{self.linear()}]") if "[@]" in text else text)
 
     def close_simd(self) -> None:
         scope = self.e.scopes[-1]

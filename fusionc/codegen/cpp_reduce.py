@@ -237,9 +237,8 @@ class Reductions(Nest):
                 self.top.append(f"fc_row<{ctype}> {name}_({e.value(points)});")
                 self.top.append(f"{ctype}* const {name} = {name}_.data;")
                 self.top.append(f"if (!{name}) {{ err |= 1; hi = lo; }}")
-            text = f"{name}[{self.linear()}]"
-            e.line(f"{text} = {e.value(n)};")
-            self.saved[n] = text
+            e.line(f"{name}[{self.linear()}] = {e.value(n)};")
+            self.saved[n] = f"{name}[@]"
 
     def save_columns(self, passes: list[list[Expr]], level: int) -> None:
         """Values per column that the loops over the axis need: what they do not change is computed once."""

@@ -177,8 +177,7 @@ class Program:
         self.constants[candidate] = value
         return candidate
 
-    def text(self) -> str:
-        """Source of `call(args: list) -> tuple`, which empties the list it is given."""
+    def _head(self) -> list[str]:
         body: list[str] = []
         if self.arguments:
             body.append(f"{', '.join(self.arguments)}{',' if len(self.arguments) == 1 else ''} = args")
@@ -186,6 +185,20 @@ class Program:
         body += [f"{name} = {value}" for name, value in self.sizes]
         if self.uses_stream:
             body.append("stream = current_stream()")
+        return body
+
+    def step_at(self, line: int) -> int | None:
+        """Position of the step that line `line` of the text belongs to (the first line is 1)."""
+        at = 2 + len(self._head())
+        for number, step in enumerate(self.steps):
+            at += len(step.text(self))
+            if line < at:
+                return number if line >= 2 + len(self._head()) else None
+        return None
+
+    def text(self) -> str:
+        """Source of `call(args: list) -> tuple`, which empties the list it is given."""
+        body = self._head()
         for step in self.steps:
             body += step.text(self)
         inner = ", ".join(self.results)

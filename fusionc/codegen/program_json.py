@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ir.expr import FloorDiv, Index, Mod, Size, floordiv, index, mod
 from . import program as prog
@@ -87,7 +88,8 @@ def _describe_tensor(value: torch.Tensor) -> list[Any]:
     plain = type(value) is torch.Tensor and value.device.type == "cpu" and value.layout is torch.strided
     if not plain or value.requires_grad or not value.is_contiguous() or value.nbytes > _MAX_TENSOR or value.is_conj():
         raise NotCacheable("a constant tensor of the graph is large or special")
-    data = bytes(value.detach().reshape(-1).view(torch.uint8).tolist()) if value.numel() else b""
+    with _disable_current_modes():  # AOTAutograd calls under a fake mode
+        data = bytes(value.detach().reshape(-1).view(torch.uint8).tolist()) if value.numel() else b""
     return ["tensor", str(value.dtype)[6:], list(value.shape), data.hex()]
 
 
@@ -115,7 +117,7 @@ def bind(described: Any) -> Any:
             raw = bytearray(bytes.fromhex(data))
             if len(shape) > 16 or not all(type(n) is int and 0 <= n <= _MAX_TENSOR for n in shape):
                 raise Invalid("a constant tensor has a wrong shape")
-            with torch._C._DisableTorchDispatch():  # AOTAutograd calls under a fake mode
+            with _disable_current_modes():
                 if not raw:
                     return torch.empty(shape, dtype=_DTYPES[dtype])
                 return torch.frombuffer(raw, dtype=_DTYPES[dtype]).clone().reshape(shape)

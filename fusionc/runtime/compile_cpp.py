@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -219,12 +219,14 @@ def build(
     env_key: Mapping[str, Any],
     prelude: str = "",
     timeout: float = TIMEOUT_SECONDS,
+    done: Callable[[str, int], Any] | None = None,
 ) -> BuildResult:
     """Make every ``(symbol, text)`` callable: from the cache, else compiled together with ``prelude`` in front.
 
     A text defines ``extern "C"`` ``symbol`` and may define other things only as ``static`` names of its own.  The
     result has each symbol in ``addresses`` or in ``errors``; nothing is raised for kernels that do not build.  Raises
-    ValueError for a symbol that is not an identifier, or that is given two texts.
+    ValueError for a symbol that is not an identifier, or that is given two texts.  ``done(symbol, count)`` is called
+    (from any thread) whenever ``count`` more kernels are settled, ``symbol`` being one of them.
     """
     start = perf_counter()
     texts: dict[str, str] = {}
@@ -238,10 +240,12 @@ def build(
     if missing and not tool:
         result.errors.update({symbol: CompileError(symbol, None, _INSTALL) for symbol in missing})
     elif missing:
+        if done is not None and len(missing) < len(texts):
+            done("", len(texts) - len(missing))
         # Another process may be at the same batch: wait a little for its results rather than compile twice.
         with cache.lock(KERNEL, {"batch": [keys[symbol] for symbol in missing]}):
             missing = _load_cached(missing, keys, cache, tool, result)
-            _compile_missing({s: texts[s] for s in missing}, keys, cache, tool, prelude, timeout, result)
+            _compile_missing({s: texts[s] for s in missing}, keys, cache, tool, prelude, timeout, result, done)
     result.seconds = perf_counter() - start
     return result
 
@@ -290,6 +294,7 @@ def _compile_missing(
     prelude: str,
     timeout: float,
     result: BuildResult,
+    done: Callable[[str, int], Any] | None = None,
 ) -> None:
     units = _chunks(texts, _cores())
     if not units:
@@ -308,14 +313,16 @@ def _compile_missing(
             number, symbols = job
             source = _unit_text(prelude, symbols, texts)
             data, message = _run([*compiler, *_FLAGS], libraries, os.path.join(folder, f"u{number}"), source, timeout)
+            if done is not None and (data is not None or len(symbols) == 1):
+                done(symbols[0], len(symbols))
             return symbols, data, message, source
 
         with ThreadPoolExecutor(max_workers=_cores()) as pool:
-            done = list(pool.map(attempt, enumerate(units)))
-            single = [[s] for symbols, data, _, _ in done if data is None and len(symbols) > 1 for s in symbols]
+            tried = list(pool.map(attempt, enumerate(units)))
+            single = [[s] for symbols, data, _, _ in tried if data is None and len(symbols) > 1 for s in symbols]
             again = list(pool.map(attempt, enumerate(single, len(units))))
         result.units += len(units) + len(single)
-        for symbols, data, message, source in [d for d in done if d[1] is not None or len(d[0]) == 1] + again:
+        for symbols, data, message, source in [t for t in tried if t[1] is not None or len(t[0]) == 1] + again:
             _publish(symbols, data, message, source, keys, cache, tool, result)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

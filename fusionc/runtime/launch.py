@@ -280,8 +280,12 @@ def _usage(built: Any) -> tuple[int, int]:
     return found.get("REG", -1), found.get("STACK", 0) + found.get("LOCAL", 0)
 
 
-def compile_many(jobs: Sequence[Callable[[], Any]], workers: int | None = None) -> list[Any]:
+def compile_many(
+    jobs: Sequence[Callable[[], Any]], workers: int | None = None, done: Callable[[], Any] | None = None
+) -> list[Any]:
     """Run compile jobs side by side and return their results, or the exception of each that failed, in order.
+
+    ``done`` is called (from any thread) after each.
 
     Threads: MLIR's passes and the assembler run outside of Python's lock.
     """
@@ -292,6 +296,9 @@ def compile_many(jobs: Sequence[Callable[[], Any]], workers: int | None = None) 
             return job()
         except Exception as e:
             return e
+        finally:
+            if done is not None:
+                done()
 
     if workers <= 1:
         return [one(j) for j in jobs]

@@ -15,15 +15,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from ..ir.expr import ONE, ZERO, Index, Var, index, substitute
 from ..ir.lowering.registry import DTYPE_NAME, LOWERINGS, Lowering, shape_of
 from ..ir.ops import FLOAT_ONLY
-from ..ir.sizes import Unsupported
-from ..ir.value import normalize_dim, numel
+from ..ir.sizes import Unsupported, size_index, sizes_index
+from ..ir.value import Context, Value, normalize_dim, numel
 
 Idx = tuple[Index, ...]
 MAX_MEMBERS = 96
@@ -117,10 +119,13 @@ def numel_hint(node: Node) -> int:
 class Grouper:
     """Build units (groups and calls, in executable order) from an ATen graph with `meta["val"]` on every node."""
 
-    def __init__(self, graph: Graph, device: torch.device, never: dict[Node, str] | None = None):
+    def __init__(
+        self, graph: Graph, device: torch.device, never: dict[Node, str] | None = None, alone: set[Node] | None = None
+    ):
         self.graph = graph
         self.device = device
-        self.never = never or {}
+        self.never = never or {}  # nodes to leave to ATen, with the reason
+        self.alone = alone or set()  # nodes whose group turned out wrong: one kernel each
         self.position = {n: i for i, n in enumerate(graph.nodes)}
         self.lowered: dict[Node, Lowering] = {}
         self.reason: dict[Node, str] = {}
@@ -179,6 +184,8 @@ class Grouper:
                 raise Unsupported(f"operand on {v.device}")
         if low.dims is not None:
             low.dims(node)
+        if low.kind != "view":  # a lowering says what it does not support when it is called, not when it is read
+            low.fn(_DRY, node, *map_arg(node.args, _dummy), **map_arg(node.kwargs, _dummy))
 
     @staticmethod
     def _check_tensor(v: torch.Tensor, view: bool) -> None:
@@ -240,6 +247,8 @@ class Grouper:
         for node in reversed(self.graph.nodes):
             low = self.lowered.get(node)
             if low is None or low.kind not in ("pointwise", "gather", "create") or node.target is operator.getitem:
+                continue
+            if node in self.alone:
                 continue
             if low.kind == "create":
                 self.inline.add(node)
@@ -359,10 +368,10 @@ class Grouper:
 
     def _place(self, node: Node, low: Lowering) -> None:
         groups: list[Group] = []
-        for _, a in tensor_args(node):
+        for _, a in tensor_args(node) if node not in self.alone else ():
             base, _ = self.resolve(a)
             u = self.unit.get(base)
-            if isinstance(u, Group) and u not in groups and base not in self.inline:
+            if isinstance(u, Group) and u not in groups and base not in self.inline and base not in self.alone:
                 groups.append(u)
         groups.sort(key=lambda g: (bool(g.axis), g.last), reverse=True)
         for g in groups:
@@ -764,9 +773,24 @@ class Grouper:
         return node
 
 
-def shape_of_tensor(v: torch.Tensor) -> Idx:
-    from ..ir.sizes import sizes_index
+_DRY = Context()
 
+
+def _dummy(node: Node) -> Any:
+    """An operand for a dry run: right shape and dtype, no elements."""
+    v = node.meta.get("val")
+    if isinstance(v, torch.Tensor):
+        if v.dtype not in DTYPE_NAME:
+            raise Unsupported(f"dtype {v.dtype}")
+        return Value(_DRY, sizes_index(v.shape), DTYPE_NAME[v.dtype], _no_elements)
+    return size_index(v) if isinstance(v, torch.SymInt) else v
+
+
+def _no_elements(idx: Idx) -> Any:
+    raise Unsupported("read during a dry run")
+
+
+def shape_of_tensor(v: torch.Tensor) -> Idx:
     sizes_index(v.stride())
     return sizes_index(v.shape)
 

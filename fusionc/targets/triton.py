@@ -16,6 +16,7 @@ import torch
 from ..codegen import triton as codegen
 from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate
+from ..progress import progress
 from ..runtime import device as devices
 from ..runtime import launch
 from ..schedule.plan import Plan
@@ -55,13 +56,13 @@ def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any]
     flat = [p for group in parts.values() for p in group]
     if cross:
         jobs = [lambda p=p: launch.cross_compile(p.source, p.symbol, p.kernel, p.plan, cx.target) for p in flat]
-        with _triton_cache(cx):
-            results = launch.compile_many(jobs)
+        with _triton_cache(cx), progress("compiling kernels", len(jobs), cx.config.progress) as bar:
+            results = launch.compile_many(jobs, done=bar.advance)
         built = {p.symbol: r if isinstance(r, launch.Compiled) else None for p, r in zip(flat, results, strict=True)}
     elif cx.target == "triton":
         bound = {p.symbol: launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device) for p in flat}
-        with _triton_cache(cx):
-            results = launch.compile_many([k.compile for k in bound.values()])
+        with _triton_cache(cx), progress("compiling kernels", len(bound), cx.config.progress) as bar:
+            results = launch.compile_many([k.compile for k in bound.values()], done=bar.advance)
     else:
         results = [None] * len(flat)
     for p, r in zip(flat, results, strict=True):

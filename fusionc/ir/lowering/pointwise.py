@@ -563,14 +563,14 @@ def _arange(ctx: Context, node: Node, *args: Any, **_: Any) -> Value:
     if len(args) == 1:
         args = (0, args[0])
     start, step = args[0], (args[2] if len(args) > 2 else 1)
-    if dtype not in ("i64", "i32"):
-        raise Unsupported("arange of floats")
+    if dtype == "b1":
+        raise Unsupported("arange of booleans")
     if isinstance(start, float) or isinstance(step, float):
         raise Unsupported("arange with float bounds")
 
     def at(idx: tuple) -> E:
         e = add(op("mul", (idx[0], scalar(ctx, step, "i64")), "i64"), scalar(ctx, start, "i64"))
-        return cast(e, dtype)
+        return cast(cast(e, dtype), compute_dtype(dtype))
 
     return Value(ctx, shape_of(node), dtype, at)
 
