@@ -299,7 +299,7 @@ def store(key: Key, cx: Context, program: Program, kernels: Mapping[str, str], d
     operators = {id(getattr(n.target, "_op", n.target)): n.target.name() for n in cx.gm.graph.nodes
                  if isinstance(n.target, torch._ops.OpOverload)}
     payload = {
-        "program": encode(program, operators, {s: None for s in kernels}),
+        "program": encode(program, operators, {s: program.constants[s] for s in kernels}),
         "kernels": [{"symbol": s, "loop": text, "source": _sha(cx.sources.get(s))} for s, text in sorted(kernels.items())],
         "derived": [[d.name, list(d.sources), d.recipe, d.share, list(d.volatile)] for d in derived],
         "hints": cx.hints,

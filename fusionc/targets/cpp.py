@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..codegen import cpp
 from ..ir.loop import Kernel
+from ..progress import progress
 from ..runtime.cache import Cache, open_cache
 from ..runtime.compile_cpp import build, load_cached
 from ..runtime.environment import environment_key
@@ -42,8 +43,10 @@ def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any]
             sources.append((symbol, cpp.render(kernel, plans[symbol], symbol)))
         except NotImplementedError as e:
             problems[symbol] = str(e)
-    result = build(sources, cache_for(cx.config.cache), environment_key("cpu"), cpp.PRELUDE)
-    problems.update({s: str(e) for s, e in result.errors.items()})
+    with progress("compiling kernels", len(sources), cx.config.progress) as bar:
+        result = build(sources, cache_for(cx.config.cache), environment_key("cpu"), cpp.PRELUDE, done=bar.advance)
+    # without a source to show, the cause is not the kernel's: the same words for all make one warning
+    problems.update({s: str(e) if e.dump else e.detail or str(e) for s, e in result.errors.items()})
     functions: dict[str, Any] = {}
     for symbol, text in sources:
         if symbol in problems:
