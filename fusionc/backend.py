@@ -48,7 +48,6 @@ def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
 
         weights = DerivedWeights(derived, config.weights)
         example_inputs = [*example_inputs, *_static(weights.resolve(example_inputs))]
-        _give_sources(gm)
     inner = functools.partial(_inner, config=config, title=title, model_records=model_records, warm=warm)
     compiled = aot_autograd(
         fw_compiler=functools.partial(inner, stage="forward"),
@@ -77,30 +76,11 @@ def _static(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [context.fake_mode.from_tensor(value, static_shapes=True) for value in values]
 
 
-def _give_sources(gm: GraphModule) -> None:
-    """AOTAutograd wants to know where each input comes from; a derived weight comes from us."""
-    from torch._dynamo.source import ConstantSource
-
-    for node in gm.graph.find_nodes(op="placeholder"):
-        if getattr(node, "_dynamo_source", None) is None:
-            node._dynamo_source = ConstantSource(source_name=node.name)
-
-
 def _model_passes(gm: GraphModule, example_inputs: list[Any], config: Config) -> tuple[GraphModule, list[Any], list[Any]]:
-    """Run the model-level passes on a copy: Dynamo still reads its own graph's placeholders after we return."""
+    """Run the model-level passes (on a copy of the graph if one finds work: Dynamo still reads its own after we return)."""
     from .passes.manager import run_passes
 
-    copy = torch.fx.Graph()
-    seats: dict[Any, Any] = {}
-    result = copy.graph_copy(gm.graph, seats)
-    (output,) = gm.graph.find_nodes(op="output")
-    copy.output(result).meta.update(output.meta)
-    for old, new in seats.items():
-        if old.op == "placeholder":
-            new._dynamo_source = getattr(old, "_dynamo_source", None)
-    twin = GraphModule(gm, copy)
-    twin.meta.update(gm.meta)
-    gm, records = run_passes(twin, "model", config, example_inputs)
+    gm, records = run_passes(gm, "model", config, example_inputs)
     return gm, list(gm.meta.get("fusionc_derived") or []), records
 
 

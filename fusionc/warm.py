@@ -115,7 +115,8 @@ class Warm:
         _check_plan(plan, self.count, training)
         calls: dict[str, Callable[[list[Any]], Any]] = {}
         records: list[GraphRecord] = []
-        for stage, key in programs.items():
+        for stage in ("inference",) if not training else ("forward", "backward"):
+            key = programs[stage]
             device, target = torch.device(key["device"]), str(key["target"])
             now = program_cache.common_key(self.config, device, target)
             # switches were those inside of AOTAutograd then; ours are in our own key
@@ -243,7 +244,7 @@ def _homes() -> dict[str, Any]:
 
 _EXTRA = {  # functions outside of the homes that Dynamo puts into graphs
     "torch.amp.autocast_mode": ("_enter_autocast", "_exit_autocast"),
-    "torch._C": ("_set_grad_enabled",),
+    "torch._C": ("_set_grad_enabled", "_log_api_usage_once"),
 }
 _known: dict[Any, str] = {}
 

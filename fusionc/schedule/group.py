@@ -134,6 +134,10 @@ class Grouper:
         self.units: list[Unit] = []
         self._deps: dict[Node, frozenset[Node]] = {}
         self._resolve: dict[Node, tuple[Node, tuple[Node, ...]]] = {}
+        self._writes = any(n.op == "call_function" and _mutates(n) for n in graph.nodes)
+        self._readers: dict[Node, set[Unit]] = {}  # by memory: units that read it since it was last written
+        self._writer: dict[Node, Unit] = {}
+        self._last_effect: Unit | None = None
 
     # -- what can be lowered ---------------------------------------------------------------------------------------
     def classify(self) -> None:
@@ -336,9 +340,20 @@ class Grouper:
     def _add_call(self, node: Node) -> None:
         pos = self.position[node]
         call = Call(node, pos, pos, self.reason.get(node, ""))
-        call.preds = self._units_of(self._call_deps(node))
+        deps = self._call_deps(node)
+        call.preds = self._units_of(deps)
         self.unit[node] = call
         self.units.append(call)
+        self._touch(call, deps)
+        if _random(node) or _effect(node):  # drawn, printed, … in the order of the graph
+            if self._last_effect is not None:
+                call.preds.add(self._last_effect)
+            self._last_effect = call
+        if _mutates(node):
+            for b in _mutated_args(node):
+                root = self._memory_root(self.resolve(b)[0])
+                call.preds |= {u for u in self._readers.pop(root, ()) if u is not call}
+                self._writer[root] = call
 
     def _call_deps(self, node: Node) -> set[Node]:
         out: set[Node] = set()
@@ -412,6 +427,7 @@ class Grouper:
         g.preds = self._units_of(self.deps(node))
         self.unit[node] = g
         self.units.append(g)
+        self._touch(g, self.deps(node))
 
     def _seat_row(self, node: Node, low: Lowering, g: Group, full: Idx, dims: tuple[int, ...], along: dict[int, Index]) -> None:
         """Record the index of a reducing node's result, given the index over its input."""
@@ -440,6 +456,7 @@ class Grouper:
         g.preds |= self._units_of(self.deps(node))
         g.preds.discard(g)
         self.unit[node] = g
+        self._touch(g, self.deps(node))
 
     def _reaches(self, start: Iterable[Unit], target: Group) -> bool:
         """True if `target` is an ancestor of (or is) one of `start`, looking only where it can be."""
@@ -511,7 +528,8 @@ class Grouper:
         if len(g.nodes) >= MAX_MEMBERS or g.scan:
             return False
         deps = self.deps(node)
-        if self._reaches((u for u in self._units_of(deps) if u is not g), g):
+        before = self._units_of(deps) | self._writers_of(deps)
+        if self._reaches((u for u in before if u is not g), g):
             return False
         if sum(1 for d in deps if self.unit.get(d) is not g) + len(g.preds) > MAX_INPUTS:
             return False
@@ -702,6 +720,10 @@ class Grouper:
         g.first, g.last = min(g.first, other.first), max(g.last, other.last)
         g.preds = (g.preds | other.preds) - {g, other}
         self.units.remove(other)
+        for readers in self._readers.values():
+            if other in readers:
+                readers.discard(other)
+                readers.add(g)
         for u in self.units:
             if other in u.preds:
                 u.preds.discard(other)
@@ -721,7 +743,6 @@ class Grouper:
         """Units in an executable order that stays close to the graph's."""
         import heapq
 
-        self._mutation_order()
         pending = {id(u): len(u.preds) for u in self.units}
         users: dict[int, list[Unit]] = {}
         for u in self.units:
@@ -743,28 +764,22 @@ class Grouper:
             raise AssertionError("grouping made a cycle")
         return order
 
-    def _mutation_order(self) -> None:
-        """A call that writes to an operand comes after every earlier reader, and before every later reader, of that memory."""
-        writers = [u for u in self.units if isinstance(u, Call) and _mutates(u.node)]
-        if not writers:
+    def _writers_of(self, deps: Iterable[Node]) -> set[Unit]:
+        """In-place calls that the memory of `deps` was last written by."""
+        if not self._writer:
+            return set()
+        return {self._writer[r] for d in deps if (r := self._memory_root(d)) in self._writer}
+
+    def _touch(self, unit: Unit, deps: Iterable[Node]) -> None:
+        """`unit` reads `deps`: after the write that made them what they are, before the next one."""
+        if not self._writes:
             return
-        readers: dict[Node, list[tuple[int, Unit]]] = {}
-        for u in self.units:
-            nodes = [u.node] if isinstance(u, Call) else u.nodes
-            for n in nodes:
-                for b in self.deps(n) if isinstance(u, Group) else self._call_deps(n):
-                    root = self._memory_root(b)
-                    readers.setdefault(root, []).append((self.position[n], u))
-        for w in writers:
-            for b in _mutated_args(w.node):
-                root = self._memory_root(self.resolve(b)[0])
-                for pos, u in readers.get(root, ()):
-                    if u is w:
-                        continue
-                    if pos < w.first:
-                        w.preds.add(u)
-                    else:
-                        u.preds.add(w)
+        for d in deps:
+            root = self._memory_root(d)
+            self._readers.setdefault(root, set()).add(unit)
+            writer = self._writer.get(root)
+            if writer is not None and writer is not unit:
+                unit.preds.add(writer)
 
     def _memory_root(self, node: Node) -> Node:
         """The node whose memory an in-place call's result or a call-made view lives in."""
@@ -815,6 +830,15 @@ def _direct(grouper: Grouper, node: Node) -> set[Node]:
 def _mutates(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def _random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _effect(node: Node) -> bool:
+    """Calls without a result that is used, such as assertions: kept in order."""
+    return not node.users and not _mutates(node)
 
 
 def _mutated_args(node: Node) -> list[Node]:

@@ -171,8 +171,9 @@ def test_launch_failure_in_training_and_with_dynamic_shapes(monkeypatch: pytest.
 
 def test_strict_makes_a_launch_failure_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     break_launch(monkeypatch, lambda n: True)
-    with pytest.raises(StrictError, match="could not be launched: RuntimeError: the device said no"):
-        check(strict=True)
+    compiled = torch.compile(torch.nn.functional.silu, backend="fusionc", options={"strict": True})
+    with pytest.raises(StrictError, match="could not be launched: RuntimeError: the device said no"), torch.no_grad():
+        compiled(torch.ones(3))
 
 
 def test_errors_of_the_user_pass_through() -> None:
@@ -203,7 +204,7 @@ def test_interrupts_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
 
 HOSTILE = [
     'a");import os;os.system("touch canary")#',
-    "class", "__class__", "int main() { }", "x\ny", "\u202eevil", "é" * 300, "../../../canary", "'''", '"""', "*/ int x; /*",
+    "class", "__import__", "int main() { }", "x\ny", "\u202eevil", "é" * 300, "../../../canary", "'''", '"""', "*/ int x; /*",
 ]  # fmt: skip
 
 
@@ -234,7 +235,7 @@ def test_hostile_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
     compiled = torch.compile(model, backend="fusionc", options={"dump": str(dump)})
     compiled(x).sum().backward()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dump"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "dump"]
     files = [p for p in dump.rglob("*") if p.is_file()]
     assert any(p.name == "program.py" for p in files) and any(p.name == "kernel.cpp" for p in files)
     for path in files:
@@ -246,7 +247,7 @@ def test_hostile_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         elif path.suffix == ".cpp":
             assert "canary" not in text and "evil" not in text and text.isascii()
         else:
-            assert "\u202e" not in text and "<script" not in text.replace("<script>", "", 0) or path.suffix == ".html"
+            assert "\u202e" not in text
 
 
 @pytest.mark.parametrize(
