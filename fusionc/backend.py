@@ -76,7 +76,9 @@ def _static(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [context.fake_mode.from_tensor(value, static_shapes=True) for value in values]
 
 
-def _model_passes(gm: GraphModule, example_inputs: list[Any], config: Config) -> tuple[GraphModule, list[Any], list[Any]]:
+def _model_passes(
+    gm: GraphModule, example_inputs: list[Any], config: Config
+) -> tuple[GraphModule, list[Any], list[Any]]:
     """Run the model-level passes (on a copy of the graph if one finds work: Dynamo still reads its own after we return)."""
     from .passes.manager import run_passes
 
@@ -137,7 +139,8 @@ def decompositions() -> dict[Any, Any]:
         mish mish_backward glu glu_backward logit logit_backward logaddexp logaddexp2 log_sigmoid_forward log_sigmoid_backward
         _fused_rms_norm _fused_rms_norm_backward native_batch_norm_backward cudnn_batch_norm_backward
         _native_batch_norm_legit_no_training _native_batch_norm_legit _native_batch_norm_legit_functional native_batch_norm
-        _batch_norm_with_update _batch_norm_with_update_functional batch_norm_backward threshold hardshrink softshrink celu selu xlogy heaviside
+        _batch_norm_with_update _batch_norm_with_update_functional batch_norm_backward threshold
+        hardshrink softshrink celu selu xlogy heaviside
         hypot deg2rad rad2deg nan_to_num dot mv soft_margin_loss l1_loss addr std_mean var_mean
         slice_backward select_backward diagonal_backward masked_fill_ norm sinc expand_copy
         special_entr special_log_ndtr frac stack t_copy addcmul_ rot90""".split()

@@ -140,7 +140,9 @@ def _device_words(device: torch.device, target: str) -> str:
     return f"{device.type} ({target})"
 
 
-def _with_derived(call: Callable[[list[Any]], Any], derived: Sequence[Any], config: Config) -> Callable[[list[Any]], Any]:
+def _with_derived(
+    call: Callable[[list[Any]], Any], derived: Sequence[Any], config: Config
+) -> Callable[[list[Any]], Any]:
     if not derived:
         return call
     from .runtime.weights import DerivedWeights
@@ -222,9 +224,7 @@ def _stored(grouper: Grouper, units: Sequence[Unit]) -> dict[Node, None]:
 
     def reads(group: Group, node: Node) -> None:
         for a in node.all_input_nodes:
-            base, chain = grouper.resolve(a)
-            for v in chain:  # symbolic operands of views are numbers, not tensors
-                pass
+            base, _ = grouper.resolve(a)
             if (id(group), base) in seen:
                 continue
             seen.add((id(group), base))
@@ -243,7 +243,9 @@ def _stored(grouper: Grouper, units: Sequence[Unit]) -> dict[Node, None]:
     return out
 
 
-def _build_kernels(cx: Context, grouper: Grouper, units: list[Unit]) -> tuple[list[Lowered], dict[Node, str], set[Node]]:
+def _build_kernels(
+    cx: Context, grouper: Grouper, units: list[Unit]
+) -> tuple[list[Lowered], dict[Node, str], set[Node]]:
     """Kernels of all groups; nodes that cannot be lowered, with the reason; nodes whose groups must be taken apart."""
     stored = _stored(grouper, units)
     out: list[Lowered] = []
@@ -266,14 +268,23 @@ def _build_kernels(cx: Context, grouper: Grouper, units: list[Unit]) -> tuple[li
 
 
 def _build_one(cx: Context, grouper: Grouper, group: Group, wanted: list[Node]) -> Built:
-    builder = Builder(group.nodes, group.loops, group.axis, group.index, group.axis_index, grouper.inline, grouper.lowered.__contains__)
+    builder = Builder(
+        group.nodes,
+        group.loops,
+        group.axis,
+        group.index,
+        group.axis_index,
+        grouper.inline,
+        grouper.lowered.__contains__,
+    )
     builder.device_type = cx.device.type
     built = builder.build(wanted)
     kernel = simplify(built.kernel)
     if cx.config.verify:
         from .ir.verify import verify
 
-        verify(kernel)
+        with torch.utils._python_dispatch._disable_current_modes():  # the verifier computes indices with real tensors
+            verify(kernel)
     return Built(kernel, built.inputs, built.outputs)
 
 
@@ -422,7 +433,9 @@ class _Linker:
             return
         target: Any = node.target
         if node.op == "call_function":
-            label = getattr(getattr(target, "overloadpacket", None), "__name__", None) or getattr(target, "__name__", "function")
+            label = getattr(getattr(target, "overloadpacket", None), "__name__", None) or getattr(
+                target, "__name__", "function"
+            )
             target = getattr(target, "_op", target) if isinstance(target, torch._ops.OpOverload) else target
         else:
             raise errors.FusioncError(f"{node.op} node {node.name} in an ATen graph")
@@ -472,7 +485,10 @@ class _Linker:
         for n in self.placeholders:
             val = n.meta.get("val")
             if isinstance(val, torch.Tensor):
-                for what, dims in (("size", val.shape), ("stride", val.stride() if val.layout is torch.strided else ())):
+                for what, dims in (
+                    ("size", val.shape),
+                    ("stride", val.stride() if val.layout is torch.strided else ()),
+                ):
                     for d, s in enumerate(dims):
                         if isinstance(s, torch.SymInt) and not s.node.is_constant() and s.node.expr.is_Symbol:
                             known.setdefault(str(s.node.expr), f"{self.name[n]}.{what}({d})")
@@ -506,7 +522,9 @@ def _keeps_strides(node: Node) -> bool:
     return name in _KEEPS
 
 
-def _link(cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowered], symbols: dict[str, Any]) -> Callable[[list[Any]], Any]:
+def _link(
+    cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowered], symbols: dict[str, Any]
+) -> Callable[[list[Any]], Any]:
     link = _Linker(cx, grouper, lowered, symbols)
     p = link.program
     link.stable = _stable_inputs(cx)
@@ -515,7 +533,9 @@ def _link(cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowere
     for unit in units:
         if isinstance(unit, Call):
             link.call(unit.node)
-            if unit.node.target is not operator.getitem and not isinstance(unit.node.meta.get("val"), (torch.SymInt, int)):
+            if unit.node.target is not operator.getitem and not isinstance(
+                unit.node.meta.get("val"), (torch.SymInt, int)
+            ):
                 record.calls.append(CallRecord(unit.node.name, str(unit.node.target), unit.reason))
         elif id(unit) in link.by_group:
             item = link.by_group[id(unit)]
@@ -542,15 +562,24 @@ def _link(cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowere
     if cx.config.strict:
         for c in record.calls:
             if c.reason:
-                raise errors.StrictError(f"node {c.node} ({c.op}) was left to ATen: {c.reason}. Remove options['strict'] to allow it")
+                raise errors.StrictError(
+                    f"node {c.node} ({c.op}) was left to ATen: {c.reason}. Remove options['strict'] to allow it"
+                )
     cx.program, cx.loops = p, {i.symbol: i.built.kernel.text for i in lowered}
-    return p.compile({**_namespace(cx), **rescue.entry(p, cx.loops)}, record.name)
+    return _compiled(cx, p)
 
 
 def finish(cx: Context, program: prog.Program, derived: Sequence[Any]) -> Callable[[list[Any]], Any]:
     """The callable of a Program that was read from the cache."""
+    return _with_derived(_compiled(cx, program), derived, cx.config)
+
+
+def _compiled(cx: Context, program: prog.Program) -> Callable[[list[Any]], Any]:
+    """The callable of a Program, replayed as a CUDA graph where that is legal and pays."""
+    from .runtime import cudagraph
+
     call = program.compile({**_namespace(cx), **rescue.entry(program, cx.loops)}, cx.record.name)
-    return _with_derived(call, derived, cx.config)
+    return cudagraph.wrap(call, program, cx.record, cx.config, cx.device, cx.target)
 
 
 def _stable_inputs(cx: Context) -> frozenset[Node]:
@@ -565,7 +594,7 @@ def _insert_frees(p: prog.Program) -> None:
     import re
 
     word = re.compile(r"\b[abcv]\d+\b")
-    last: dict[str, int] = {a: -1 for a in p.arguments}
+    last: dict[str, int] = dict.fromkeys(p.arguments, -1)
     kept = set(word.findall(" ".join(p.results)))
     for k, step in enumerate(p.steps):
         for line in step.text(p):
@@ -596,7 +625,7 @@ def _index_error(kernel: str) -> None:
 
 
 def _namespace(cx: Context) -> dict[str, Any]:
-    from torch._C._dynamo.guards import _reinterpret_tensor
+    from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 
     from .runtime.pool import allocate
 

@@ -140,6 +140,8 @@ def _summary_of(index: int, g: GraphRecord, measured: bool) -> list[str]:
     if reasons:
         lines.append("  fallbacks:")
         lines += [f"    {n} × {clean(r)}" for r, n in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))]
+    if g.cudagraph:
+        lines.append(f"  CUDA graph: {clean(g.cudagraph)}")
     fired = [f"{p.name} ×{p.fired}" for p in g.passes if p.fired]
     if fired:
         lines.append(f"  passes that fired: {', '.join(fired)}")

@@ -48,6 +48,7 @@ svg .plain{fill:var(--card)}svg .call{fill:#c9d3df}svg .fall{fill:#f0b4ae;stroke
 .bar{display:inline-block;height:9px;background:var(--accent);border-radius:2px}
 .add{color:var(--green)}.del{color:var(--red)}.at{color:var(--accent)}
 .key{display:inline-block;width:12px;height:12px;border:1px solid var(--line);border-radius:3px;margin:0 5px -1px 12px}
+.line{white-space:nowrap}
 nav a{margin-right:14px}a{color:var(--accent)}
 """
 
@@ -148,7 +149,7 @@ def _kernel_table(graph: GraphRecord) -> str:
             [
                 str(i),
                 f"{key}<code>{escape(k.name)}</code>",
-                escape(kinds.get(k.name, "")) + f' <span class="soft">{escape(k.language)}</span>',
+                f'<span class="line">{escape(kinds.get(k.name, ""))} <span class="soft">{escape(k.language)}</span></span>',
                 str(k.uses),
                 str(len(k.nodes)),
                 number(k.bytes_read) + "B",
@@ -193,14 +194,18 @@ def _drawing(graph: GraphRecord) -> str:
     group_of = {n: g for g in graph.groups for n in g.nodes}
     calls = {c.node: c for c in graph.calls}
     note = ""
+    label: dict[str, list[str]] = {n: [n] for n in nodes}
     if len(nodes) > MAX_BOXES:
-        label = {n: (f"{group_of[n].name} ({len(group_of[n].nodes)})" if n in group_of else n) for n in nodes}
-        note = f"{len(nodes)} nodes: each group is drawn as one box, with the number of its nodes. "
-    else:
-        label = {n: n for n in nodes}
-    boxes = {label[n]: n for n in reversed(nodes)}
-    thick = {label[n] for n in returned if n in label}
-    edges = sorted({(label[a], label[b]) for a, b in graph.edges if b != "output" and label[a] != label[b]})
+        label = _collapsed(nodes, graph)
+        note = f"{len(nodes)} nodes: each group is one box with the number of its nodes, views are left out. "
+        if len({b for n in nodes for b in label[n]}) > MAX_BOXES:
+            made = {b for _, b in graph.edges} | set(group_of) | set(calls)
+            label = {n: [b for b in label[n] if b in made or b not in nodes] for n in nodes}
+            note = note.replace("views", "views and inputs")
+    boxes = {b: n for n in reversed(nodes) for b in label[n] if b == n or n in group_of}
+    thick = {b for n in returned for b in label.get(n, [])}
+    edges = sorted({(a, b) for x, y in graph.edges if y in label and (y in group_of or label[y] == [y])
+                    for a in label[x] for b in label[y] if a != b})  # fmt: skip
     levels = _levels(sorted(boxes), edges)
     order = [b for level in levels for b in level]
     if len(order) > MAX_BOXES:
@@ -234,7 +239,11 @@ def _drawing(graph: GraphRecord) -> str:
         kind += " out" if b in thick else ""
         tip = b + (f" — {group.name}, kernel {group.kernel}" if group else "")
         tip += f" — {call.op}{': ' + call.reason if call.reason else ''}" if call and not group else ""
-        text = b if len(b) <= 22 else b[:21] + "…"
+        text = b
+        if group is not None and b != node:  # what a group computes says more than its number
+            count = f" ({len(group.nodes)})"
+            text = (group.kernel if len(group.kernel + count) <= 22 else group.kernel[: 21 - len(count)] + "…") + count
+        text = text if len(text) <= 22 else text[:21] + "…"
         lines.append(
             f'<g><title>{escape(tip)}</title><rect class="box {kind}"{fill} x="{x}" y="{y}" width="{_BOX_W}" '
             f'height="{_BOX_H}" rx="5"/><text{on} x="{x + _BOX_W // 2}" y="{y + 17}" text-anchor="middle">'
@@ -250,6 +259,23 @@ def _drawing(graph: GraphRecord) -> str:
     )
     svg = f'<svg width="{width}" height="{height}" role="img" aria-label="graph">{"".join(lines)}</svg>'
     return f'<p class="soft">{escape(note)}</p>{legend}<div class="scroll">{svg}</div>'
+
+
+def _collapsed(nodes: list[str], graph: GraphRecord) -> dict[str, list[str]]:
+    """The boxes that stand for each node: its group's, its own, or, for views between these, those of its producers."""
+    import networkx as nx
+
+    group_of = {n: f"{g.name} ({len(g.nodes)})" for g in graph.groups for n in g.nodes}
+    own = set(group_of) | {c.node for c in graph.calls}
+    g: nx.DiGraph[str] = nx.DiGraph()
+    g.add_nodes_from(nodes)
+    g.add_edges_from((a, b) for a, b in graph.edges if b != "output")
+    order = list(nx.topological_sort(g)) if nx.is_directed_acyclic_graph(g) else []
+    label = {n: [group_of.get(n, n)] for n in nodes}
+    for n in order:
+        if n not in own and g.in_degree(n):
+            label[n] = list(dict.fromkeys(b for p in sorted(g.predecessors(n)) for b in label[p]))
+    return label
 
 
 def _levels(boxes: list[str], edges: list[tuple[str, str]]) -> list[list[str]]:

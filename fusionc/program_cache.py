@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -108,7 +109,7 @@ def _own_sources() -> str:
     """Hash of the top-level modules that shape a Program."""
     digest = hashlib.sha256()
     home = os.path.dirname(os.path.abspath(__file__))
-    for name in ("artifacts.py", "backend.py", "compiler.py", "program_cache.py", "warm.py", "warm_training.py"):
+    for name in ("artifacts.py", "backend.py", "compiler.py", "program_cache.py", "rescue.py", "warm.py", "warm_training.py"):
         with open(os.path.join(home, name), "rb") as stream:
             digest.update(hashlib.sha256(stream.read()).digest())
     return digest.hexdigest()
@@ -291,8 +292,8 @@ def shape_of(program: Program, derived: Sequence[Derived]) -> tuple[int, tuple[s
 
 def store(key: Key, cx: Context, program: Program, kernels: Mapping[str, str], derived: Sequence[Derived]) -> bool:
     """Store what was compiled under `key`.  `kernels` maps symbols to loop IR.  Raises NotCacheable."""
-    if cx.record.fallbacks:
-        raise NotCacheable("something could not be lowered or built here")
+    if any(f.startswith(("kernel ", "whole graph")) for f in cx.record.fallbacks):
+        raise NotCacheable("something could not be built here")  # another day it may
     missing = [d.name for d in derived if d.recipe is None]
     if missing:
         raise NotCacheable(f"derived weight {missing[0]} has no recipe")
@@ -326,10 +327,11 @@ def _sha(text: str | None) -> str | None:
 
 
 def _essentials(record: GraphRecord) -> dict[str, Any]:
-    out = {name: [dataclasses.asdict(r) for r in getattr(record, name)] for name in _RECORDS}
+    out: dict[str, Any] = {name: [dataclasses.asdict(r) for r in getattr(record, name)] for name in _RECORDS}
     out["passes"] = [
         [p.position, p.name, p.level, p.fired, [[r.pass_name, r.reason, r.node] for r in p.refusals]] for p in record.passes
     ]
+    out["fallbacks"] = list(record.fallbacks)
     return {**out, "device": record.device, "peak_gbs": record.peak_gbs, "peak_gflops": record.peak_gflops}
 
 
@@ -340,12 +342,17 @@ def load(key: Key, config: Config, stage: str, name: str, device: torch.device,
          target: str) -> tuple[Callable[[list[Any]], Any], GraphRecord] | None:  # fmt: skip
     """The callable and the record for `key`, or None.  Never raises: what does not check is a miss."""
     started = time.perf_counter()
+    collecting = gc.isenabled()
+    gc.disable()  # many small objects at once: collections in between would walk all of torch
     try:
         payload = cache_of(config).get(PROGRAM, key)
         found = _rebuild(payload, config, stage, name, device, target) if payload is not None else None
     except Exception as e:  # noqa: BLE001 - whatever is wrong with an entry, compiling is the answer
         stats[f"not valid: {type(e).__name__}: {str(e)[:80]}"] += 1
         found = None
+    finally:
+        if collecting:
+            gc.enable()
     stats["hit" if found is not None else "miss"] += 1
     if found is not None:
         found[1].cache = "hit"
@@ -359,8 +366,10 @@ def _rebuild(payload: Mapping[str, Any], config: Config, stage: str, name: str, 
 
     if set(payload) != {"program", "kernels", "derived", "hints", "record"}:
         raise ValueError("not an entry of this kind")
+    if not isinstance(payload["kernels"], list) or not isinstance(payload["derived"], list):
+        raise ValueError("not an entry of this kind")
     record = GraphRecord(name=name, stage=stage)  # type: ignore[arg-type]
-    hints = {str(n): v for n, v in payload["hints"].items() if type(v) is int and 0 <= v < 1 << 62}
+    hints = {str(n): int(v) for n, v in payload["hints"].items()}
     empty = GraphModule({}, torch.fx.Graph())
     cx = compiler.Context(empty, config, record, device, target, hints)
     cx.loops = {e["symbol"]: e["loop"] for e in payload["kernels"]}
@@ -369,6 +378,7 @@ def _rebuild(payload: Mapping[str, Any], config: Config, stage: str, name: str, 
         return None
     _fill(record, payload["record"])
     program = decode(payload["program"], launchers)
+    cx.program, cx.loops = program, {e["symbol"]: e["loop"] for e in payload["kernels"]}
     derived = [_derived(each) for each in payload["derived"]]
     call = compiler.finish(cx, program, derived)
     call.program_shape = shape_of(program, derived)  # type: ignore[attr-defined]
@@ -439,5 +449,6 @@ def _fill(record: GraphRecord, data: Mapping[str, Any]) -> None:
     for position, name, level, fired, refused in data["passes"]:
         refusals = [Refusal(str(a), str(b), str(c)) for a, b, c in refused]
         record.passes.append(PassRecord(int(position), str(name), level, int(fired), refusals))
+    record.fallbacks = [str(f) for f in data["fallbacks"]]
     record.device = str(data["device"])
     record.peak_gbs, record.peak_gflops = data["peak_gbs"], data["peak_gflops"]

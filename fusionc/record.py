@@ -95,7 +95,9 @@ class GroupRecord:
 class GraphRecord:
     """One compiled graph. ``edges`` are (producer node, consumer node) of the final graph; ``timings`` are seconds.
 
-    ``device`` says in words what it was compiled for; ``cache`` whether its Program came from the cache or went there; ``peak_gbs`` and ``peak_gflops`` are the copy bandwidth (GB/s)
+    ``device`` says in words what it was compiled for; ``cache`` whether its Program came from the cache or
+    went there; ``cudagraph`` whether it is replayed as a CUDA graph, or why not (empty on a CPU; changes as calls are
+    made); ``peak_gbs`` and ``peak_gflops`` are the copy bandwidth (GB/s)
     and float32 rate (GFLOP/s) that the cost model assumes of it, and draw the roof of the roofline plot.
     """
 
@@ -114,6 +116,7 @@ class GraphRecord:
     edges: list[tuple[str, str]] = field(default_factory=list)
     device: str = ""
     cache: str = ""
+    cudagraph: str = ""
     peak_gbs: float | None = None
     peak_gflops: float | None = None
 

@@ -31,7 +31,7 @@ __all__ = [
     "run_program", "view",
 ]  # fmt: skip
 
-_SECONDS = 0.2  # of timing
+_SECONDS = 0.1  # of timing
 _INTERPRETED = 64  # programs that Triton's interpreter is given: it needs milliseconds for each
 _ORACLE = 1 << 26  # points that the loop interpreter is given
 
@@ -267,7 +267,7 @@ def current_stream() -> int:
 
 def view(base: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
     """A tensor over the memory of another; ``offset`` counts from its first element."""
-    from torch._C._dynamo.guards import _reinterpret_tensor
+    from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 
     return _reinterpret_tensor(base, size, stride, offset)
 

@@ -112,7 +112,11 @@ class Warm:
         training = set(programs) == {"forward", "backward"}
         if set(entry) != {"plan", "programs", "derived", "passes"} or not training and set(programs) != {"inference"}:
             raise ValueError("not an entry of this kind")
+        if not isinstance(entry["derived"], list) or not isinstance(entry["passes"], list):
+            raise ValueError("not an entry of this kind")
         _check_plan(plan, self.count, training)
+        from .rescue import guarded
+
         calls: dict[str, Callable[[list[Any]], Any]] = {}
         records: list[GraphRecord] = []
         for stage in ("inference",) if not training else ("forward", "backward"):
@@ -126,7 +130,7 @@ class Warm:
             found = program_cache.load(key, self.config, stage, name, device, target)
             if found is None:
                 return None
-            calls[stage] = found[0]
+            calls[stage] = guarded(found[0], self.config.strict)
             records.append(found[1])
         derived = [program_cache._derived(each) for each in entry["derived"]]
         passes = [PassRecord(int(p[0]), str(p[1]), "model", int(p[2]), [Refusal(*map(str, r)) for r in p[3]])

@@ -51,7 +51,7 @@ def sample(name: str = "LlamaBlock", layers: int = 2) -> GraphRecord:
     return GraphRecord(
         name, "inference", f"x = placeholder  # {here}:3\n", "final", passes, groups, kernels, calls,
         ["generator state at 0x7f0011223344 is not supported"], "print('program runs')", "print('repro runs')",
-        {"passes": 0.3, "codegen": 0.1}, edges, "cpu", 20.0, 100.0,
+        {"passes": 0.3, "codegen": 0.1}, edges, device="cpu", peak_gbs=20.0, peak_gflops=100.0,
     )  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def test_report_is_self_contained(tmp_path):
 
 def test_large_graph_is_condensed_and_capped():
     text = html.graph_section(sample("Big", 40), "g0_Big")
-    assert "each group is drawn as one box" in text
+    assert "each group is one box" in text
     text = html.graph_section(sample("Huge", 200), "g0_Huge")
     assert "Only the first 160 of" in text and text.count("<rect") == 160
 

@@ -61,7 +61,9 @@ class Alloc:
             static = all(s.is_const for s in self.size)
             for s in self.size:
                 nbytes *= s.value if s.is_const else 1
-            return [f"{self.name} = {'empty' if static and nbytes < 1 << 20 else 'allocate'}({args}, {'dtype=' if static and nbytes < 1 << 20 else ''}{dtype})"]
+            if static and nbytes < 1 << 20:
+                return [f"{self.name} = empty({args}, dtype={dtype})"]
+            return [f"{self.name} = allocate({args}, {dtype})"]
         return [f"{self.name} = empty({args}, dtype={dtype}, device={p.constant('device', self.device)})"]
 
 
@@ -85,7 +87,9 @@ class Launch:
             if self.may_fail:
                 return [*lines, f"if {call}:", f"    index_error({self.kernel!r})"]
             return [*lines, call]
-        buffers = [f"{b}.item()" if k < len(self.scalars) and self.scalars[k] else b for k, b in enumerate(self.buffers)]
+        buffers = [
+            f"{b}.item()" if k < len(self.scalars) and self.scalars[k] else b for k, b in enumerate(self.buffers)
+        ]
         return [*lines, f"{self.kernel}(({', '.join(buffers)},), ({''.join(s + ', ' for s in sizes)}), stream)"]
 
 
@@ -129,7 +133,9 @@ class View:
     offset: Index
 
     def text(self, p: Program) -> list[str]:
-        return [f"{self.name} = view({self.base}, {tuple_text(self.size)}, {tuple_text(self.stride)}, {size_text(self.offset)})"]
+        return [
+            f"{self.name} = view({self.base}, {tuple_text(self.size)}, {tuple_text(self.stride)}, {size_text(self.offset)})"
+        ]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import ast
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -305,7 +305,15 @@ def check_text(text: str, constants: Mapping[str, Any], helpers: frozenset[str] 
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         raise Invalid(f"the text is not Python: {e}") from None
     match tree.body:
-        case [ast.FunctionDef(name="call", args=ast.arguments(args=[ast.arg(arg="args")]), body=body, decorator_list=[])]:
+        case [
+            ast.FunctionDef(
+                name="call",
+                args=ast.arguments(posonlyargs=[], args=[one], vararg=None, kwonlyargs=[], kwarg=None, defaults=[]),
+                body=body,
+                decorator_list=[],
+                returns=None,
+            )
+        ] if one.arg == "args" and one.annotation is None:
             _Checker(constants, helpers).block(body)
         case _:
             raise Invalid("the text is not one function")

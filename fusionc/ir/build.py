@@ -11,8 +11,8 @@ import torch
 from torch.fx import Node
 
 from .expr import ONE, ZERO, Const, Expr, Index, Load, Reduce, Size, Var, index, substitute, walk
-from .lowering.registry import DTYPE_NAME, LOWERINGS
 from .loop import Buffer, Kernel, Store
+from .lowering.registry import DTYPE_NAME, LOWERINGS
 from .ops import cast, compute_dtype
 from .sizes import Unsupported, size_index, sizes_index
 from .value import Context, Idx, Value
@@ -65,14 +65,19 @@ class Builder:
             e = cast(value.at(idx), dtype)
             name = f"out{k}"
             outputs.append(Buffer(name, dtype, _extent(val), "out"))
-            stores.append(Store(name, offset, e, bool((e.free | offset.free) & axis) or (bool(axis) and self._covers(idx))))
+            stores.append(
+                Store(name, offset, e, bool((e.free | offset.free) & axis) or (bool(axis) and self._covers(idx)))
+            )
         kernel = Kernel((*self.inputs.values(), *outputs), (), self.loops, self.axis, tuple(stores))
         self._check(kernel)
         sizes: dict[str, Size] = {}
-        for n in walk([*kernel.nodes, *(v.extent for v in (*self.loops, *self.axis))]):
+        extents = [v.extent for v in (*self.loops, *self.axis)] + [b.size for b in kernel.buffers]
+        for n in walk([*kernel.nodes, *extents]):
             if isinstance(n, Size):
                 sizes[n.name] = n
-        kernel = Kernel(kernel.buffers, tuple(sizes[n] for n in sorted(sizes)), kernel.loops, kernel.axis, kernel.stores)
+        kernel = Kernel(
+            kernel.buffers, tuple(sizes[n] for n in sorted(sizes)), kernel.loops, kernel.axis, kernel.stores
+        )
         return Built(kernel, tuple(self.inputs), tuple(stored))
 
     def _covers(self, idx: Idx) -> bool:
@@ -126,7 +131,9 @@ class Builder:
         def at(idx: Idx) -> Expr:
             buffer = self.inputs.get(node)
             if buffer is None:
-                buffer = self.inputs[node] = Buffer(f"in{len(self.inputs)}", dtype, _extent(val), "in", self._scalar(val))
+                buffer = self.inputs[node] = Buffer(
+                    f"in{len(self.inputs)}", dtype, _extent(val), "in", self._scalar(val)
+                )
             guard = self.ctx.guard
             if isinstance(guard, Const):
                 guard = None

@@ -33,6 +33,7 @@ class Expr:
     free: frozenset[Var]
     level: int
     uid: int
+    _str: Any  # memo of the canonical text (fusionc.ir.text), None until made
 
     def children(self) -> tuple[Expr, ...]:
         return ()
@@ -312,7 +313,7 @@ class Mod(Expr):
 
 def _divmod_node(cls: type, dividend: Index, divisor: Index) -> Expr:
     key = (cls, dividend.uid, divisor.uid)
-    node = _table.get(key)
+    node: Any = _table.get(key)
     if node is None:
         node = object.__new__(cls)
         node.dividend, node.divisor = dividend, divisor
@@ -501,9 +502,7 @@ class Load(Expr):
     guard: Expr | None
     other: Const | None
 
-    def __new__(
-        cls, buffer: str, at: Index, dtype: str, guard: Expr | None = None, other: Const | None = None
-    ) -> Load:
+    def __new__(cls, buffer: str, at: Index, dtype: str, guard: Expr | None = None, other: Const | None = None) -> Load:
         if guard is not None and other is None:
             other = Const(0, dtype)
         key = (cls, buffer, at.uid, dtype, -1 if guard is None else guard.uid, -1 if other is None else other.uid)
@@ -669,9 +668,9 @@ class Rewriter:
                     vars.append(t)
             return Reduce(e.kind, tuple(vars), self(e.body), e.dtype)
         if isinstance(e, Scan):
-            new = self.index(e.var).single_var()
-            assert new is not None, "a scan variable may only be renamed"
-            return Scan(e.kind, new, self(e.body), e.dtype)
+            renamed = self.index(e.var).single_var()
+            assert renamed is not None, "a scan variable may only be renamed"
+            return Scan(e.kind, renamed, self(e.body), e.dtype)
         return e
 
 

@@ -77,7 +77,12 @@ def is_view(node: Node) -> bool:
     low = LOWERINGS.get(node.target) if node.op == "call_function" else None
     if low is not None:
         return low.kind == "view"
-    return node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], Node) and is_view(node.args[0])
+    return (
+        node.op == "call_function"
+        and node.target is operator.getitem
+        and isinstance(node.args[0], Node)
+        and is_view(node.args[0])
+    )
 
 
 def tensor_args(node: Node) -> list[tuple[int, Node]]:
@@ -225,7 +230,7 @@ class Grouper:
             low = self.lowered[v]
             if v.target is operator.getitem or low.forward is None:
                 return None
-            out = low.forward(v, out)
+            out = low.forward(v, out)  # type: ignore[arg-type]
             if out is None:
                 return None
         return out
@@ -268,7 +273,11 @@ class Grouper:
         cost = 16 if _transcendental(node) else 1
         consumers = {c for c, _ in reads}
         total = sum(numel_hint_any(c) for c in consumers)
-        if _is_cast(node) and len(consumers) <= 3 and all(is_external(self.resolve(a)[0], self) for _, a in tensor_args(node)):
+        if (
+            _is_cast(node)
+            and len(consumers) <= 3
+            and all(is_external(self.resolve(a)[0], self) for _, a in tensor_args(node))
+        ):
             return True
         if any(one_to_one for _, one_to_one in reads):
             return False
@@ -276,7 +285,9 @@ class Grouper:
             return False
         if total <= own or (cost == 1 and total <= 2 * own):
             return True
-        return cost == 1 and own * 8 <= total and len(consumers) <= 2 and len(tensor_args(node)) <= 2 and self._leaf(node)
+        return (
+            cost == 1 and own * 8 <= total and len(consumers) <= 2 and len(tensor_args(node)) <= 2 and self._leaf(node)
+        )
 
     def _leaf(self, node: Node) -> bool:
         return all(is_external(self.resolve(a)[0], self) for _, a in tensor_args(node))
@@ -288,7 +299,9 @@ class Grouper:
             if low is None:
                 return False
             if low.kind == "view":
-                straight = one_to_one and low.forward is not None and user.target is not operator.getitem and _one_to_one(user)
+                straight = (
+                    one_to_one and low.forward is not None and user.target is not operator.getitem and _one_to_one(user)
+                )
                 if not self._collect_reads(user, straight, out):
                     return False
                 continue
@@ -429,7 +442,9 @@ class Grouper:
         self.units.append(g)
         self._touch(g, self.deps(node))
 
-    def _seat_row(self, node: Node, low: Lowering, g: Group, full: Idx, dims: tuple[int, ...], along: dict[int, Index]) -> None:
+    def _seat_row(
+        self, node: Node, low: Lowering, g: Group, full: Idx, dims: tuple[int, ...], along: dict[int, Index]
+    ) -> None:
         """Record the index of a reducing node's result, given the index over its input."""
         g.axis_index[node] = along
         if low.kind in ("row", "scan"):
@@ -569,7 +584,7 @@ class Grouper:
             return None
         d = normalize_dim(node.args[1], len(idx))  # type: ignore[arg-type]
         shape = shape_of(node)
-        if shape[d] is not ONE or not set(g.axis) == set(idx[d].free):  # type: ignore[union-attr]
+        if shape[d] is not ONE or set(g.axis) != set(idx[d].free):  # type: ignore[union-attr]
             return None
         return tuple([ZERO if k == d else i for k, i in enumerate(idx)])  # type: ignore[misc]
 
@@ -811,12 +826,16 @@ def shape_of_tensor(v: torch.Tensor) -> Idx:
 
 
 def numel_hint_any(node: Node) -> int:
+    """Elements that a consumer visits: its own, or for a reduction those of its operands."""
     val = node.meta["val"]
     if isinstance(val, (tuple, list)):
         return numel_hint(node.args[0])  # type: ignore[arg-type]
-    return max(numel_hint(node), max((numel_hint(a) for _, a in tensor_args(node) if isinstance(a.meta["val"], torch.Tensor)), default=1)) if (
-        LOWERINGS.get(node.target) and LOWERINGS[node.target].kind == "reduce"
-    ) else numel_hint(node)  # fmt: skip
+    low = LOWERINGS.get(node.target)
+    if low is None or low.kind != "reduce":
+        return numel_hint(node)
+    operands = [numel_hint(a) for _, a in tensor_args(node) if isinstance(a.meta["val"], torch.Tensor)]
+    return max([numel_hint(node), *operands])
+
 
 
 def is_external(node: Node, grouper: Grouper) -> bool:
@@ -855,7 +874,14 @@ def _mutated_args(node: Node) -> list[Node]:
 
 def _transcendental(node: Node) -> bool:
     name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
-    return name in FLOAT_ONLY - {"div", "sqrt", "rsqrt"} or name in ("gelu", "silu", "mish", "softplus", "gelu_backward", "silu_backward")
+    return name in FLOAT_ONLY - {"div", "sqrt", "rsqrt"} or name in (
+        "gelu",
+        "silu",
+        "mish",
+        "softplus",
+        "gelu_backward",
+        "silu_backward",
+    )
 
 
 def _is_cast(node: Node) -> bool:

@@ -196,7 +196,7 @@ def test_interrupts_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        cpp, "compile_all", lambda cx, kernels: ({s: interrupted for s in kernels}, compile_all(cx, kernels)[1])
+        cpp, "compile_all", lambda cx, kernels: (dict.fromkeys(kernels, interrupted), compile_all(cx, kernels)[1])
     )
     with pytest.raises(KeyboardInterrupt):
         check()
@@ -242,7 +242,11 @@ def test_hostile_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         text = path.read_text()
         assert dump in path.resolve().parents
         if path.suffix == ".py":
-            calls = {n.func.attr for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}
+            calls = {
+                n.func.attr
+                for n in ast.walk(ast.parse(text))
+                if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+            }
             assert "system" not in calls and "canary" not in text
         elif path.suffix == ".cpp":
             assert "canary" not in text and "evil" not in text and text.isascii()

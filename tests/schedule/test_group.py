@@ -20,7 +20,9 @@ from fusionc.record import GraphRecord, collect
 Tensors = tuple[torch.Tensor, ...]
 
 
-def compiled(fn: Callable[..., Any], *args: Any, dynamic: bool | None = False, grad: bool = False) -> tuple[Any, Any, list[GraphRecord]]:
+def compiled(
+    fn: Callable[..., Any], *args: Any, dynamic: bool | None = False, grad: bool = False
+) -> tuple[Any, Any, list[GraphRecord]]:
     """(eager's result, ours, the records) of one call; with `grad` the result is (loss, gradients of float operands)."""
     torch._dynamo.reset()
 
@@ -28,7 +30,9 @@ def compiled(fn: Callable[..., Any], *args: Any, dynamic: bool | None = False, g
         if not grad:
             with torch.no_grad():
                 return f(*args)
-        mine = [a.detach().clone().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args]
+        mine = [
+            a.detach().clone().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args
+        ]
         out = f(*mine)
         leaves = [m for m in mine if isinstance(m, torch.Tensor) and m.requires_grad]
         scale = torch.linspace(0.5, 1.5, out.numel()).reshape(out.shape)
@@ -36,7 +40,11 @@ def compiled(fn: Callable[..., Any], *args: Any, dynamic: bool | None = False, g
 
     want = run(fn)
     with collect() as records:
-        got = run(torch.compile(fn, backend=fusionc, dynamic=dynamic, options={"target": "cpp", "verify": True, "cache": False}))
+        got = run(
+            torch.compile(
+                fn, backend=fusionc, dynamic=dynamic, options={"target": "cpp", "verify": True, "cache": False}
+            )
+        )
     for record in records:
         assert not record.fallbacks, record.fallbacks
     return want, got, records
@@ -183,7 +191,9 @@ def test_no_recompile_per_length() -> None:
         return F.gelu(scores @ h) + x
 
     with collect() as records, torch.no_grad():
-        run = torch.compile(block, backend=fusionc, dynamic=True, options={"target": "cpp", "verify": True, "cache": False})
+        run = torch.compile(
+            block, backend=fusionc, dynamic=True, options={"target": "cpp", "verify": True, "cache": False}
+        )
         for batch, length in ((2, 7), (3, 16), (2, 65), (5, 8)):
             x, w = rand(batch, length, 64), rand(64)
             torch.testing.assert_close(run(x, w), block(x, w), rtol=1e-4, atol=1e-4)

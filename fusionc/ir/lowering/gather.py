@@ -63,7 +63,9 @@ def _index(ctx: Context, node: Node, x: Value, indices: list[Value | None]) -> V
         out: list[Index] = []
         for d in range(len(x.shape)):
             t = indices[d] if d < len(indices) else None
-            out.append(next(rest) if t is None else checked(t.at_broadcast(selected, compute_dtype(t.dtype)), x.shape[d]))
+            out.append(
+                next(rest) if t is None else checked(t.at_broadcast(selected, compute_dtype(t.dtype)), x.shape[d])
+            )
         return tuple(out)
 
     return view(x, shape_of(node), remap)
@@ -157,13 +159,20 @@ def _repeat(ctx: Context, node: Node, x: Value, repeats: list[Any]) -> Value:
         raise Unsupported("empty")
 
     def remap(idx: Idx) -> Idx:
-        return tuple([i if o is s else (ZERO if s is ONE else i % s) for i, s, o in zip(idx[lead:], x.shape, shape[lead:], strict=True)])
+        return tuple(
+            [
+                i if o is s else (ZERO if s is ONE else i % s)
+                for i, s, o in zip(idx[lead:], x.shape, shape[lead:], strict=True)
+            ]
+        )
 
     return view(x, shape, remap)
 
 
 @register("aten.slice_scatter.default", "gather", loose=(1,))
-def _slice_scatter(ctx: Context, node: Node, x: Value, src: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+def _slice_scatter(
+    ctx: Context, node: Node, x: Value, src: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
     from .views import _clamp
 
     if step != 1:

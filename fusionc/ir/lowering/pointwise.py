@@ -140,9 +140,21 @@ def _div_mode(ctx: Context, node: Node, a: Any, b: Any, rounding_mode: str | Non
         name = "floordiv"
     else:
         return pointwise(
-            ctx, shape_of(node), dtype, [as_value(ctx, a, work), as_value(ctx, b, work)], lambda x, y: unary("trunc", div(x, y)), work
+            ctx,
+            shape_of(node),
+            dtype,
+            [as_value(ctx, a, work), as_value(ctx, b, work)],
+            lambda x, y: unary("trunc", div(x, y)),
+            work,
         )
-    return pointwise(ctx, shape_of(node), dtype, [as_value(ctx, a, work), as_value(ctx, b, work)], lambda x, y: binary(name, x, y), work)
+    return pointwise(
+        ctx,
+        shape_of(node),
+        dtype,
+        [as_value(ctx, a, work), as_value(ctx, b, work)],
+        lambda x, y: binary(name, x, y),
+        work,
+    )
 
 
 @register(["aten.remainder.Scalar", "aten.remainder.Tensor", "aten.fmod.Scalar", "aten.fmod.Tensor"], "pointwise")
@@ -152,7 +164,14 @@ def _remainder(ctx: Context, node: Node, a: Any, b: Any) -> Value:
     name = "mod" if node.target.overloadpacket is torch.ops.aten.remainder else "fmod"  # type: ignore[union-attr]
     if work not in FLOATS and (name == "fmod" or not (isinstance(b, int) and b != 0) or work not in INTS):
         raise Unsupported("integer remainder by a tensor (eager raises on zero)")
-    return pointwise(ctx, shape_of(node), dtype, [as_value(ctx, a, work), as_value(ctx, b, work)], lambda x, y: binary(name, x, y), work)
+    return pointwise(
+        ctx,
+        shape_of(node),
+        dtype,
+        [as_value(ctx, a, work), as_value(ctx, b, work)],
+        lambda x, y: binary(name, x, y),
+        work,
+    )
 
 
 @register("aten.pow.Tensor_Scalar", "pointwise")
@@ -273,7 +292,8 @@ def _clamp(ctx: Context, node: Node, x: Value, *bounds: Any, min: Any = None, ma
     elif name == "clamp_max":
         lo, hi = None, bounds[0]
     elif name == "hardtanh":
-        lo, hi = [*bounds, *(-1.0, 1.0)[len(bounds) :]]
+        given = (*bounds, *(-1.0, 1.0)[len(bounds) :])
+        lo, hi = given[0], given[1]
     else:
         lo, hi = [*bounds, None, None][:2]
         lo, hi = (min if lo is None else lo), (max if hi is None else hi)
@@ -357,7 +377,9 @@ def _where(ctx: Context, node: Node, c: Value, a: Any, b: Any) -> Value:
     va, vb = as_value(ctx, a, work), as_value(ctx, b, work)
 
     def at(idx: tuple) -> E:
-        return where(truth(c.at_broadcast(idx, compute_dtype(c.dtype))), va.at_broadcast(idx, work), vb.at_broadcast(idx, work))
+        return where(
+            truth(c.at_broadcast(idx, compute_dtype(c.dtype))), va.at_broadcast(idx, work), vb.at_broadcast(idx, work)
+        )
 
     return Value(ctx, shape_of(node), dtype, at)
 
@@ -371,7 +393,11 @@ def _masked_fill(ctx: Context, node: Node, x: Value, mask: Value, value: Any) ->
         raise Unsupported("float fill of an integer tensor")
 
     def at(idx: tuple) -> E:
-        return where(truth(mask.at_broadcast(idx, compute_dtype(mask.dtype))), v.at_broadcast(idx, work), x.at_broadcast(idx, work))
+        return where(
+            truth(mask.at_broadcast(idx, compute_dtype(mask.dtype))),
+            v.at_broadcast(idx, work),
+            x.at_broadcast(idx, work),
+        )
 
     return Value(ctx, shape_of(node), dtype, at)
 
@@ -477,7 +503,12 @@ def _sigmoid_backward(g: E, y: E) -> E:
 def _threshold_backward(ctx: Context, node: Node, g: Value, x: Value, threshold: Any) -> Value:
     work = compute_dtype(dtype_of(node))
     return pointwise(
-        ctx, shape_of(node), dtype_of(node), [g, x], lambda dy, e: where(compare("le", e, scalar(ctx, threshold, work)), fc(0, dy), dy), work
+        ctx,
+        shape_of(node),
+        dtype_of(node),
+        [g, x],
+        lambda dy, e: where(compare("le", e, scalar(ctx, threshold, work)), fc(0, dy), dy),
+        work,
     )
 
 
@@ -487,14 +518,21 @@ def _leaky_relu(ctx: Context, node: Node, x: Value, slope: Any = 0.01) -> Value:
     if work not in FLOATS:
         raise Unsupported("leaky_relu of integers")
     return pointwise(
-        ctx, shape_of(node), dtype_of(node), [x], lambda e: where(compare("gt", e, fc(0, e)), e, mul(e, scalar(ctx, slope, work))), work
+        ctx,
+        shape_of(node),
+        dtype_of(node),
+        [x],
+        lambda e: where(compare("gt", e, fc(0, e)), e, mul(e, scalar(ctx, slope, work))),
+        work,
     )
 
 
 @register("aten.native_dropout_backward.default", "pointwise")
 def _dropout_backward(ctx: Context, node: Node, g: Value, mask: Value, scale: Any) -> Value:
     work = compute_dtype(dtype_of(node))
-    return pointwise(ctx, shape_of(node), dtype_of(node), [g, mask], lambda dy, m: mul(mul(dy, m), scalar(ctx, scale, work)), work)
+    return pointwise(
+        ctx, shape_of(node), dtype_of(node), [g, mask], lambda dy, m: mul(mul(dy, m), scalar(ctx, scale, work)), work
+    )
 
 
 @elementwise("aten.hardswish.default", 1, ints=False)

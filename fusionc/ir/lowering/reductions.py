@@ -180,12 +180,18 @@ def _arg_extremum(ctx: Context, node: Node, x: Value, *_: Any, **__: Any) -> Val
     return _reduction(ctx, node, x, dims, lambda r, body: r.reduce(kind, body()), work)
 
 
-@register(["aten.any.default", "aten.any.dim", "aten.any.dims", "aten.all.default", "aten.all.dim", "aten.all.dims"], "reduce", dims=_dims_arg)
+@register(
+    ["aten.any.default", "aten.any.dim", "aten.any.dims", "aten.all.default", "aten.all.dim", "aten.all.dims"],
+    "reduce",
+    dims=_dims_arg,
+)
 def _any(ctx: Context, node: Node, x: Value, *_: Any, **__: Any) -> Value:
     kind = node.target.overloadpacket.__name__  # type: ignore[union-attr]
     if dtype_of(node) != "b1":
         raise Unsupported("any of bytes")
-    return _reduction(ctx, node, x, _dims_arg(node), lambda r, body: r.reduce(kind, truth(body())), compute_dtype(x.dtype))
+    return _reduction(
+        ctx, node, x, _dims_arg(node), lambda r, body: r.reduce(kind, truth(body())), compute_dtype(x.dtype)
+    )
 
 
 def _correction(node: Node) -> Any:
@@ -344,7 +350,9 @@ def _at_dims(x: Value, dims: tuple[int, ...], idx: Idx, work: str) -> Expr:
 
 
 @register("aten.native_layer_norm.default", "row", dims=_last_dims(), loose=(2, 3))
-def _layer_norm(ctx: Context, node: Node, x: Value, shape: Any, weight: Value | None, bias: Value | None, eps: Any) -> tuple[Value, ...]:
+def _layer_norm(
+    ctx: Context, node: Node, x: Value, shape: Any, weight: Value | None, bias: Value | None, eps: Any
+) -> tuple[Value, ...]:
     dims = _last_dims()(node)
     if not dims:
         raise Unsupported("layer_norm over nothing")
@@ -368,8 +376,18 @@ def _layer_norm(ctx: Context, node: Node, x: Value, shape: Any, weight: Value | 
     stat_dtype = DTYPE_NAME[mean_val.dtype]
     return (
         Value(ctx, x.shape, x.dtype, y),
-        Value(ctx, shape_of_val(mean_val), stat_dtype, lambda idx: cast(stats(rows.full(idx))[0], compute_dtype(stat_dtype))),
-        Value(ctx, shape_of_val(rstd_val), stat_dtype, lambda idx: cast(stats(rows.full(idx))[1], compute_dtype(stat_dtype))),
+        Value(
+            ctx,
+            shape_of_val(mean_val),
+            stat_dtype,
+            lambda idx: cast(stats(rows.full(idx))[0], compute_dtype(stat_dtype)),
+        ),
+        Value(
+            ctx,
+            shape_of_val(rstd_val),
+            stat_dtype,
+            lambda idx: cast(stats(rows.full(idx))[1], compute_dtype(stat_dtype)),
+        ),
     )
 
 

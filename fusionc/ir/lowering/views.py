@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch.fx import Node
@@ -144,7 +145,9 @@ def _clamp(i: Any, size: Any, default: Any) -> Any:
 
 
 @register("aten.slice.Tensor", "view", forward=_no_forward)
-def _slice(ctx: Context, node: Node, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+def _slice(
+    ctx: Context, node: Node, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
     src: Node = node.args[0]  # type: ignore[assignment]
     d = normalize_dim(dim, len(x.shape))
     size = src.meta["val"].shape[d]
@@ -168,7 +171,11 @@ def _select(ctx: Context, node: Node, x: Value, dim: int, at: Any) -> Value:
 @register("aten.flip.default", "gather", loose=(0,))
 def _flip(ctx: Context, node: Node, x: Value, dims: list[int]) -> Value:
     ds = {normalize_dim(d, len(x.shape)) for d in dims}
-    return view(x, x.shape, lambda idx: tuple([s - 1 - i if d in ds else i for d, (i, s) in enumerate(zip(idx, x.shape, strict=True))]))
+    return view(
+        x,
+        x.shape,
+        lambda idx: tuple([s - 1 - i if d in ds else i for d, (i, s) in enumerate(zip(idx, x.shape, strict=True))]),
+    )
 
 
 @register("aten.diagonal.default", "view", forward=_no_forward)
@@ -178,23 +185,35 @@ def _diagonal(ctx: Context, node: Node, x: Value, offset: int = 0, dim1: int = 0
     def remap(idx: Idx) -> Idx:
         it = iter(idx[:-1])
         k = idx[-1]
-        return tuple([k + max(-offset, 0) if d == a else k + max(offset, 0) if d == b else next(it) for d in range(len(x.shape))])
+        return tuple(
+            [k + max(-offset, 0) if d == a else k + max(offset, 0) if d == b else next(it) for d in range(len(x.shape))]
+        )
 
     return view(x, shape_of(node), remap)
+
+
+def _shifted(d: int, by: Index, idx: Idx) -> Idx:
+    return idx[:d] + (idx[d] + by,) + idx[d + 1 :]
+
+
+def _picked(d: int, at: Index, idx: Idx) -> Idx:
+    return idx[:d] + (at,) + idx[d:]
 
 
 def _split_sizes(node: Node) -> list[Any]:
     return [v.shape for v in node.meta["val"]]
 
 
-@register(["aten.split.Tensor", "aten.split_with_sizes.default", "aten.unsafe_split.Tensor"], "view", forward=_no_forward)
+@register(
+    ["aten.split.Tensor", "aten.split_with_sizes.default", "aten.unsafe_split.Tensor"], "view", forward=_no_forward
+)
 def _split(ctx: Context, node: Node, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
     d = normalize_dim(dim, len(x.shape))
     outs: list[Value] = []
     lo = ZERO
     for piece in _split_sizes(node):
         shape = sizes_index(piece)
-        outs.append(view(x, shape, lambda idx, lo=lo: idx[:d] + (idx[d] + lo,) + idx[d + 1 :]))
+        outs.append(view(x, shape, partial(_shifted, d, lo)))
         lo = lo + shape[d]
     return tuple(outs)
 
@@ -203,7 +222,9 @@ def _split(ctx: Context, node: Node, x: Value, sizes: Any, dim: int = 0) -> tupl
 def _unbind(ctx: Context, node: Node, x: Value, dim: int = 0) -> tuple[Value, ...]:
     d = normalize_dim(dim, len(x.shape))
     shape = x.shape[:d] + x.shape[d + 1 :]
-    return tuple([view(x, shape, lambda idx, k=k: idx[:d] + (index(k),) + idx[d:]) for k in range(len(node.meta["val"]))])
+    return tuple(
+        [view(x, shape, partial(_picked, d, index(k))) for k in range(len(node.meta["val"]))]
+    )
 
 
 @register("aten.unfold.default", "view", forward=_no_forward)
