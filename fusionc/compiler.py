@@ -439,7 +439,7 @@ class _Linker:
             target = getattr(target, "_op", target) if isinstance(target, torch._ops.OpOverload) else target
         else:
             raise errors.FusioncError(f"{node.op} node {node.name} in an ATen graph")
-        label = "".join(ch if ch.isalnum() and ch.isascii() else "_" for ch in label)
+        label = "".join(ch if ch.isalnum() and ch.isascii() else "_" for ch in str(label))
         p.steps.append(prog.Call(name, p.constant(f"op_{label}", target), ", ".join(args)))
         self.name[node] = name
 

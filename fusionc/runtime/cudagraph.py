@@ -171,6 +171,7 @@ class Gpu:
         self._side: Any = None
         self._last = -1
         self._stream: Any = None
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()  # those of the pool that exist
 
     def busy(self) -> bool:
         """The user records a graph of their own, or watches every operator: then nothing of ours may step in."""
@@ -202,50 +203,46 @@ class Gpu:
         """(graph, results): run `call(args)` without executing it.  The graph has `replay()`.  Raises what `call` raises."""
         with torch.cuda.device(self.index):
             if self._side is None:
-                self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+                self._side = torch.cuda.Stream()
+            if not self._graphs:  # torch forgets a pool with its last graph, and with it the memory
+                self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             collecting = gc.isenabled()
             gc.disable()  # it could destroy another graph or an event, which ends a recording
             try:
                 with torch.cuda.stream(self._side):
-                    with torch.inference_mode(False):  # the state of the random generator must stay writable
-                        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                     try:
+                        with torch.inference_mode(False):  # the state of the random generator must stay writable
+                            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                         results = call(args)
-                    except BaseException:
-                        self._abandon(graph)
-                        raise
-                    try:
                         graph.capture_end()
                     except BaseException:
-                        self._abandon(graph, ended=True)
+                        self._recover(graph)
                         raise
             finally:
                 if collecting:
                     gc.enable()
+        self._graphs.add(graph)
         return graph, results
 
-    def _abandon(self, graph: Any, ended: bool = False) -> None:
-        """Bring torch back into its normal state after a recording that failed."""
-        broken = ended
-        if not ended:
-            try:
+    def _recover(self, graph: Any) -> None:
+        """Bring torch back into its normal state after a recording that failed (on the side stream).
+
+        Its allocator and its random generator may still be in recording mode: the one is told to end, the other ends
+        with a trivial recording that succeeds.
+        """
+        for _ in range(2):  # the first call may only report that the recording is not valid
+            with contextlib.suppress(Exception):
                 graph.capture_end()
-            except Exception:  # noqa: BLE001 - the first error is the one to tell
-                broken = True
-        if not broken:
-            return
-        # torch leaves its allocator and its random generator in recording mode: end the one, and record something
-        # trivial to end the other
         with contextlib.suppress(Exception):
             torch._C._cuda_endAllocateToPool(self.index, self._pool)
         with contextlib.suppress(Exception), torch.inference_mode(False):
-            self._pool = torch.cuda.graph_pool_handle()
             trivial = torch.cuda.CUDAGraph()
-            one = torch.zeros(1, device=f"cuda:{self.index}")
-            trivial.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            one = torch.zeros(1, device=self.device)
+            trivial.capture_begin(capture_error_mode="thread_local")
             one.add_(1)
             trivial.capture_end()
+        self._graphs.clear()  # a new pool next time; the old one lives as long as its graphs
 
 
 class Timer:
@@ -270,8 +267,8 @@ class Timer:
 
 
 def same_pointers(args: list[Any], pointers: list[int], positions: list[int]) -> bool:
-    """The tensors at these positions begin at these addresses."""
-    return [_pointer(args[i]) for i in positions] == pointers
+    """The tensors at these positions begin at the addresses that `pointers` has for all positions."""
+    return all(_pointer(args[i]) == pointers[i] for i in positions)
 
 
 _gpus: dict[int, Gpu] = {}
@@ -306,7 +303,7 @@ class Recording:
 
     graph: Any
     fixed: list[int]  # positions of inputs recorded in place
-    pointers: list[int]
+    pointers: list[int]  # of all inputs; 0 for those that are copied
     moved: list[int]  # positions of inputs that are copied
     buffers: list[torch.Tensor]
     written: tuple[int, ...]  # fixed ones whose version is to be counted up
@@ -582,7 +579,7 @@ class Runner:
         """Positions of inputs to record in place and of those to copy."""
         if self.last is not None or self.kept:
             known = self.last or self.kept[-1]
-            differing = [i for i, p in zip(known.fixed, known.pointers, strict=True) if _pointer(args[i]) != p]
+            differing = [i for i in known.fixed if _pointer(args[i]) != known.pointers[i]]
             for i in differing:
                 self._moves[i] = self._moves.get(i, 0) + 1
             free = [i for i in differing if i not in self._written]
@@ -618,7 +615,7 @@ class Runner:
             raise
         except Exception as e:  # noqa: BLE001 - nothing was executed: the plain call is still right
             raise Unfit(f"recording failed: {type(e).__name__}: {' '.join(str(e).split())[:160]}") from None
-        pointers = [_pointer(args[i]) for i in fixed]
+        pointers = [0 if i in self._copied else _pointer(a) for i, a in enumerate(args)]
         written = tuple(sorted(i for i in self._written if not args[i].is_inference()))
         r = Recording(graph, fixed, pointers, moved, [given[i] for i in moved], written, bytes_in=bytes_in)
         _plan_results(r, results, given, self._constants, gpu.kind)

@@ -105,8 +105,16 @@ def _not_empty(x: Value, dims: tuple[int, ...]) -> None:
             raise Unsupported("reduction over nothing")
 
 
-def _reduction(ctx: Context, node: Node, x: Value, dims: tuple[int, ...], make: Callable[[Rows, Callable[[], Expr]], Expr], work: str,
-               dtype: str | None = None, shape: Idx | None = None) -> Value:  # fmt: skip
+def _reduction(
+    ctx: Context,
+    node: Node,
+    x: Value,
+    dims: tuple[int, ...],
+    make: Callable[[Rows, Callable[[], Expr]], Expr],
+    work: str,
+    dtype: str | None = None,
+    shape: Idx | None = None,
+) -> Value:
     """A reduce node: make(rows, body) builds the row's expression from the element expression."""
     rank = len(x.shape)
     rows = Rows(ctx, node, dims, x.shape)
