@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -29,6 +30,7 @@ from fusionc.runtime import cudagraph
 
 CHECKS: list[Callable[[], str | None]] = []
 _saved: dict[str, Any] = {}  # of the last compiled graph: "call", "runner", "args"
+_cache = tempfile.TemporaryDirectory(prefix="cudagraph-check-")
 _trees = False
 
 
@@ -38,8 +40,8 @@ def check(f: Callable[[], str | None]) -> Callable[[], str | None]:
 
 
 def fuse(f: Any, graphs: Any = True, dynamic: bool | None = False) -> Any:
-    """`f` compiled by fusionc with this setting of `cudagraphs`, all kernels anew."""
-    return torch.compile(f, backend=fusionc, dynamic=dynamic, options={"cudagraphs": graphs, "cache": False})
+    """`f` compiled by fusionc with this setting of `cudagraphs`; kernels and Programs are cached for this run only."""
+    return torch.compile(f, backend=fusionc, dynamic=dynamic, options={"cudagraphs": graphs, "cache": _cache.name})
 
 
 def watch_wrap() -> None:
@@ -409,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"ok    {f.__name__} ({time.perf_counter() - start:.1f} s): {said}", flush=True)
         except Exception as e:
             failed += 1
-            traceback.print_exc()
+            print("".join(traceback.format_exc(limit=-3)))
             print(f"FAIL  {f.__name__}: {type(e).__name__}: {str(e)[:300]}", flush=True)
     if args.times:
         times(args.inductor, args.layers)

@@ -133,6 +133,27 @@ def _pad(ctx: Context, node: Node, x: Value, pad: list[Any], value: Any = 0) -> 
     return Value(ctx, shape, dtype, at)
 
 
+@register(["aten.scatter.value", "aten.scatter.src"], "pointwise")
+def _scatter(ctx: Context, node: Node, x: Value, dim: int, ids: Value, src: Any) -> Value:
+    """One position a row (the gradient of a loss's picked element): a comparison with the position decides."""
+    if not x.shape or len(ids.shape) != len(x.shape):
+        raise Unsupported("scatter of a scalar")
+    d = normalize_dim(dim, len(x.shape))
+    if ids.shape[d] is not ONE or any(i is not s for k, (i, s) in enumerate(zip(ids.shape, x.shape, strict=True)) if k != d):
+        raise Unsupported("scatter of more than one position a row")
+    if isinstance(src, Value) and src.shape != ids.shape:
+        raise Unsupported("scatter from a larger source")
+    work = compute_dtype(x.dtype)
+
+    def at(idx: Idx) -> Expr:
+        row = tuple([ZERO if k == d else i for k, i in enumerate(idx)])
+        position = checked(ids.at(row), x.shape[d])
+        new = cast(src.at(row), work) if isinstance(src, Value) else cast(cast(scalar(ctx, src, work), x.dtype), work)
+        return op("where", (op("eq", (idx[d], position), "b1"), new, x.at(idx)), work)
+
+    return Value(ctx, x.shape, x.dtype, at)
+
+
 @register("aten.roll.default", "gather", loose=(0,))
 def _roll(ctx: Context, node: Node, x: Value, shifts: list[Any], dims: list[int] = []) -> Value:  # noqa: B006
     shifts = shifts if isinstance(shifts, (list, tuple)) else [shifts]
