@@ -1,7 +1,7 @@
 """CUDA graphs: right results in every situation we thought of, and what a call costs with and without them.
 
     python -m benchmarks.cudagraph_check                    # checks, then times; one CUDA device
-    python -m benchmarks.cudagraph_check --no-inductor      # without Inductor's compile time
+    python -m benchmarks.cudagraph_check --only nothing --ways ours,trees,inductor      # these times only
 
 Times compare eager, the plain Program, the Program with our runner, the same Program under torch's CUDA-graph trees
 (``torch._inductor.cudagraph_trees``, used as a library) and Inductor in mode "reduce-overhead".  "host" is the time that a
@@ -80,10 +80,15 @@ def _under_trees(call: Any, record: Any) -> Any:
         if state["calls"] == 3:
             fixed = [k for k, (a, b) in enumerate(zip(ids, state["ids"])) if a == b]
             record.cudagraph = f"trees, {len(fixed)} static"
-            state["run"] = cudagraphify_impl(boxed, list(args), fixed, device_index=0, is_backward=False, is_inference=True)
+            state["run"] = cudagraphify_impl(
+                boxed, list(args), fixed, device_index=0, is_backward=False, is_inference=True,
+                stack_traces=[None] * state["results"],
+            )  # fmt: skip
             return state["run"](args)
         state["ids"] = ids
-        return call(args)
+        results = call(args)
+        state["results"] = len(results)
+        return results
 
     return run
 
@@ -175,7 +180,7 @@ def several_shapes_and_inference_mode() -> str:
     w = torch.randn(32, 48, device="cuda")
     with torch.inference_mode():
         w2 = w.clone()
-        for k in range(6):
+        for k in range(12):
             for n in (1, 5, 16):
                 x = torch.randn(n, 32, device="cuda")
                 a, b, c = f(x, w if k % 2 else w2)
@@ -292,7 +297,7 @@ def recording_of_the_user() -> str:
     g = fuse(lambda x: (x.sin() + 1).cumsum(-1))
     x = torch.randn(64, device="cuda")
     with torch.no_grad():
-        for _ in range(4):
+        for _ in range(6):
             g(x)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
@@ -319,7 +324,7 @@ def automatic() -> str:
         g = fuse(large, "auto")
         for _ in range(20):
             g(torch.randn(8192, 4096, device="cuda"))
-        torch.cuda.synchronize()
+            torch.cuda.synchronize()
         said.append(_saved["record"].cudagraph)
     return " | ".join(said)
 
@@ -341,28 +346,28 @@ def host_and_wall(f: Callable[[], Any], batch: int = 4, rounds: int = 25) -> tup
     return 1e6 * statistics.median(host[3:]), 1e6 * statistics.median(wall[3:])
 
 
-def times(inductor: bool, layers: int) -> None:
+def times(chosen: list[str], layers: int) -> None:
     global _trees
     from transformers import StaticCache
 
     model = llama(layers)
-    cache = StaticCache(config=model.config, max_cache_len=128)
+    cache = StaticCache(config=model.config, max_cache_len=512)
     chain = nn.Sequential(*[nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.LayerNorm(256)) for _ in range(8)]).cuda()
     chain = chain.to(torch.bfloat16).eval()
     token = torch.zeros(1, 1, dtype=torch.long, device="cuda")
     x = torch.randn(16, 256, device="cuda", dtype=torch.bfloat16)
     cases: list[tuple[str, Any, Callable[[Any], Any]]] = [
-        (f"decode {layers} layers", model, lambda s: s(token.clone(), past_key_values=cache, logits_to_keep=1).logits),
         ("chain of 8", chain, lambda s: s(x.clone())),
+        (f"decode {layers} layers", model, lambda s: s(token.clone(), past_key_values=cache, logits_to_keep=1).logits),
     ]
     ways: list[tuple[str, Any]] = [("eager", None), ("program", False), ("ours", True), ("auto", "auto"), ("trees", True)]
-    ways += [("inductor", "reduce-overhead")] if inductor else []
+    ways = [way for way in [*ways, ("inductor", "reduce-overhead")] if way[0] in chosen]
     print(f"{'':20}{'':10}{'host µs':>9}{'wall µs':>9}{'program µs':>12}")
     for title, module, call in cases:
-        with torch.no_grad():
-            decode(model, model, cache, 1)
         for name, setting in ways:
             try:
+                if module is model:  # the cache has room for the calls of one way
+                    decode(model, model, cache, 1)
                 torch._dynamo.reset()
                 _trees = name == "trees"
                 _saved.clear()
@@ -384,16 +389,15 @@ def times(inductor: bool, layers: int) -> None:
                 said = _saved["record"].cudagraph if _saved else ""
                 print(f"{title:20}{name:10}{host:9.0f}{wall:9.0f}{below:12.0f}  {said[:170]}", flush=True)
             except Exception as e:
-                traceback.print_exc()
+                print("".join(traceback.format_exc(limit=-3)))
                 print(f"{title:20}{name:10} failed: {type(e).__name__}: {str(e)[:200]}", flush=True)
     _trees = False
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--no-inductor", dest="inductor", action="store_false")
-    parser.add_argument("--no-times", dest="times", action="store_false")
-    parser.add_argument("--only", default="", help="checks whose name contains this")
+    parser.add_argument("--ways", default="eager,program,ours,auto,trees,inductor", help="what to time, or nothing: ''")
+    parser.add_argument("--only", default=[""], nargs="+", help="checks whose name contains one of these words")
     parser.add_argument("--layers", type=int, default=12)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -402,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     watch_wrap()
     failed = 0
     for f in CHECKS:
-        if args.only not in f.__name__:
+        if not any(word in f.__name__ for word in args.only):
             continue
         torch._dynamo.reset()
         start = time.perf_counter()
@@ -413,8 +417,8 @@ def main(argv: list[str] | None = None) -> int:
             failed += 1
             print("".join(traceback.format_exc(limit=-3)))
             print(f"FAIL  {f.__name__}: {type(e).__name__}: {str(e)[:300]}", flush=True)
-    if args.times:
-        times(args.inductor, args.layers)
+    if args.ways:
+        times(args.ways.split(","), args.layers)
     return 1 if failed else 0
 
 

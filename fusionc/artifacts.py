@@ -34,6 +34,9 @@ _MAX_ORIGINS = 12
 _FLOPS = {"sm_80": 19.5e12, "sm_90": 67e12, "sm_100": 75e12, "gfx942": 163e12}
 _CPU_THREAD = (10e9, 30e9)  # bytes/s and FLOP/s of one thread: round figures that any server of ten years reaches
 
+# a launch that does nothing: the call and, with threads, waking them; the driver and the GPU's front end
+_LAUNCH_US = {"cpp": 0.5, "triton": 2.0}
+
 
 # -- names and figures ------------------------------------------------------------------------------------------------
 
@@ -79,9 +82,9 @@ def peaks(target: str, device: torch.device) -> tuple[float, float]:
     return devices.known(arch).bandwidth, _FLOPS[arch]
 
 
-def predicted_us(moved: int, flops: int, peak: tuple[float, float]) -> float:
-    """Time of one launch by the roofline, to two digits: whichever takes longer, memory or arithmetic."""
-    us = max(moved / peak[0], flops / peak[1]) * 1e6
+def predicted_us(moved: int, flops: int, peak: tuple[float, float], launch_us: float = 0.0) -> float:
+    """Time of one launch by the roofline, to two digits: whichever takes longest, memory, arithmetic or the launch."""
+    us = max(moved / peak[0] * 1e6, flops / peak[1] * 1e6, launch_us)
     return float(f"{us:.2g}") if us > 0 and math.isfinite(us) else 0.0
 
 
@@ -101,7 +104,7 @@ def kernel_record(cx: Context, symbol: str, kernel: Kernel, plan: Any, source: s
     out = KernelRecord(name=name, symbol=symbol, language=language, bytes_read=read, bytes_written=written)  # type: ignore[arg-type]
     out.flops = kernel.flops_per_point() * points
     out.plan_json = plan.to_json()
-    out.predicted_us = predicted_us(read + written, out.flops, peaks(cx.target, cx.device))
+    out.predicted_us = predicted_us(read + written, out.flops, peaks(cx.target, cx.device), _LAUNCH_US[language])
     if cx.config.dump or cx.target in CROSS:
         out.loop_text, out.source = kernel.text, source
         out.standalone = kernel_text(kernel, plan, source, language, name, hints)

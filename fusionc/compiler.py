@@ -23,7 +23,7 @@ from .ir.build import Builder, Built
 from .ir.expr import Index, Size, index
 from .ir.lowering.registry import DTYPE_NAME
 from .ir.simplify import simplify
-from .ir.sizes import Unsupported, free_sizes, size_index, sizes_index
+from .ir.sizes import Unsupported, free_sizes, size_index, sizes_index, strides_index
 from .record import CallRecord, GraphRecord, GroupRecord
 from .schedule.group import Call, Group, Grouper, Unit, is_view
 
@@ -370,7 +370,7 @@ class _Linker:
             if val.dtype != base_val.dtype or val.is_conj() != base_val.is_conj() or val.is_neg() != base_val.is_neg():
                 raise Unsupported("view of another type")
             offset = size_index(val.storage_offset()) - size_index(base_val.storage_offset())
-            size, stride = sizes_index(val.shape), sizes_index(val.stride())
+            size, stride = sizes_index(val.shape), strides_index(val.stride())
         except Unsupported:
             self.call(node, name)
         else:
@@ -393,7 +393,7 @@ class _Linker:
         elif node.op != "call_function" or node in self.grouper.lowered or _keeps_strides(node):
             return
         try:
-            size, stride = sizes_index(val.shape), sizes_index(val.stride())
+            size, stride = sizes_index(val.shape), strides_index(val.stride())
         except Unsupported:
             return
         self.use([*size, *stride])
@@ -452,7 +452,7 @@ class _Linker:
             self.expect(node)
         for node in item.built.outputs:
             val = node.meta["val"]
-            size, stride = sizes_index(val.shape), sizes_index(val.stride())
+            size, stride = sizes_index(val.shape), strides_index(val.stride())
             self.use([*size, *stride])
             name = self.fresh("b")
             p.steps.append(prog.Alloc(name, size, stride, val.dtype, val.device))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Key = dict[str, Any]
 FORMAT = 1
 stats: Counter[str] = Counter()  # "hit", "miss", "stored" and reasons for not storing, of this process
+_IMPORTED = time.time()
 _FREE = ("dump", "cache", "progress", "verify")  # options that change no result
 _RECORDS: dict[str, Any] = {"kernels": KernelRecord, "calls": CallRecord, "groups": GroupRecord}
 
@@ -47,9 +48,19 @@ def refusal(config: Config) -> str:
         return "the cache is switched off"
     if config.dump or config.verify:
         return "a dump or verification needs every stage to run"
+    if _edited():
+        return "fusionc's sources were edited while it ran"
     if config.passes:
         return "passes of the user may do anything"
     return ""
+
+
+@functools.lru_cache(maxsize=1)
+def _edited() -> bool:
+    """Whether a source file is younger than this process's fusionc: then their hash would not be that of what runs."""
+    home = os.path.dirname(os.path.abspath(__file__))
+    names = (os.path.join(folder, n) for folder, _, files in os.walk(home) for n in files if n.endswith(".py"))
+    return any(_IMPORTED < os.stat(name).st_mtime <= time.time() for name in names)
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------

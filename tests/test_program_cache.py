@@ -68,7 +68,7 @@ def test_round_trip() -> None:
 @pytest.mark.parametrize(
     "value",
     [torch.float32, torch.device("cpu"), torch.strided, torch.channels_last, operator.add, torch.sym_max],
-    ids=str,
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_constants(value: Any) -> None:
     assert bind(json.loads(json.dumps(describe(value, {})))) == value

@@ -14,7 +14,7 @@ from .expr import ONE, ZERO, Const, Expr, Index, Load, Reduce, Size, Var, index,
 from .loop import Buffer, Kernel, Store
 from .lowering.registry import DTYPE_NAME, LOWERINGS
 from .ops import cast, compute_dtype
-from .sizes import Unsupported, size_index, sizes_index
+from .sizes import Unsupported, size_index, sizes_index, strides_index
 from .value import Context, Idx, Value
 
 
@@ -61,7 +61,7 @@ class Builder:
             value = self.value(node)
             val = node.meta["val"]
             dtype = DTYPE_NAME[val.dtype]
-            offset = _offset(idx, sizes_index(val.stride()))
+            offset = _offset(idx, strides_index(val.stride()))
             e = cast(value.at(idx), dtype)
             name = f"out{k}"
             outputs.append(Buffer(name, dtype, _extent(val), "out"))
@@ -125,7 +125,7 @@ class Builder:
         dtype = DTYPE_NAME.get(val.dtype)
         if dtype is None:
             raise Unsupported(f"dtype {val.dtype}")
-        shape, stride = sizes_index(val.shape), sizes_index(val.stride())
+        shape, stride = sizes_index(val.shape), strides_index(val.stride())
         work = compute_dtype(dtype)
 
         def at(idx: Idx) -> Expr:
@@ -164,6 +164,6 @@ def _offset(idx: Idx, stride: Idx) -> Index:
 def _extent(val: torch.Tensor) -> Index:
     """Elements addressed from the data pointer: 1 + Σ (size - 1)·stride."""
     total = ONE
-    for n, s in zip(sizes_index(val.shape), sizes_index(val.stride()), strict=True):
+    for n, s in zip(sizes_index(val.shape), strides_index(val.stride()), strict=True):
         total = total + (n - 1) * s
     return total

@@ -35,6 +35,21 @@ def sizes_index(xs: Any) -> tuple[Index, ...]:
     return tuple([index(x) if type(x) is int else size_index(x) for x in xs])
 
 
+def strides_index(xs: Any) -> tuple[Index, ...]:
+    """The strides of a tensor.  torch writes those of a contiguous one as products of Max(1, size), and where such a
+    size is 0 the tensor is empty and has no addresses, so here Max(1, e) is e."""
+    return tuple([index(x) if type(x) is int else _stride(x) for x in xs])
+
+
+def _stride(x: Any) -> Index:
+    if not isinstance(x, torch.SymInt) or x.node.is_constant():
+        return size_index(x)
+    e = x.node.expr
+    if "Max" in str(e):
+        e = e.replace(lambda m: type(m).__name__ == "Max" and len(m.args) == 2 and m.args[0] == 1, lambda m: m.args[1])
+    return _convert(e, x.node.shape_env)
+
+
 def _convert(e: Any, env: Any) -> Index:
     if e.is_Integer:
         return index(int(e))

@@ -174,7 +174,8 @@ class Gpu:
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()  # those of the pool that exist
 
     def busy(self) -> bool:
-        """The user records a graph of their own, or watches every operator: then nothing of ours may step in."""
+        """The user records a graph of their own, or something watches every operator (AOTAutograd does so in the first
+        call): then nothing of ours may step in."""
         return bool(self._capturing()) or torch._C._len_torch_dispatch_stack() > 0
 
     def order(self) -> None:
@@ -425,7 +426,7 @@ class Runner:
         self._timer: Any = None
         self._times: list[tuple[float, float]] = []
         self._trial: list[tuple[float, float]] | None = None
-        record.cudagraph = "measured first, recorded if that pays" if auto else f"recorded at call {WARMUP + 1}"
+        record.cudagraph = "measured first, recorded if that pays" if auto else "recorded after the first calls"
         _runners.add(self)
 
     @property

@@ -24,7 +24,7 @@ from torch.fx.node import map_arg
 from ..ir.expr import ONE, ZERO, Index, Var, index, substitute
 from ..ir.lowering.registry import DTYPE_NAME, LOWERINGS, Lowering, shape_of
 from ..ir.ops import FLOAT_ONLY
-from ..ir.sizes import Unsupported, size_index, sizes_index
+from ..ir.sizes import Unsupported, size_index, sizes_index, strides_index
 from ..ir.value import Context, Value, normalize_dim, numel
 
 Idx = tuple[Index, ...]
@@ -32,6 +32,8 @@ MAX_MEMBERS = 96
 MAX_INPUTS = 28
 # A reduction with fewer rows than this and a longer axis than that is split over programs (schedule/split.py).
 FEW_ROWS, LONG_AXIS = 32, 4096
+# Groups that only share an operand are merged if they are at most this many nodes apart: results must not wait in memory.
+SIBLING_REACH = 48
 
 
 @dataclass(eq=False)
@@ -330,6 +332,7 @@ class Grouper:
                 self._add_projection(node)
             else:
                 self._place(node, low)
+        self._join_siblings()
         return self._ordered()
 
     def _realized_inlines(self) -> set[Node]:
@@ -700,6 +703,10 @@ class Grouper:
                 if v.extent is not w.extent:
                     return False
                 mapping[v] = index(w)
+        return self._absorb(g, other, mapping)
+
+    def _absorb(self, g: Group, other: Group, mapping: dict[Var, Index]) -> bool:
+        """Make the members of `other` members of g, its variables being replaced as given; False if they do not fit."""
         if any(v not in mapping for v in other.loops):
             return False
         images = [mapping[v] for v in (*other.loops, *other.axis)]
@@ -745,6 +752,95 @@ class Grouper:
                 u.preds.add(g)
         g.preds.discard(g)
         return True
+
+    # -- siblings ----------------------------------------------------------------------------------------------------
+    def _join_siblings(self) -> None:
+        """Merge groups that read the same large tensor over the same points and do not depend on each other."""
+        readers: dict[Node, list[tuple[Group, Idx]]] = {}
+        for h in sorted([u for u in self.units if isinstance(u, Group)], key=lambda u: u.first):
+            reads = self._reads(h)
+            home = h
+            for a, idx in reads.items():
+                for g, other in readers.get(a, ())[-3:]:
+                    if self.unit[g.nodes[0]] is g and g is not home and self._join_sibling(g, home, other, idx):
+                        home = g
+                        break
+                if home is not h:
+                    break
+            for a, idx in (reads if home is h else self._reads(home)).items():
+                readers.setdefault(a, []).append((home, idx))
+
+    def _reads(self, g: Group) -> dict[Node, Idx]:
+        """Operands from outside that have an element for each point of g, with their index."""
+        out: dict[Node, Idx] = {}
+        points = {*g.loops, *g.axis}
+
+        def visit(node: Node, domain: Idx, depth: int) -> None:
+            low = self.lowered[node]
+            for pos, a in tensor_args(node):
+                base, _ = self.resolve(a)
+                if pos in low.loose or a in out or self.unit.get(base) is g:
+                    continue
+                val = a.meta["val"]
+                if not isinstance(val, torch.Tensor) or len(val.shape) != len(domain):
+                    continue
+                if base in self.inline:
+                    if a is base and depth and self.lowered[a].kind == "pointwise" and shape_of(a) == shape_of(node):
+                        visit(a, domain, depth - 1)
+                elif {v for i in domain for v in i.free} == points and numel(shape_of(a)) is numel([v.extent for v in points]):
+                    out[a] = domain
+
+        for node in g.nodes:
+            low = self.lowered[node]
+            if node.target is operator.getitem or node in self.alone or low.kind == "gather":
+                continue
+            domain = g.index[node]
+            if low.kind == "reduce":
+                domain = self._reduced_domain(node, g)
+            visit(node, domain, 2)
+        return out
+
+    @staticmethod
+    def _reduced_domain(node: Node, g: Group) -> Idx:
+        """The index over the operand of a reduction, whose own index leaves out the axis."""
+        along, own = g.axis_index[node], g.index[node]
+        shape = shape_of(node.args[0])  # type: ignore[arg-type]
+        dims = LOWERINGS[node.target].dims(node)  # type: ignore[misc]
+        if len(own) == len(shape):
+            return tuple([along.get(d, i) for d, i in enumerate(own)])
+        rest = iter(own)
+        return tuple([along.get(d, ZERO) if d in dims else next(rest) for d in range(len(shape))])
+
+    def _join_sibling(self, g: Group, h: Group, at_g: Idx, at_h: Idx) -> bool:
+        """Merge h into g, which reads the same tensor; the element at_h in h is the element at_g in g."""
+        if g.scan or h.scan or g.split != h.split or h.first - g.last > SIBLING_REACH:
+            return False
+        if len(g.nodes) + len(h.nodes) > MAX_MEMBERS or len(g.preds) + len(h.preds) > MAX_INPUTS:
+            return False
+        mapping: dict[Var, Index] = {}
+        for i, j in zip(at_h, at_g, strict=True):
+            if i is ZERO and j is ZERO:
+                continue
+            v, w = i.single_var(), j.single_var()
+            if v is None or w is None or mapping.setdefault(v, j) is not j:
+                return False
+        if g.axis and h.axis and [mapping.get(v) for v in h.axis] != [index(w) for w in g.axis]:
+            return False
+        if bool(g.axis) != bool(h.axis):  # a pointwise nest takes on the other's rows
+            rows, flat = (g, [mapping.get(v) for v in h.loops]) if g.axis else (h, [index(v) for v in g.loops])
+            axis = [index(v) for v in g.axis] if g.axis else [mapping.get(v) for v in h.axis]
+            if flat[-1] not in axis or rows.split:
+                return False
+            count = length = 1
+            for v in rows.loops:
+                count *= hint(v.extent)
+            for v in rows.axis:
+                length *= hint(v.extent)
+            if count < FEW_ROWS and length >= LONG_AXIS:
+                return False
+        if self._reaches([h], g) or self._reaches([g], h):
+            return False
+        return self._absorb(g, h, mapping)
 
     def _only_direct(self, g: Group, other: Group, node: Node) -> bool:
         """g depends on `other` through `node` alone (which is what a merge is for)."""
@@ -821,7 +917,7 @@ def _no_elements(idx: Idx) -> Any:
 
 
 def shape_of_tensor(v: torch.Tensor) -> Idx:
-    sizes_index(v.stride())
+    strides_index(v.stride())
     return sizes_index(v.shape)
 
 

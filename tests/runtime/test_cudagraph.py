@@ -345,6 +345,13 @@ def test_obstacles() -> None:
     assert "on the CPU" in obstacle(empty, GraphRecord("g"), False)
 
 
+def test_summary_says_what_became_of_it() -> None:
+    from fusionc.dump import summary
+
+    assert "CUDA graph: not used: sizes are dynamic" in summary([GraphRecord("g", cudagraph="not used: sizes are dynamic")])
+    assert "CUDA graph" not in summary([GraphRecord("g")])
+
+
 def test_written_arguments_are_found_through_views() -> None:
     copy_, mm = torch.ops.aten.copy_.default, torch.ops.aten.mm.default
     p = Program(("a0", "a1", "a2"), constants={"op_copy_": copy_._op, "op_mm": mm._op})
