@@ -131,6 +131,8 @@ def decompositions() -> dict[Any, Any]:
     """
     from torch._decomp import decomposition_table, get_decompositions
 
+    from .decompose import rules
+
     aten = torch.ops.aten
     names = """native_layer_norm_backward native_group_norm native_group_norm_backward nll_loss_forward nll_loss_backward
         nll_loss2d_forward nll_loss2d_backward mse_loss mse_loss_backward smooth_l1_loss smooth_l1_loss_backward huber_loss
@@ -147,4 +149,5 @@ def decompositions() -> dict[Any, Any]:
     packets = [getattr(aten, n) for n in names if hasattr(aten, n)]
     table = get_decompositions([p for p in packets if any(getattr(p, o) in decomposition_table for o in p.overloads())])
     table.pop(aten.var_mean.correction, None)
+    table.update(rules())
     return table

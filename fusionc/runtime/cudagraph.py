@@ -4,12 +4,12 @@ What a caller sees stays what it is without them.  Results are copied out of the
 views of inputs or constants), so a later call never overwrites an earlier result.  Inputs that do not move (parameters,
 buffers, key/value caches) are recorded where they lie, all others are copied into buffers of the recording.  Nothing is
 believed about which is which: in the first calls, which run plainly, we look; and at every later call the addresses of
-the inputs recorded in place are compared with those recorded.  A difference means another recording (of the `LIMIT` kept
-ones, or a new one), never a wrong read.  Inputs that the graph writes are never copied.
+the inputs recorded in place are compared with those recorded.  A difference means another recording (of the few kept, or
+a new one), never a wrong read.  Inputs that the graph writes are never copied.
 
 Not recorded, with the reason in the record: graphs with dynamic sizes, numbers or CPU tensors among the inputs,
-operators that wait for the GPU, collectives, training graphs (every saved activation would be copied).  Random operators are
-fine: torch registers the default generator with each recording, whose offset moves as in plain calls.
+operators that wait for the GPU, collectives, training graphs (every saved activation would be copied).  Random operators
+are fine: torch registers the default generator with each recording, whose offset moves as in plain calls.
 
 With "auto" in mode "default" a graph is recorded only if measuring says that the host is what takes the time, and kept
 only if it is then faster.  All recordings of a device share one memory pool and one lock, because what one leaves in
@@ -21,12 +21,8 @@ handles, which are per thread.  (Running extra ones on a side stream would write
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import gc
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,10 +30,12 @@ from typing import Any
 
 import torch
 
-from ..codegen.program import Alloc, Assign, Call, Expect, Launch, Program, View
+from ..codegen.program import Call, Launch, Program
 from ..config import Config
 from ..errors import warn_once
 from ..record import GraphRecord
+from .cudagraph_device import Boxed, Gpu, pointer
+from .cudagraph_rules import obstacle, wanted, written_arguments
 
 LIMIT = 4  # recordings kept by one Program
 WARMUP = 2  # plain calls before the first recording
@@ -47,229 +45,10 @@ WASTED = 4  # wasted recordings in a row after which a Program is left alone
 AUTO_POOL = 1 << 30  # bytes of graph memory that "auto" may take for one recording
 AUTO_HOST_US = 40.0  # host time of a plain call below which there is nothing to win
 COPY_BYTES_PER_US = 2e6  # of a copy on the device, reads and writes together
-Boxed = Callable[[list[Any]], Any]
-_pointer: Callable[[torch.Tensor], int] = torch._C.TensorBase.data_ptr
 
 
 class Unfit(Exception):
     """This call cannot be recorded; the text says why."""
-
-
-# -- what the Program alone tells -------------------------------------------------------------------------------------
-
-
-def wanted(config: Config, stage: str, device: torch.device, target: str) -> tuple[str, str]:
-    """("no" | "auto" | "yes", reason) of these options for a graph of `stage`; the reason is empty on a CPU."""
-    if device.type != "cuda" or target != "triton":
-        return "no", ""
-    if torch.version.hip:
-        return "no", "HIP graphs were never tried"
-    if config.cudagraphs is False:
-        return "no", "options={'cudagraphs': False}"
-    if stage != "inference":
-        return "no", "a training graph: all tensors saved for backward would be copied at every step"
-    explicit = config.cudagraphs is True or config.mode in ("reduce-overhead", "max-autotune")
-    return "yes" if explicit else "auto", ""
-
-
-def obstacle(program: Program, record: GraphRecord, auto: bool) -> str:
-    """Why this Program cannot be recorded, or "".  `record.calls` names its operators."""
-    if program.sizes:
-        return "sizes are dynamic"
-    launches = 0
-    for step in program.steps:
-        if isinstance(step, Launch):
-            launches += 1
-            if any(step.scalars):
-                return "a kernel takes a number from the CPU"
-        elif isinstance(step, Alloc) and step.device.type != "cuda":
-            return "a buffer lies on the CPU"
-        elif isinstance(step, Call):
-            launches += 1
-    for value in program.constants.values():
-        if isinstance(value, torch.device) and value.type not in ("cuda", "meta"):
-            return f"an operator works on {value}"
-        if isinstance(value, torch.Generator):
-            return "an operator has a random generator of its own"
-    for call in record.calls:
-        op = _operator(call.op)
-        if op is None:
-            if auto or "higher_order" in call.op:
-                return f"{call.op} is not one of torch's operators"
-            continue
-        if op.namespace in ("_c10d_functional", "c10d", "symm_mem"):
-            return f"{call.op} talks to other processes"
-        if op.namespace not in ("aten", "prims", "fusionc") and auto:
-            return f"{call.op} is not one of torch's operators"
-        for tag in ("dynamic_output_shape", "data_dependent_output", "cudagraph_unsafe"):
-            if getattr(torch.Tag, tag, None) in op.tags:
-                return f"{call.op} waits for the GPU" if tag != "cudagraph_unsafe" else f"{call.op} is marked as unsafe"
-    return "" if launches else "nothing is launched"
-
-
-def _operator(name: str) -> torch._ops.OpOverload | None:
-    parts = name.split(".")
-    found: Any = torch.ops
-    with contextlib.suppress(AttributeError, RuntimeError):
-        for part in parts:
-            found = getattr(found, part)
-        if isinstance(found, torch._ops.OpOverload):
-            return found
-    return None
-
-
-def written_arguments(program: Program, record: GraphRecord) -> set[int]:
-    """Positions of arguments that a library call writes (generated kernels only write buffers of the Program)."""
-    operators = {id(getattr(op, "_op", op)): op for c in record.calls if (op := _operator(c.op)) is not None}
-    seat = {name: k for k, name in enumerate(program.arguments)}
-    home = dict(seat)  # variable -> argument whose memory it may share
-    written: set[int] = set()
-    for step in program.steps:
-        if isinstance(step, View):
-            names = [step.base]
-        elif isinstance(step, Call):
-            tree = ast.parse(f"f({step.args})", mode="eval").body
-            assert isinstance(tree, ast.Call)
-            op = operators.get(id(program.constants.get(step.function)))
-            names = []
-            for k, value in enumerate(tree.args):
-                inner = [n.id for n in ast.walk(value) if isinstance(n, ast.Name)]
-                info = op._schema.arguments[k].alias_info if op is not None and k < len(op._schema.arguments) else None
-                if op is None or info is not None:  # an operator unknown here is a view that the linker made
-                    names += inner
-                if info is not None and info.is_write:
-                    written.update(home[n] for n in inner if n in home)
-        elif isinstance(step, Assign):
-            names = [n.id for n in ast.walk(ast.parse(step.value, mode="eval")) if isinstance(n, ast.Name)]
-        elif isinstance(step, Expect):
-            continue
-        else:
-            continue
-        for n in names:
-            if n in home:
-                home.setdefault(step.name, home[n])
-    return written
-
-
-# -- the device -------------------------------------------------------------------------------------------------------
-
-
-class Gpu:
-    """Everything that recordings need of one CUDA device; the tests put another class in its place."""
-
-    kind = "cuda"
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.device = torch.device("cuda", index)
-        self.lock = threading.RLock()
-        self._raw: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-        self._capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
-        fast = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-        self.same: Callable[[list[Any], list[int], list[int]], bool] = fast if fast is not None else same_pointers
-        self._pool: Any = None
-        self._side: Any = None
-        self._last = -1
-        self._stream: Any = None
-        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()  # those of the pool that exist
-
-    def busy(self) -> bool:
-        """The user records a graph of their own, or something watches every operator (AOTAutograd does so in the first
-        call): then nothing of ours may step in."""
-        return bool(self._capturing()) or torch._C._len_torch_dispatch_stack() > 0
-
-    def order(self) -> None:
-        """Later work of the current stream comes after what was replayed on another one (call it with the lock)."""
-        raw = self._raw(self.index)
-        if raw == self._last:
-            return
-        stream = torch.cuda.current_stream(self.index)
-        if self._stream is not None:
-            stream.wait_stream(self._stream)
-        self._stream, self._last = stream, raw
-
-    def reserved(self) -> int:
-        """Bytes that torch holds of the device."""
-        return torch.cuda.memory_reserved(self.index)
-
-    def synchronize(self) -> None:
-        """Wait until everything sent to the device is done."""
-        torch.cuda.synchronize(self.index)
-
-    def timer(self) -> Timer:
-        """A stopwatch for one call."""
-        return Timer(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-
-    def record(self, call: Boxed, args: list[Any]) -> tuple[Any, Any]:
-        """(graph, results): run `call(args)` without executing it.  The graph has `replay()`.  Raises what `call` raises."""
-        with torch.cuda.device(self.index):
-            if self._side is None:
-                self._side = torch.cuda.Stream()
-            if not self._graphs:  # torch forgets a pool with its last graph, and with it the memory
-                self._pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            collecting = gc.isenabled()
-            gc.disable()  # it could destroy another graph or an event, which ends a recording
-            try:
-                with torch.cuda.stream(self._side):
-                    try:
-                        with torch.inference_mode(False):  # the state of the random generator must stay writable
-                            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                        results = call(args)
-                        graph.capture_end()
-                    except BaseException:
-                        self._recover(graph)
-                        raise
-            finally:
-                if collecting:
-                    gc.enable()
-        self._graphs.add(graph)
-        return graph, results
-
-    def _recover(self, graph: Any) -> None:
-        """Bring torch back into its normal state after a recording that failed (on the side stream).
-
-        Its allocator and its random generator may still be in recording mode: the one is told to end, the other ends
-        with a trivial recording that succeeds.
-        """
-        for _ in range(2):  # the first call may only report that the recording is not valid
-            with contextlib.suppress(Exception):
-                graph.capture_end()
-        with contextlib.suppress(Exception):
-            torch._C._cuda_endAllocateToPool(self.index, self._pool)
-        with contextlib.suppress(Exception), torch.inference_mode(False):
-            trivial = torch.cuda.CUDAGraph()
-            one = torch.zeros(1, device=self.device)
-            trivial.capture_begin(capture_error_mode="thread_local")
-            one.add_(1)
-            trivial.capture_end()
-        self._graphs.clear()  # a new pool next time; the old one lives as long as its graphs
-
-
-class Timer:
-    """Host and device time of one call, read later without waiting."""
-
-    def __init__(self, first: Any, last: Any) -> None:
-        self._first, self._last, self._host = first, last, 0.0
-
-    def start(self) -> None:
-        self._first.record()
-        self._host = time.perf_counter()
-
-    def stop(self) -> None:
-        self._host = time.perf_counter() - self._host
-        self._last.record()
-
-    def micros(self) -> tuple[float, float] | None:
-        """(host, device) in µs, or None while the device is still at it."""
-        if not self._last.query():
-            return None
-        return 1e6 * self._host, 1e3 * self._first.elapsed_time(self._last)
-
-
-def same_pointers(args: list[Any], pointers: list[int], positions: list[int]) -> bool:
-    """The tensors at these positions begin at the addresses that `pointers` has for all positions."""
-    return all(_pointer(args[i]) == pointers[i] for i in positions)
 
 
 _gpus: dict[int, Gpu] = {}
@@ -580,7 +359,7 @@ class Runner:
         """Positions of inputs to record in place and of those to copy."""
         if self.last is not None or self.kept:
             known = self.last or self.kept[-1]
-            differing = [i for i in known.fixed if _pointer(args[i]) != known.pointers[i]]
+            differing = [i for i in known.fixed if pointer(args[i]) != known.pointers[i]]
             for i in differing:
                 self._moves[i] = self._moves.get(i, 0) + 1
             free = [i for i in differing if i not in self._written]
@@ -616,7 +395,7 @@ class Runner:
             raise
         except Exception as e:  # noqa: BLE001 - nothing was executed: the plain call is still right
             raise Unfit(f"recording failed: {type(e).__name__}: {' '.join(str(e).split())[:160]}") from None
-        pointers = [0 if i in self._copied else _pointer(a) for i, a in enumerate(args)]
+        pointers = [0 if i in self._copied else pointer(a) for i, a in enumerate(args)]
         written = tuple(sorted(i for i in self._written if not args[i].is_inference()))
         r = Recording(graph, fixed, pointers, moved, [given[i] for i in moved], written, bytes_in=bytes_in)
         _plan_results(r, results, given, self._constants, gpu.kind)

@@ -285,6 +285,8 @@ class Grouper:
             return False
         if any(self.lowered[c].kind in ("reduce", "row", "scan") for c in consumers):
             return False
+        if cost == 1 and len(reads) == 1 and next(iter(consumers)).target in _PIECEWISE:
+            return True  # each element is read once
         if total <= own or (cost == 1 and total <= 2 * own):
             return True
         return (
@@ -301,9 +303,9 @@ class Grouper:
             if low is None:
                 return False
             if low.kind == "view":
-                straight = (
-                    one_to_one and low.forward is not None and user.target is not operator.getitem and _one_to_one(user)
-                )
+                whole = low.forward is not None and user.target is not operator.getitem
+                # what a slice of a longer computation reads is better stored once than computed from its parts
+                straight = one_to_one and (whole or not self._leaf(node)) and _one_to_one(user)
                 if not self._collect_reads(user, straight, out):
                     return False
                 continue
@@ -712,6 +714,7 @@ class Grouper:
         images = [mapping[v] for v in (*other.loops, *other.axis)]
         if len({i.uid for i in images}) != len(images):
             return False
+        before = g.axis, g.loops
         if other.axis:
             on = [mapping[v].single_var() for v in other.axis]
             if any(v is None for v in on):
@@ -729,10 +732,10 @@ class Grouper:
                 g.axis = on  # type: ignore[assignment]
                 g.loops = [v for v in g.loops if v not in on]
         covered = {w for i in images for w in i.free}
-        if covered not in (set(g.loops) | set(g.axis), set(g.loops)):
+        every = numel([v.extent for v in (*other.loops, *other.axis)]) is numel([v.extent for v in covered])
+        if not every or covered not in (set(g.loops) | set(g.axis), set(g.loops)):  # i // 4 alone does not visit every i
+            g.axis, g.loops = before
             return False
-        if numel([v.extent for v in (*other.loops, *other.axis)]) is not numel([v.extent for v in covered]):
-            return False  # i // 4 alone does not visit every i
         for m in other.nodes:
             g.index[m] = tuple([index(substitute(i, mapping)) for i in other.index[m]])
             if m in other.axis_index:
@@ -998,6 +1001,15 @@ def _broadcasts(node: Node, user: Node) -> bool:
         return False
     return numel_hint(node) != numel_hint(user)
 
+
+_PIECEWISE = frozenset(
+    (
+        torch.ops.aten.cat.default,
+        torch.ops.aten.constant_pad_nd.default,
+        torch.ops.aten.slice_scatter.default,
+        torch.ops.aten.select_scatter.default,
+    )
+)
 
 _ORDERED = frozenset(
     t

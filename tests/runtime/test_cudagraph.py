@@ -15,7 +15,9 @@ from fusionc.errors import FallbackWarning
 from fusionc.ir.expr import index
 from fusionc.record import CallRecord, GraphRecord
 from fusionc.runtime import cudagraph
-from fusionc.runtime.cudagraph import Runner, obstacle, same_pointers, wanted, written_arguments
+from fusionc.runtime.cudagraph import Runner
+from fusionc.runtime.cudagraph_device import same_pointers
+from fusionc.runtime.cudagraph_rules import obstacle, wanted, written_arguments
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..expr import ONE, ZERO, Const, Expr, Index, index
+from ..expr import ONE, ZERO, Const, Expr, Index, floordiv, index, mod
 from ..ops import cast, compute_dtype, op
 from ..sizes import Unsupported, size_index
 from ..value import Context, Idx, Value, normalize_dim, view
@@ -196,8 +196,8 @@ def _slice_scatter(
 ) -> Value:
     from .views import _clamp
 
-    if step != 1:
-        raise Unsupported("slice_scatter with a step")
+    if not isinstance(step, int):
+        raise Unsupported("slice_scatter with a symbolic step")
     d = normalize_dim(dim, len(x.shape))
     base: Node = node.args[0]  # type: ignore[assignment]
     raw = node.args[3] if len(node.args) > 3 else node.kwargs.get("start")
@@ -207,7 +207,10 @@ def _slice_scatter(
 
     def at(idx: Idx) -> Expr:
         j = idx[d] - lo
-        inside = op("and", (op("ge", (j, ZERO), "b1"), op("lt", (j, src.shape[d]), "b1")), "b1")
+        inside = op("and", (op("ge", (j, ZERO), "b1"), op("lt", (j, src.shape[d] * step), "b1")), "b1")
+        if step != 1:  # below lo the remainder may be anything
+            inside = op("and", (inside, op("eq", (mod(j, index(step)), ZERO), "b1")), "b1")
+            j = floordiv(j, index(step))
         return ctx.guarded(inside, lambda: cast(src.at(idx[:d] + (j,) + idx[d + 1 :]), work), x.at(idx))
 
     return Value(ctx, x.shape, x.dtype, at)

@@ -127,10 +127,6 @@ def _expand(ctx: Context, node: Node, x: Value, *_: Any, **__: Any) -> Value:
     return view(x, shape_of(node), remap)
 
 
-def _no_forward(node: Node, idx: Partial) -> Partial | None:
-    return None
-
-
 def _clamp(i: Any, size: Any, default: Any) -> Any:
     """Python's slice semantics for one bound, without adding guards on symbolic sizes."""
     if i is None:
@@ -144,7 +140,7 @@ def _clamp(i: Any, size: Any, default: Any) -> Any:
     return i
 
 
-@register("aten.slice.Tensor", "view", forward=_no_forward)
+@register("aten.slice.Tensor", "view")
 def _slice(
     ctx: Context, node: Node, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Value:
@@ -159,7 +155,7 @@ def _slice(
     return view(x, shape_of(node), lambda idx: idx[:d] + (idx[d] * step + lo,) + idx[d + 1 :])
 
 
-@register("aten.select.int", "view", forward=_no_forward)
+@register("aten.select.int", "view")
 def _select(ctx: Context, node: Node, x: Value, dim: int, at: Any) -> Value:
     d = normalize_dim(dim, len(x.shape))
     where = at if isinstance(at, Index) else index(at) if isinstance(at, int) else sizes_index([at])[0]
@@ -178,7 +174,7 @@ def _flip(ctx: Context, node: Node, x: Value, dims: list[int]) -> Value:
     )
 
 
-@register("aten.diagonal.default", "view", forward=_no_forward)
+@register("aten.diagonal.default", "view")
 def _diagonal(ctx: Context, node: Node, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Value:
     a, b = normalize_dim(dim1, len(x.shape)), normalize_dim(dim2, len(x.shape))
 
@@ -205,7 +201,7 @@ def _split_sizes(node: Node) -> list[Any]:
 
 
 @register(
-    ["aten.split.Tensor", "aten.split_with_sizes.default", "aten.unsafe_split.Tensor"], "view", forward=_no_forward
+    ["aten.split.Tensor", "aten.split_with_sizes.default", "aten.unsafe_split.Tensor"], "view"
 )
 def _split(ctx: Context, node: Node, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
     d = normalize_dim(dim, len(x.shape))
@@ -218,7 +214,7 @@ def _split(ctx: Context, node: Node, x: Value, sizes: Any, dim: int = 0) -> tupl
     return tuple(outs)
 
 
-@register("aten.unbind.int", "view", forward=_no_forward)
+@register("aten.unbind.int", "view")
 def _unbind(ctx: Context, node: Node, x: Value, dim: int = 0) -> tuple[Value, ...]:
     d = normalize_dim(dim, len(x.shape))
     shape = x.shape[:d] + x.shape[d + 1 :]
@@ -227,7 +223,7 @@ def _unbind(ctx: Context, node: Node, x: Value, dim: int = 0) -> tuple[Value, ..
     )
 
 
-@register("aten.unfold.default", "view", forward=_no_forward)
+@register("aten.unfold.default", "view")
 def _unfold(ctx: Context, node: Node, x: Value, dim: int, size: int, step: int) -> Value:
     if not isinstance(step, int) or not len(x.shape):
         raise Unsupported("unfold of a scalar or with a symbolic step")
