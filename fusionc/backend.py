@@ -26,6 +26,7 @@ def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
             options: dict[str, Any] | None = None, **_: Any) -> Callable[..., Any]:  # fmt: skip
     """Compile a Dynamo graph.  Raises OptionError for an unknown mode or option, StrictError only under strict."""
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch import config as functorch_config
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     from .artifacts import graph_label
@@ -49,14 +50,16 @@ def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
         weights = DerivedWeights(derived, config.weights)
         example_inputs = [*example_inputs, *_static(weights.resolve(example_inputs))]
     inner = functools.partial(_inner, config=config, title=title, model_records=model_records, warm=warm)
-    compiled = aot_autograd(
-        fw_compiler=functools.partial(inner, stage="forward"),
-        bw_compiler=functools.partial(inner, stage="backward"),
-        inference_compiler=functools.partial(inner, stage="inference"),
-        decompositions=decompositions(),
-        partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
-        keep_inference_input_mutations=True,
-    )(gm, example_inputs)
+    # We reuse no saved tensor's memory, so AOTAutograd need not forbid backward(retain_graph=True).
+    with functorch_config.patch(donated_buffer=False):
+        compiled = aot_autograd(
+            fw_compiler=functools.partial(inner, stage="forward"),
+            bw_compiler=functools.partial(inner, stage="backward"),
+            inference_compiler=functools.partial(inner, stage="inference"),
+            decompositions=decompositions(),
+            partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
+            keep_inference_input_mutations=True,
+        )(gm, example_inputs)
     warm.finish(derived, model_records)
     if weights is None:
         return compiled

@@ -274,7 +274,7 @@ class Grouper:
         own = numel_hint(node)
         cost = 16 if _transcendental(node) else 1
         consumers = {c for c, _ in reads}
-        total = sum(numel_hint_any(c) for c in consumers)
+        total = sum(min(own, numel_hint(c)) if c.target in _PIECEWISE else numel_hint_any(c) for c in consumers)
         if (
             _is_cast(node)
             and len(consumers) <= 3
@@ -303,12 +303,14 @@ class Grouper:
             if low is None:
                 return False
             if low.kind == "view":
-                whole = low.forward is not None and user.target is not operator.getitem
                 # what a slice of a longer computation reads is better stored once than computed from its parts
-                straight = one_to_one and (whole or not self._leaf(node)) and _one_to_one(user)
+                whole = low.forward is not None or not self._leaf(node)
+                straight = one_to_one and whole and user.target is not operator.getitem and _one_to_one(user)
                 if not self._collect_reads(user, straight, out):
                     return False
                 continue
+            if low.kind == "create":
+                continue  # new_zeros of a tensor reads none of its elements
             loose = any(a is node and p in low.loose for p, a in tensor_args(user))
             same = one_to_one and not loose and not _broadcasts(node, user)
             out.append((user, same))

@@ -81,6 +81,7 @@ class Case:
     records: list[GraphRecord] = field(default_factory=list)
 
 
+ANGLES = torch.arange(9)[:, None] * torch.linspace(1, 0.01, 16)
 IDS = torch.arange(24) % 50
 CASES = [
     Case("gelu chain", lambda x, y: F.gelu(x * 2 + y, approximate="tanh") * torch.sigmoid(y) - 1, (rand(6, 33), rand(6, 33)), 1, 1),
@@ -97,12 +98,13 @@ CASES = [
     Case("rms_norm", rms_norm, (rand(2, 9, 64), rand(64)), 1, 3),
     Case("rms_norm and residual", lambda x, r, w: (rms_norm(x + r, w), x + r), (rand(2, 9, 64), rand(2, 9, 64), rand(64)), 1),
     Case("functional rms_norm", lambda x, w: F.rms_norm(x, (64,), w), (rand(2, 9, 64), rand(64)), 1, 3),
-    Case("rotary", rotary, (rand(2, 4, 9, 16), rand(9, 16), rand(9, 16)), 1, 1),
+    Case("rotary", rotary, (rand(2, 4, 9, 16), rand(9, 16), rand(9, 16)), 1),
+    Case("rotary of fixed angles", lambda q: rotary(q, ANGLES.cos(), ANGLES.sin()), (rand(2, 4, 9, 16),), 1, 1),
     Case("rotary after a head split", lambda x, c, s: rotary(x.view(2, 9, 4, 16).transpose(1, 2), c, s), (rand(2, 9, 64), rand(9, 16), rand(9, 16)), 1),
     Case("rotary of queries and keys", lambda q, k, c, s: (rotary(q, c, s), rotary(k, c, s)),
          (rand(2, 4, 9, 16), rand(2, 2, 9, 16), rand(9, 16), rand(9, 16)), 2),
-    Case("cross entropy", lambda x, t: F.cross_entropy(x, t), (rand(24, 50), IDS), 3, 2),
-    Case("cross entropy with an ignored index", lambda x, t: F.cross_entropy(x, t.where(t > 3, -100)), (rand(24, 50), IDS), 4, 3),
+    Case("cross entropy", lambda x, t: F.cross_entropy(x, t), (rand(24, 50), IDS), 2, 2),
+    Case("cross entropy with an ignored index", lambda x, t: F.cross_entropy(x, t.where(t > 3, -100)), (rand(24, 50), IDS), 3, 3),
     Case("causal lm loss", lambda x, t: F.cross_entropy(x[:, :-1].flatten(0, 1), t[:, 1:].flatten()), (rand(3, 8, 50), IDS.view(3, 8)), 3),
     Case("mse", lambda x, y: F.mse_loss(x, y), (rand(9, 40), rand(9, 40)), 1, 1),
     Case("var_mean", lambda x: torch.var_mean(x, -1), (rand(9, 40),), 1),
@@ -113,7 +115,7 @@ CASES = [
          (IDS, rand(50, 64), rand(32, 64), rand(64), rand(64)), 1),
     Case("causal mask", lambda x: torch.softmax(x.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -1e30), -1), (rand(2, 9, 9),), 1),
     Case("cat of pointwise", lambda x, y: torch.cat([x * 2, y + 1], -1).relu(), (rand(6, 33), rand(6, 5)), 1),
-    Case("group norm", lambda x, w, b: F.group_norm(x, 2, w, b), (rand(2, 8, 5, 5), rand(8), rand(8)), 2),
+    Case("group norm", lambda x, w, b: F.group_norm(x, 2, w, b), (rand(2, 8, 5, 5), rand(8), rand(8)), 1),
     Case("cumsum", lambda x: (x * 2).cumsum(-1), (rand(9, 40),), 1),
     Case("log-sum-exp", lambda x: torch.logsumexp(x, -1), (rand(9, 40),), 1),
 ]  # fmt: skip
@@ -168,6 +170,10 @@ TRAPS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "strided views of one result": (lambda x: (x * 3)[::2] + (x * 3)[1::2], (rand(8, 5),)),
     "result viewed and changed": (lambda x: (x * 2).view(-1).add_(1).view(5, 4).t() + 1, (rand(5, 4),)),
     "a scalar of everything twice": (lambda x: (x - x.mean()) / (x.std() + 1e-5), (rand(6, 70),)),
+    "two pointwise readers with a call between": (lambda x: (x.exp(), (x.exp() @ x).relu() + x), (rand(7, 7),)),
+    "siblings, transposed": (lambda x: (x * 2, x.t() + 1, x.sum(0), x.sum(1)), (rand(7, 7),)),
+    "siblings of a few long rows": (lambda x: (x * 2, x.sum(-1), x.amax(-1)), (rand(2, 9000),)),
+    "sliced in steps and written": (lambda x: torch.slice_scatter(x * 2, x[:, 1::3] - 1, 1, 1, None, 3), (rand(5, 9),)),
     "few long rows": (lambda x: torch.softmax(x, -1) + x.sum(-1, keepdim=True), (rand(2, 9000),)),
     "long total then elementwise": (lambda x: x * x.pow(2).sum().rsqrt(), (rand(20000),)),
 }  # fmt: skip
