@@ -43,9 +43,7 @@ class Config:
     cache            True, False or a folder; FUSIONC_CACHE
     cudagraphs       "auto", True or False
     verify           check every stage; FUSIONC_VERIFY
-    release_weights  free original weights that only a packed copy uses
     progress         "auto" (after 2 s, on a terminal), True or False
-    threads          threads of generated CPU code, or None for torch's number
     """
 
     mode: str = "default"
@@ -59,9 +57,7 @@ class Config:
     cache: bool | str = True
     cudagraphs: bool | str = "auto"
     verify: bool = False
-    release_weights: bool = False
     progress: bool | str = "auto"
-    threads: int | None = None
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Config:
@@ -182,14 +178,6 @@ def _passes(where: str, value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _threads(where: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 4096:
-        return value
-    raise OptionError(f"{where} must be None or a whole number from 1 to 4096, found {_show(value)}.")
-
-
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "dump": _dump,
     "strict": _bool,
@@ -201,7 +189,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "cache": _cache,
     "cudagraphs": _choice("auto", True, False),
     "verify": _bool,
-    "release_weights": _bool,
     "progress": _choice("auto", True, False),
-    "threads": _threads,
 }

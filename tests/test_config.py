@@ -35,14 +35,14 @@ def test_all_options_at_once_and_input_unchanged(tmp_path):
     p = SomePass()
     options = {
         "dump": tmp_path, "strict": True, "target": "cpp", "weights": "frozen", "passes": [p], "disable": ["a", "b"],
-        "deterministic": False, "cache": str(tmp_path), "cudagraphs": False, "verify": True, "release_weights": True,
-        "progress": False, "threads": 2,
+        "deterministic": False, "cache": str(tmp_path), "cudagraphs": False, "verify": True,
+        "progress": False,
     }  # fmt: skip
     before = copy.copy(options)
     config = Config.parse("max-autotune", options)
     assert options == before
     assert config.mode == "max-autotune" and config.passes == (p,) and config.disable == ("a", "b")
-    assert config.dump == str(tmp_path) and config.threads == 2
+    assert config.dump == str(tmp_path)
     # every field but the mode can be given as an option
     assert {f.name for f in dataclasses.fields(Config)} == set(options) | {"mode"}
 
@@ -63,7 +63,7 @@ def test_unknown_option_lists_options():
     with pytest.raises(OptionError) as e:
         Config.parse(None, {"dmp": "x"})
     assert "'dmp'" in str(e.value) and "Did you mean 'dump'?" in str(e.value)
-    assert "threads" in str(e.value) and "cudagraphs" in str(e.value)
+    assert "progress" in str(e.value) and "cudagraphs" in str(e.value)
 
 
 def test_mode_is_not_an_option():
@@ -91,9 +91,6 @@ def test_mode_is_not_an_option():
         ({"passes": [3]}, "with a name"),
         ({"disable": "abc"}, "list of pass names"),
         ({"disable": [1]}, "list of pass names"),
-        ({"threads": 0}, "from 1 to 4096"),
-        ({"threads": True}, "from 1 to 4096"),
-        ({"threads": 1.5}, "from 1 to 4096"),
         ({3: 1}, "unknown option 3"),
         ({("a",): 1}, "unknown option"),
     ],

@@ -20,8 +20,6 @@ on a GPU, where it would wait for the device, the version of the module's ``num_
 
 The check is three C-level maps over the source tensors and two tuple comparisons: about 0.1 µs for a source and look
 (``python -m fusionc.runtime.weights`` measures it here).
-
-Not done: ``release_weights`` (freeing originals that only a packed copy uses).
 """
 
 from __future__ import annotations

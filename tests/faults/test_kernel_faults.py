@@ -260,7 +260,7 @@ def test_hostile_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"target": "sm_12"}, "sm_90"),
         ({"tarqet": "cpp"}, "target"),
         ({"weights": 3}, "checked"),
-        ({"threads": -1}, "threads"),
+        ({"verify": -1}, "verify"),
         ({"passes": ["strip"]}, "passes"),
         ({"disable": [1]}, "disable"),
         ({"strict": "yes"}, "strict"),

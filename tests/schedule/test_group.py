@@ -82,6 +82,7 @@ class Case:
 
 
 ANGLES = torch.arange(9)[:, None] * torch.linspace(1, 0.01, 16)
+COS, SIN = ANGLES.cos(), ANGLES.sin()
 IDS = torch.arange(24) % 50
 CASES = [
     Case("gelu chain", lambda x, y: F.gelu(x * 2 + y, approximate="tanh") * torch.sigmoid(y) - 1, (rand(6, 33), rand(6, 33)), 1, 1),
@@ -99,7 +100,7 @@ CASES = [
     Case("rms_norm and residual", lambda x, r, w: (rms_norm(x + r, w), x + r), (rand(2, 9, 64), rand(2, 9, 64), rand(64)), 1),
     Case("functional rms_norm", lambda x, w: F.rms_norm(x, (64,), w), (rand(2, 9, 64), rand(64)), 1, 3),
     Case("rotary", rotary, (rand(2, 4, 9, 16), rand(9, 16), rand(9, 16)), 1),
-    Case("rotary of fixed angles", lambda q: rotary(q, ANGLES.cos(), ANGLES.sin()), (rand(2, 4, 9, 16),), 1, 1),
+    Case("rotary of fixed angles", lambda q: rotary(q, COS, SIN), (rand(2, 4, 9, 16),), 1, 1),
     Case("rotary after a head split", lambda x, c, s: rotary(x.view(2, 9, 4, 16).transpose(1, 2), c, s), (rand(2, 9, 64), rand(9, 16), rand(9, 16)), 1),
     Case("rotary of queries and keys", lambda q, k, c, s: (rotary(q, c, s), rotary(k, c, s)),
          (rand(2, 4, 9, 16), rand(2, 2, 9, 16), rand(9, 16), rand(9, 16)), 2),
