@@ -103,34 +103,30 @@ def reshape_index(idx: Idx, src: Idx, dst: Idx) -> Idx:
     """
     if src == dst:
         return idx
-    out: list[Index] = []
-    i = j = 0
-    while i < len(src) or j < len(dst):
-        i0, j0 = i, j
-        a = b = ONE
-        if i < len(src):
-            a, i = src[i], i + 1
-        if j < len(dst):
-            b, j = dst[j], j + 1
-        while a is not b:
-            take_src = i < len(src) and (j >= len(dst) or not (a.is_const and b.is_const) or a.value < b.value)
-            if a.is_const and b.is_const:
-                take_src = a.value < b.value
-            elif take_src and j < len(dst):
-                take_src = len(a.terms[0][0]) <= len(b.terms[0][0]) if a.terms and b.terms else True
-            if take_src and i < len(src):
-                a, i = a * src[i], i + 1
-            elif j < len(dst):
-                b, j = b * dst[j], j + 1
-            elif i < len(src):
-                a, i = a * src[i], i + 1
-            else:  # products cannot be matched symbolically: one group of everything
-                i0 = j0 = 0
-                out = []
-                break
-        # trailing ones belong to the group before; harmless either way
-        group = linearize(idx[i0:i], src[i0:i])
-        out.extend(delinearize(group, dst[j0:j]) if j > j0 else ())
+    full = [i for i, n in zip(idx, src, strict=True) if n is not ONE]
+    src = tuple([n for n in src if n is not ONE])
+    wide = [d for d, n in enumerate(dst) if n is not ONE]
+    sizes = [dst[d] for d in wide]
+    at: dict[Index, list[int]] = {}  # product of the first dimensions of dst -> how many they are
+    product = ONE
+    for j, n in enumerate(sizes, 1):
+        product = product * n
+        at.setdefault(product, []).append(j)
+    found: list[Index] = []
+    i0 = j0 = 0
+    product = ONE
+    for i, n in enumerate(src, 1):
+        product = product * n
+        j = next((j for j in at.get(product, ()) if j > j0), None)
+        if i == len(src):
+            j = len(sizes)
+        if j is not None:
+            found += delinearize(linearize(full[i0:i], src[i0:i]), sizes[j0:j])
+            i0, j0 = i, j
+    found += [ZERO] * (len(sizes) - len(found))
+    out = [ZERO] * len(dst)
+    for d, i_d in zip(wide, found, strict=True):
+        out[d] = i_d
     return tuple(out)
 
 

@@ -32,6 +32,7 @@ from .expr import (
     Mod,
     Op,
     Reduce,
+    Rewriter,
     Scan,
     Size,
     Var,
@@ -227,6 +228,12 @@ class _Verifier:
         facts = list(_facts(guard)) if guard is not None else []
         if _nonnegative(at, facts) and _nonnegative(size - 1 - at, facts):
             return
+        if not _enumerable([at]):  # a checked index is somewhere in its range: its two ends stand for it
+            ends = [_at_end(at, last) for last in (False, True)]
+            if all(end is not at for end in ends):
+                for end in ends:
+                    self.inside(end, size, guard, what)
+                return
         if not _enumerable([at] if guard is None else [at, guard]):
             self.fail(
                 f"{what} at {at!r} cannot be shown to be inside its {size!r} elements, and the index depends on data",
@@ -437,6 +444,17 @@ def _injective(at: Index, vars: list[Var]) -> bool | None:
 
 
 # -- enumeration --------------------------------------------------------------------------------------------------
+
+
+def _at_end(at: Index, last: bool) -> Index:
+    """`at` with every index loaded under a check_index set to the first or last element of its range."""
+
+    def end(n: Expr) -> Expr | None:
+        if isinstance(n, Op) and n.name == "check_index":
+            return index(n.args[1]) - 1 if last else ZERO  # type: ignore[arg-type]
+        return None
+
+    return index(Rewriter(end)(at))
 
 
 def _enumerable(roots: list[Expr]) -> bool:

@@ -186,3 +186,15 @@ def test_an_edited_kernel_is_what_runs(dumps: list[Path], tmp_path: Path) -> Non
         [sys.executable, str(broken)], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 1 and "WRONG" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+def test_programs_of_a_dump_run_on_the_gpu(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MODEL.replace("TinyModel(), torch", "TinyModel().cuda(), torch").replace(
+        "(0, 20, (2, 8))", "(0, 20, (2, 8), device='cuda')"))  # fmt: skip
+    run(tmp_path / "model.py", tmp_path / "d", "auto")
+    (graph,) = (tmp_path / "d" / "auto").glob("g0_*")
+    said = run(sorted(graph.glob("k*/kernel.py"))[0])
+    assert "registers" in said and "us a launch" in said and "WRONG" not in said
+    rest = [*sorted(graph.glob("k*/kernel.py")), graph / "program.py", graph / "repro.py"]
+    assert "all ran" in run("-c", RUN_ALL, *rest)

@@ -151,6 +151,31 @@ def test_kernel_that_does_not_launch(fails: Callable[[int], bool], monkeypatch: 
     assert len(said) == 1 and "the device said no" in said[0] and "k_" in said[0] and "FUSIONC_DUMP" in said[0]
 
 
+@pytest.mark.gpu
+def test_kernel_that_does_not_launch_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusionc.targets import triton
+
+    compile_all = triton.compile_all
+
+    def compile_broken(cx: Any, kernels: Any) -> Any:
+        def broken(*args: Any) -> None:
+            raise RuntimeError("the device said no")
+
+        return dict.fromkeys(kernels, broken), compile_all(cx, kernels)[1]
+
+    monkeypatch.setattr(triton, "compile_all", compile_broken)
+    x, w = torch.randn(16, 24, device="cuda"), torch.randn(24, 8, device="cuda")
+    compiled = torch.compile(two_kernels, backend="fusionc")
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for _ in range(4):  # a CUDA graph may be captured after some calls
+            mine, theirs = (torch.zeros(3, device="cuda") for _ in range(2))
+            found, expected = compiled(x, w, mine), two_kernels(x, w, theirs)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert torch.equal(mine, theirs)
+    assert any("the device said no" in str(c.message) for c in caught)
+
+
 def test_launch_failure_in_training_and_with_dynamic_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     break_launch(monkeypatch, lambda n: True)
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU())

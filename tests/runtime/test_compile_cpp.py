@@ -286,15 +286,22 @@ def test_a_corrupted_library_is_never_loaded(tmp_path: Path, monkeypatch: pytest
     _check(result, {"flip": 1})
 
 
+def _anonymous_files() -> set[str]:
+    """Open memfd descriptors of this process (others' tests may keep some)."""
+    if not os.path.isdir("/proc/self/fd"):
+        return set()
+    return {e.name for e in os.scandir("/proc/self/fd") if os.path.lexists(e.path) and "memfd" in os.readlink(e.path)}
+
+
 def test_loading_keeps_libraries_apart_and_no_descriptor_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loader knows libraries by path: the same descriptor number must not give the first one again."""
     cache = Cache(tmp_path / "c")
+    before = _anonymous_files()
     results = [build([_text(f"apart_{n}", n)], cache, ENV, PRELUDE) for n in range(4)]
     for n, result in enumerate(results):
         _check(result, {f"apart_{n}": n})
     cache.close()
-    if os.path.isdir("/proc/self/fd"):
-        assert not any("memfd" in os.readlink(e.path) for e in os.scandir("/proc/self/fd") if os.path.lexists(e.path))
+    assert _anonymous_files() <= before
 
 
 def test_without_anonymous_files_a_private_temp_file_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,8 @@ class Rows:
     def reduce(self, kind: str, body: Expr) -> Expr:
         dtype = "i64" if kind.startswith("arg") else body.dtype
         if not self.ctx.axis_of[self.node]:  # every reduced dimension has size 1
+            if kind == "sum" and body.dtype in FLOATS:
+                return add(body, fc(0, body))  # the sum of -0.0 alone is 0.0
             return Const(0, "i64") if kind.startswith("arg") else body
         return Reduce(kind, self.ctx.axis_vars, body, dtype)
 

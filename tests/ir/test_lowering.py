@@ -1,0 +1,97 @@
+"""Lowerings that once went wrong or were missing: each runs compiled with the verifier on and must equal eager.
+
+A second table holds what must not be left to ATen any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fusionc.backend import fusionc
+from fusionc.ir.expr import ONE, Index, Size, Var, index
+from fusionc.ir.value import reshape_index
+from fusionc.record import collect
+
+OPTIONS = {"target": "cpp", "verify": True, "cache": False}
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+IDS = torch.arange(6) % 5
+LOWERED: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "scatter of one position a row": (lambda x, i: x.scatter(1, i[:, None], -1.0) * 2, (rand(6, 5), IDS)),
+    "scatter of one value a row": (lambda x, i: x.scatter(1, i[:, None], x[:, :1]) + 1, (rand(6, 5), IDS)),
+    "slice_scatter in steps": (lambda x: torch.slice_scatter(x, x[:, 1::2] * 3, 1, 1, None, 2), (rand(4, 7),)),
+    "slice_scatter in steps with an end": (lambda x: torch.slice_scatter(x, x[:, 1:6:2] * 3, 1, 1, 6, 2), (rand(4, 9),)),
+    "group_norm": (lambda x, w, b: F.group_norm(x, 4, w, b), (rand(2, 8, 3, 5), rand(8), rand(8))),
+    "group_norm of a sequence": (lambda x, w, b: F.group_norm(x, 8, w, b), (rand(2, 8, 11), rand(8), rand(8))),
+    "group_norm without parameters": (lambda x: F.group_norm(x, 2), (rand(2, 8, 3, 3),)),
+    "group_norm of channels last": (lambda x, w, b: F.group_norm(x.to(memory_format=torch.channels_last), 4, w, b),
+                                    (rand(2, 8, 3, 5), rand(8), rand(8))),
+    "group_norm of a bfloat16": (lambda x, w: F.group_norm(x.bfloat16(), 4, w.bfloat16()).float(), (rand(2, 8, 16), rand(8))),
+    "sign of NaN": (lambda x: torch.sign(x / x), (torch.tensor([0.0, 1.0, -2.0]),)),
+    "clamp keeps NaN": (lambda x: (x / 0 * 0).clamp(-1, 1), (torch.tensor([0.0, 1.0]),)),
+    "reductions over size one": (lambda x: (x.sum(1), x.amax(1), x.argmax(1), x.var(1, correction=0)), (rand(5, 1),)),
+    "unfold": (lambda x: x.unfold(1, 3, 2).sum(-1), (rand(4, 9),)),
+    "pad with negative and positive": (lambda x: F.pad(x, (1, -2), value=3.0) * 2, (rand(4, 9),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowered(name: str, dynamic: bool) -> None:
+    fn, args = LOWERED[name]
+    with collect() as records, torch.no_grad():
+        got = torch.compile(fn, backend=fusionc, dynamic=dynamic, options=OPTIONS)(*args)
+        torch.testing.assert_close(got, fn(*args), rtol=2e-2 if "bfloat16" in name else 1e-5, atol=1e-5, equal_nan=True)
+    for record in records:
+        assert not record.fallbacks
+        if not (dynamic and "scatter in steps" in name):
+            assert not [call for call in record.calls if call.reason], record.calls
+
+
+def test_contiguous_copies_of_symbolic_slices_are_kernels() -> None:
+    """torch writes their strides with Max(1, size)."""
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        h = (x[:, : x.shape[1] // 2] * 2).contiguous() + 1
+        return torch.cat([h.transpose(1, 2).contiguous().relu(), h.exp().transpose(1, 2)], -1)
+
+    run = torch.compile(fn, backend=fusionc, dynamic=True, options=OPTIONS)
+    with collect() as records, torch.no_grad():
+        for shape in ((3, 7, 5), (2, 9, 4), (4, 4, 3)):
+            torch.testing.assert_close(run(rand(*shape)), fn(rand(*shape)))
+    assert len(records) == 1 and not [call for call in records[0].calls if call.reason]
+
+
+def test_empty_results_of_symbolic_slices() -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return (x[:, : x.shape[1] - 2] * 2).t().contiguous() + 1
+
+    run = torch.compile(fn, backend=fusionc, dynamic=True, options=OPTIONS)
+    for shape in ((3, 7), (5, 3), (4, 2)):
+        torch.testing.assert_close(run(rand(*shape)), fn(rand(*shape)))
+
+
+def _sizes(*names: str | int) -> tuple[Index, ...]:
+    return tuple(index(Size(n, 2)) if isinstance(n, str) else index(n) for n in names)
+
+
+def test_reshape_splits_only_what_must_be() -> None:
+    a, b, c = _sizes("a", "b", "c")
+
+    def remap(src: tuple[Index, ...], dst: tuple[Index, ...]) -> str:
+        return repr(reshape_index(tuple([index(Var(f"x{k}", n)) for k, n in enumerate(src)]), src, dst))
+
+    assert remap(_sizes(6, 4), _sizes(2, 3, 4)) == "((x0//3), (x0 % 3), x1)"
+    assert remap(_sizes(4, 3), _sizes(1, 4, 1, 3, 1)) == "(0, x0, 0, x1, 0)"
+    assert remap((b * a - b, c), (b, a - 1, c)) == "((x0//(a - 1)), (x0 % (a - 1)), x1)"
+    assert remap((b, a - 1, c), (b * (a - 1), c)) == "(a*x0 - x0 + x1, x2)"
+    assert remap((ONE,), ()) == "()"
