@@ -117,12 +117,10 @@ def reshape_index(idx: Idx, src: Idx, dst: Idx) -> Idx:
     product = ONE
     for i, n in enumerate(src, 1):
         product = product * n
-        j = next((j for j in at.get(product, ()) if j > j0), None)
-        if i == len(src):
-            j = len(sizes)
-        if j is not None:
-            found += delinearize(linearize(full[i0:i], src[i0:i]), sizes[j0:j])
-            i0, j0 = i, j
+        end = len(sizes) if i == len(src) else next((j for j in at.get(product, ()) if j > j0), None)
+        if end is not None:
+            found += delinearize(linearize(full[i0:i], src[i0:i]), sizes[j0:end])
+            i0, j0 = i, end
     found += [ZERO] * (len(sizes) - len(found))
     out = [ZERO] * len(dst)
     for d, i_d in zip(wide, found, strict=True):
@@ -135,7 +133,9 @@ def view(x: Value, shape: Idx, remap: Callable[[Idx], Idx]) -> Value:
     return Value(x.ctx, shape, x.dtype, lambda idx: x.at(remap(idx)))
 
 
-def pointwise(ctx: Context, shape: Idx, dtype: str, args: Sequence[Value], fn: Callable[..., Expr], arg_dtype: str) -> Value:
+def pointwise(
+    ctx: Context, shape: Idx, dtype: str, args: Sequence[Value], fn: Callable[..., Expr], arg_dtype: str
+) -> Value:
     """fn over the broadcast arguments, each cast to `arg_dtype` first; the result is cast to compute_dtype(dtype)."""
     out = compute_dtype(dtype)
 

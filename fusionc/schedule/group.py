@@ -735,7 +735,8 @@ class Grouper:
                 g.loops = [v for v in g.loops if v not in on]
         covered = {w for i in images for w in i.free}
         every = numel([v.extent for v in (*other.loops, *other.axis)]) is numel([v.extent for v in covered])
-        if not every or covered not in (set(g.loops) | set(g.axis), set(g.loops)):  # i // 4 alone does not visit every i
+        whole = covered in (set(g.loops) | set(g.axis), set(g.loops))
+        if not (every and whole):  # i // 4 alone does not visit every i
             g.axis, g.loops = before
             return False
         for m in other.nodes:
@@ -792,7 +793,9 @@ class Grouper:
                 if base in self.inline:
                     if a is base and depth and self.lowered[a].kind == "pointwise" and shape_of(a) == shape_of(node):
                         visit(a, domain, depth - 1)
-                elif {v for i in domain for v in i.free} == points and numel(shape_of(a)) is numel([v.extent for v in points]):
+                elif {v for i in domain for v in i.free} == points and numel(shape_of(a)) is numel(
+                    [v.extent for v in points]
+                ):
                     out[a] = domain
 
         for node in g.nodes:
@@ -936,7 +939,6 @@ def numel_hint_any(node: Node) -> int:
         return numel_hint(node)
     operands = [numel_hint(a) for _, a in tensor_args(node) if isinstance(a.meta["val"], torch.Tensor)]
     return max([numel_hint(node), *operands])
-
 
 
 def is_external(node: Node, grouper: Grouper) -> bool:

@@ -139,7 +139,9 @@ def _scatter(ctx: Context, node: Node, x: Value, dim: int, ids: Value, src: Any)
     if not x.shape or len(ids.shape) != len(x.shape):
         raise Unsupported("scatter of a scalar")
     d = normalize_dim(dim, len(x.shape))
-    if ids.shape[d] is not ONE or any(i is not s for k, (i, s) in enumerate(zip(ids.shape, x.shape, strict=True)) if k != d):
+    if ids.shape[d] is not ONE or any(
+        i is not s for k, (i, s) in enumerate(zip(ids.shape, x.shape, strict=True)) if k != d
+    ):
         raise Unsupported("scatter of more than one position a row")
     if isinstance(src, Value) and src.shape != ids.shape:
         raise Unsupported("scatter from a larger source")

@@ -200,9 +200,7 @@ def _split_sizes(node: Node) -> list[Any]:
     return [v.shape for v in node.meta["val"]]
 
 
-@register(
-    ["aten.split.Tensor", "aten.split_with_sizes.default", "aten.unsafe_split.Tensor"], "view"
-)
+@register(["aten.split.Tensor", "aten.split_with_sizes.default", "aten.unsafe_split.Tensor"], "view")
 def _split(ctx: Context, node: Node, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
     d = normalize_dim(dim, len(x.shape))
     outs: list[Value] = []
@@ -218,9 +216,7 @@ def _split(ctx: Context, node: Node, x: Value, sizes: Any, dim: int = 0) -> tupl
 def _unbind(ctx: Context, node: Node, x: Value, dim: int = 0) -> tuple[Value, ...]:
     d = normalize_dim(dim, len(x.shape))
     shape = x.shape[:d] + x.shape[d + 1 :]
-    return tuple(
-        [view(x, shape, partial(_picked, d, index(k))) for k in range(len(node.meta["val"]))]
-    )
+    return tuple([view(x, shape, partial(_picked, d, index(k))) for k in range(len(node.meta["val"]))])
 
 
 @register("aten.unfold.default", "view")
