@@ -423,7 +423,7 @@ class Grouper:
         prefix = f"g{g.id}_"
         if low.kind in ("reduce", "row", "scan"):
             dims = low.dims(node) if low.dims else ()
-            shape = shape_of(node.args[0])  # type: ignore[arg-type]
+            shape = low.over(node)
             full: list[Index] = []
             along: dict[int, Index] = {}
             for d, s in enumerate(shape):
@@ -600,7 +600,7 @@ class Grouper:
             if low.kind != "reduce":
                 return False
         dims = low.dims(node) if low.dims else ()
-        shape = shape_of(node.args[0])  # type: ignore[arg-type]
+        shape = low.over(node)
         known = self._operand_index(node, low, g, len(shape), shape)
         if known is None:
             return False
@@ -812,7 +812,7 @@ class Grouper:
     def _reduced_domain(node: Node, g: Group) -> Idx:
         """The index over the operand of a reduction, whose own index leaves out the axis."""
         along, own = g.axis_index[node], g.index[node]
-        shape = shape_of(node.args[0])  # type: ignore[arg-type]
+        shape = LOWERINGS[node.target].over(node)
         dims = LOWERINGS[node.target].dims(node)  # type: ignore[misc]
         if len(own) == len(shape):
             return tuple([along.get(d, i) for d, i in enumerate(own)])

@@ -41,6 +41,7 @@ class Lowering:
     forward   for views: (node, index of the input's element) -> index of the output's element that reads it, with None for
               dimensions that broadcast; or None where the map is not one-to-one
     loose     argument positions that are not read at the node's own (broadcast) index
+    domain    for reduce: node -> shape it runs over, where that is not its first tensor argument's
     """
 
     kind: str
@@ -48,6 +49,11 @@ class Lowering:
     dims: Callable[[Node], tuple[int, ...]] | None = None
     forward: Callable[[Node, tuple], tuple | None] | None = None
     loose: tuple[int, ...] = ()
+    domain: Callable[[Node], tuple] | None = None
+
+    def over(self, node: Node) -> tuple[Index, ...]:
+        """Shape that a reducing node runs over: its first operand's, unless it says otherwise."""
+        return self.domain(node) if self.domain is not None else shape_of(node.args[0])  # type: ignore[arg-type]
 
 
 LOWERINGS: dict[Any, Lowering] = {}
