@@ -28,7 +28,7 @@ def _operands(node: Node) -> tuple[Node, Node]:
 
 def _domain(node: Node) -> Idx:
     """[1, N, K]: what the reduction runs over."""
-    x, w = _operands(node)
+    _, w = _operands(node)
     return sizes_index((1, w.meta["val"].shape[1], w.meta["val"].shape[0]))
 
 
