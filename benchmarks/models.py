@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.to(torch.float32)
+        h = x if x.dtype == torch.float64 else x.to(torch.float32)  # the float64 reference stays float64
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
 
