@@ -10,7 +10,7 @@ from .plan import Plan
 _TILE = 128  # columns whose accumulators stay in the first-level cache beside the data
 _FEW = 8  # units of work from which the threads are busy without cutting the axis
 _PART = 16384  # points of a part of a cut axis
-_SERIAL = 1024  # rows from which column sums are cut into parts of a quarter, added up in double: a float running sum drifts
+_SERIAL = 1024  # rows from which column sums are cut into parts of a sixteenth, added up in double: a float running sum drifts
 
 
 def default_plan(kernel: Kernel, hint: dict[str, int]) -> Plan:
@@ -30,7 +30,7 @@ def _rblock(kernel: Kernel, hint: dict[str, int], columns: bool) -> int:
         units = -(-points // _TILE)
         sums = any(r.kind == "sum" and r.dtype == "f32" for r in kernel.reductions)
         if sums and inner >= _SERIAL and not any(s.inner for s in kernel.stores) and len(kernel.axis) == 1:
-            return min(max(_SERIAL // 4, -(-inner // 64)), 1 << 16)
+            return min(max(_SERIAL // 16, -(-inner // 64)), 1 << 16)
     if units >= _FEW or points * inner < 4 * _PART:
         return 0
     longest = max(evaluate(v.extent, hint) for v in kernel.axis)
