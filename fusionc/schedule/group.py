@@ -566,8 +566,6 @@ class Grouper:
         known = self._operand_index(node, low, g, len(shape), shape)
         if known is None:
             return False
-        if any(self.unit.get(d) is g and d not in _direct(self, node) for d in deps) and g.axis:
-            pass  # read through an inline node: recomputed at another index, which build checks
         idx = self._fill(known, shape, g)
         if idx is None:
             return False
@@ -943,10 +941,6 @@ def numel_hint_any(node: Node) -> int:
 
 def is_external(node: Node, grouper: Grouper) -> bool:
     return node not in grouper.lowered
-
-
-def _direct(grouper: Grouper, node: Node) -> set[Node]:
-    return {grouper.resolve(a)[0] for _, a in tensor_args(node)}
 
 
 def _mutates(node: Node) -> bool:

@@ -55,11 +55,6 @@ def div(a: E, b: E) -> E:
     return binary("div", a, b)
 
 
-def _work_dtype(node: Node, operands: Sequence[Any]) -> str:
-    """Dtype in which an arithmetic node computes: its result's, in compute precision."""
-    return compute_dtype(dtype_of(node))
-
-
 def elementwise(names: str | Sequence[str], nargs: int, *, ints: bool = True, promote: bool = False) -> Callable:
     """Register fn(*element expressions) for an operator with `nargs` tensor-like operands.
 
