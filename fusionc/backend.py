@@ -39,10 +39,7 @@ def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
     ready = warm.load()
     if ready is not None:
         return ready
-    derived: list[Any] = []
-    model_records: list[Any] = []
-    if not torch.is_grad_enabled():
-        gm, derived, model_records = _model_passes(gm, example_inputs, config)
+    gm, derived, model_records = _model_passes(gm, example_inputs, config)
     weights = None
     if derived:
         from .runtime.weights import DerivedWeights
