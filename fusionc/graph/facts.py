@@ -176,8 +176,8 @@ def written_by(node: Node) -> list[Node]:
 
 
 def _underscored(target: Any) -> bool:
-    name = getattr(target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    name = getattr(target, "__name__", "")  # operator.and_ and its like end so because "and" is a keyword
+    return name.endswith("_") and not name.endswith("__") and getattr(target, "__module__", "") != "_operator"
 
 
 def aliased_by(node: Node) -> list[Node]:
