@@ -170,7 +170,8 @@ def written_by(node: Node) -> list[Node]:
         return []
     if node.op == "call_method":
         name = str(node.target)
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i"):
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or \
+                name.startswith("__i") and name not in ("__invert__", "__int__", "__index__"):
             return list(nodes_of(node.args[:1]))
     return []
 

@@ -197,7 +197,7 @@ class Positions:
         if any(root in self.facts.writers for root in self.facts.roots(node)):
             raise Unproven("it is written in place", node)
         name = str(node.target) if node.op == "call_method" else _name(node.target)
-        rule = _RULES.get(name)
+        rule = _RULES.get(name.strip("_") if name.startswith("__") else name)  # __eq__ is eq
         if rule is None:
             raise Unproven(f"{name or node.target} is not understood", node)
         return self._settled(node, rule(self, node, *node.args, **node.kwargs))
@@ -311,7 +311,9 @@ def _rounded(found: Affine, kind: torch.dtype | None) -> Affine:
             raise Unproven("a truth value that is a number")
         return found
     if kind in _INTEGERS:
-        if isinstance(found.constant, float) or isinstance(found.constant, int) and abs(found.constant) > _LARGE:
+        steepest = max((abs(factor) for _, factor in found.factors), default=0)
+        if isinstance(found.constant, float) or isinstance(found.constant, int) and abs(found.constant) > _LARGE or \
+                steepest > (1 if kind == torch.int32 else _LARGE):  # times a size it must not wrap around
             raise Unproven("an integer that is too large or none")
         return found
     if kind is None or not kind.is_floating_point or found.factors or not isinstance(found.constant, (int, float)):
@@ -486,12 +488,13 @@ def _only(cases: Cases, node: Node) -> Affine:
 
 def _same(p: Positions, node: Node, x: Node, *_: Any, **__: Any) -> Cases:
     """The same elements, perhaps in another dtype, broadcast or copied."""
+    cases = p(x)
     if dtype(node) == torch.bool and dtype(x) != torch.bool:
         truth = p.truth(x)
         return {ONE: truth, ZERO: _negated(truth)}
     if dtype(node) in _INTEGERS and dtype(x) is not None and dtype(x).is_floating_point:  # type: ignore[union-attr]
         raise Unproven("a cast that truncates", node)
-    return p(x)
+    return cases
 
 
 def _unsqueeze(p: Positions, node: Node, x: Node, dim: int) -> Cases:
@@ -598,7 +601,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "where": _chosen, "masked_fill": _masked_fill, "tril": _triangle(1), "triu": _triangle(-1),
     "diff": _diff, "cumsum": _cumsum, "getitem": _item, "mul": _product, "multiply": _product,
     "neg": _negative, "abs": _absolute, "unsqueeze": _unsqueeze, "transpose": _transpose, "permute": _permute,
-    "add": _sum(1), "sub": _sum(-1), "rsub": _sum(-1, True),
+    "add": _sum(1), "radd": _sum(1), "sub": _sum(-1), "rsub": _sum(-1, True), "rmul": _product,
 }  # fmt: skip
 _RULES |= dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(None, 1))
 _RULES |= dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(None, 0))
@@ -607,10 +610,10 @@ _RULES |= dict.fromkeys(("le", "less_equal"), _compared(True, False))
 _RULES |= dict.fromkeys(("gt", "greater"), _compared(False, True))
 _RULES |= dict.fromkeys(("lt", "less"), _compared(True, True))
 _RULES |= {"eq": _equality(True), "ne": _equality(False), "not_equal": _equality(False)}
-_RULES |= dict.fromkeys(("and_", "bitwise_and", "__and__"), _logical(both, True))
-_RULES |= dict.fromkeys(("or_", "bitwise_or", "__or__"), _logical(either, True))
+_RULES |= dict.fromkeys(("and_", "and", "bitwise_and"), _logical(both, True))
+_RULES |= dict.fromkeys(("or_", "or", "bitwise_or"), _logical(either, True))
 _RULES |= {"logical_and": _logical(both, False), "logical_or": _logical(either, False)}
-_RULES |= dict.fromkeys(("invert", "logical_not", "bitwise_not", "__invert__"), _not)
+_RULES |= dict.fromkeys(("invert", "logical_not", "bitwise_not"), _not)
 _RULES |= dict.fromkeys(("expand", "expand_as", "broadcast_to", "contiguous", "clone", "detach", "to", "type", "type_as",
                          "bool", "float", "half", "bfloat16", "double", "int", "long"), _same)  # fmt: skip
 _RULES |= dict.fromkeys(("view", "reshape", "squeeze", "flatten"), _reshaped)
