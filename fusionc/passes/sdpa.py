@@ -114,7 +114,7 @@ def rewrite(node: Node, given: dict[str, Any], values: dict[Node, Any]) -> Node:
     for reader, made in values.items():
         reader.meta[key] = made
     plain = [given[name] for name in _ORDER[:3]]
-    rest = {name: given[name] for name in _ORDER[3:] if given[name] is not _DEFAULTS[name]}
+    rest = {name: given[name] for name in _ORDER[3:] if given[name] != _DEFAULTS[name]}
     with graph.inserting_before(node):
         new = edit.insert(graph, CALL, plain, rest, origin=(node,), val=value(node), key=key)
     new.meta[key] = values.get(node, value(node))
