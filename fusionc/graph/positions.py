@@ -17,139 +17,36 @@ Idea: abstract interpretation over affine index expressions (Feautrier, "Dataflo
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from .facts import Facts, dtype, same, same_sizes, shape, tensor, value
+from .facts import Facts, dtype, same, same_sizes, shape, tensor
+from .formula import (
+    INTEGERS,
+    ONE,
+    ZERO,
+    Affine,
+    AtLeastZero,
+    Both,
+    Cases,
+    Either,
+    Formula,
+    Unproven,
+    at_least_zero,
+    both,
+    either,
+    negated,
+    number,
+    order,
+    plain,
+    rounded,
+)
 
-_LARGE = 2**31  # integers beyond this might wrap around in the real computation
-_MOST_CASES, _MOST_PARTS = 6, 24
-_INTEGERS = (torch.int64, torch.int32)
-
-
-class Unproven(Exception):
-    """The tensor is not (known to be) a function of its indices; ``node`` is where that shows."""
-
-    def __init__(self, reason: str, node: Node | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.node = reason, node
-
-
-@dataclass(frozen=True)
-class Affine:
-    """``constant + Σ factor · index[axis]``: integer factors, axes counted from the right; the constant may be symbolic."""
-
-    factors: tuple[tuple[int, int], ...] = ()
-    constant: Any = 0
-
-    def __add__(self, other: Affine) -> Affine:
-        merged = dict(self.factors)
-        for axis, factor in other.factors:
-            merged[axis] = merged.get(axis, 0) + factor
-        return Affine(tuple(sorted((a, f) for a, f in merged.items() if f)), _plain(self.constant + other.constant))
-
-    def times(self, factor: int) -> Affine:
-        """All of it multiplied by a number."""
-        return Affine(tuple((a, f * factor) for a, f in self.factors if factor), _plain(self.constant * factor))
-
-    def __sub__(self, other: Affine) -> Affine:
-        return self + other.times(-1)
-
-
-@dataclass(frozen=True)
-class AtLeastZero:
-    """The atom of formulas: an integer expression is ≥ 0."""
-
-    of: Affine
-
-
-@dataclass(frozen=True)
-class Both:
-    """Conjunction."""
-
-    parts: frozenset[Any]
-
-
-@dataclass(frozen=True)
-class Either:
-    """Disjunction."""
-
-    parts: frozenset[Any]
-
-
-Formula = Any  # bool | AtLeastZero | Both | Either
-Cases = dict[Affine, Formula]  # expression → when the element has this value; the formulas are a partition
-ZERO, ONE = Affine(), Affine((), 1)
-
-
-def both(*parts: Formula) -> Formula:
-    """Conjunction, flattened; False and True are absorbed."""
-    return _join(Both, parts, False)
-
-
-def either(*parts: Formula) -> Formula:
-    """Disjunction, flattened; True and False are absorbed."""
-    return _join(Either, parts, True)
-
-
-def _join(kind: Any, parts: Iterable[Formula], decisive: bool) -> Formula:
-    found: set[Formula] = set()
-    for part in parts:
-        if part is decisive:
-            return decisive
-        if part is not (not decisive):
-            found |= part.parts if isinstance(part, kind) else {part}
-    if any(_negated(part) in found for part in found if isinstance(part, AtLeastZero)):
-        return decisive
-    if len(found) > _MOST_PARTS:
-        raise Unproven("the formula grows too large")
-    if not found:
-        return not decisive
-    return next(iter(found)) if len(found) == 1 else kind(frozenset(found))
-
-
-def _negated(formula: Formula) -> Formula:
-    if isinstance(formula, bool):
-        return not formula
-    if isinstance(formula, AtLeastZero):
-        return AtLeastZero(Affine((), -1) - formula.of)  # integers: not (e ≥ 0) is −e − 1 ≥ 0
-    join = either if isinstance(formula, Both) else both
-    return join(*map(_negated, formula.parts))
-
-
-def _plain(constant: Any) -> Any:
-    """Integral floats as integers, symbolic expressions expanded: equal constants compare equal."""
-    if isinstance(constant, float):
-        if math.isnan(constant):
-            raise Unproven("not a number")
-        return int(constant) if math.isfinite(constant) and constant.is_integer() else constant
-    if isinstance(constant, int):
-        return constant
-    found = constant.expand()
-    return int(found) if found.is_Integer else found
-
-
-def number(given: Any) -> Any:
-    """A size, a number or a node that holds one, as int, float or symbolic expression; raises Unproven for others."""
-    found = value(given) if isinstance(given, Node) else given
-    if isinstance(found, (bool, int)):
-        return int(found)
-    if isinstance(found, float):
-        return _plain(found)
-    if isinstance(found, torch.SymInt):
-        return _plain(found.node.expr)
-    raise Unproven("a number is computed from data", given if isinstance(given, Node) else None)
-
-
-def _at_least_zero(found: Any) -> bool:
-    """Provably ≥ 0 (never guards)."""
-    return bool(found >= 0) if isinstance(found, (int, float)) else bool(found.is_nonnegative)
+_MOST_CASES = 6
 
 
 class Positions:
@@ -176,7 +73,7 @@ class Positions:
 
     def truth(self, node: Node) -> Formula:
         """When an element is not zero."""
-        return either(*[both(when, _negated(self._equal(node, e, ZERO))) for e, when in self(node).items()])
+        return either(*[both(when, negated(self._equal(node, e, ZERO))) for e, when in self(node).items()])
 
     def used(self, node: Node) -> set[Node]:
         """The evaluated nodes that this one's value was derived from, itself included."""
@@ -205,13 +102,13 @@ class Positions:
     def _settled(self, node: Node, cases: Cases | Formula) -> Cases:
         """Cases in the node's dtype, formulas decided where the index ranges decide them."""
         if not isinstance(cases, dict):
-            cases = {ONE: cases, ZERO: _negated(cases)}
+            cases = {ONE: cases, ZERO: negated(cases)}
         found: Cases = {}
         kind = dtype(node)
         for expression, when in cases.items():
             when = self._decided(node, when)
             if when is not False:
-                made = _rounded(self._reduced(node, expression), kind)
+                made = rounded(self._reduced(node, expression), kind)
                 found[made] = either(found[made], when) if made in found else when
         if len(found) > _MOST_CASES:
             raise Unproven("too many different values", node)
@@ -225,9 +122,9 @@ class Positions:
         if isinstance(formula, AtLeastZero):
             reduced = self._reduced(node, formula.of)
             low, high = self._range(node, reduced)
-            if _at_least_zero(low):
+            if at_least_zero(low):
                 return True
-            return False if _at_least_zero(-1 - high) else AtLeastZero(reduced)
+            return False if at_least_zero(-1 - high) else AtLeastZero(reduced)
         if isinstance(formula, (Both, Either)):
             join = both if isinstance(formula, Both) else either
             return join(*[self._decided(node, part) for part in formula.parts])
@@ -239,10 +136,10 @@ class Positions:
         for axis, factor in found.factors:
             reach = factor * (number(sizes[axis]) - 1)
             low, high = (low, high + reach) if factor > 0 else (low + reach, high)
-        return _plain(low), _plain(high)
+        return plain(low), plain(high)
 
     def _equal(self, node: Node, a: Affine, b: Affine) -> Formula:
-        return both(_order(a, b), _order(b, a))
+        return both(order(a, b), order(b, a))
 
     def _operand(self, node: Node, given: Any) -> Cases:
         if isinstance(given, Node) and shape(given) is not None:
@@ -253,7 +150,7 @@ class Positions:
         left, right = self._operand(node, a), self._operand(node, b)
         common = torch.result_type(*[tensor(x) if tensor(x) is not None else 0.5 if isinstance(x, float) else 0
                                      for x in (a, b)])  # fmt: skip
-        if common.is_floating_point and any(_rounded(e, common) != e for e in (*left, *right)):
+        if common.is_floating_point and any(rounded(e, common) != e for e in (*left, *right)):
             raise Unproven("a constant is rounded", node)
         return [(combine(x, y), both(p, q)) for x, p in left.items() for y, q in right.items()]
 
@@ -289,36 +186,6 @@ class Positions:
             return total
 
         return self._moved(cases, move)
-
-
-def _order(a: Affine, b: Affine) -> Formula:
-    """a ≥ b."""
-    constants = (a.constant, b.constant)
-    if any(isinstance(c, float) for c in constants):  # infinities and fractions compare with constants only
-        if a.factors or b.factors or not all(isinstance(c, (int, float)) for c in constants):
-            raise Unproven("positions are compared with a fraction")
-        return bool(a.constant >= b.constant)
-    difference = a - b
-    if not difference.factors and isinstance(difference.constant, int):
-        return difference.constant >= 0
-    return AtLeastZero(difference)
-
-
-def _rounded(found: Affine, kind: torch.dtype | None) -> Affine:
-    """The expression as the dtype holds it: only constants may be rounded, integers must not wrap around."""
-    if kind == torch.bool:
-        if found not in (ZERO, ONE):
-            raise Unproven("a truth value that is a number")
-        return found
-    if kind in _INTEGERS:
-        steepest = max((abs(factor) for _, factor in found.factors), default=0)
-        if isinstance(found.constant, float) or isinstance(found.constant, int) and abs(found.constant) > _LARGE or \
-                steepest > (1 if kind == torch.int32 else _LARGE):  # times a size it must not wrap around
-            raise Unproven("an integer that is too large or none")
-        return found
-    if kind is None or not kind.is_floating_point or found.factors or not isinstance(found.constant, (int, float)):
-        raise Unproven(f"positions in {kind}")
-    return Affine((), _plain(torch.tensor(float(found.constant), dtype=kind).item()))
 
 
 def _name(target: Any) -> str:
@@ -360,7 +227,7 @@ def _compared(swap: bool, strict: bool) -> Callable[..., Formula]:
     def rule(p: Positions, node: Node, a: Any, b: Any) -> Formula:
         def holds(x: Affine, y: Affine) -> Formula:
             big, small = (y, x) if swap else (x, y)
-            return _negated(_order(small, big)) if strict else _order(big, small)
+            return negated(order(small, big)) if strict else order(big, small)
 
         return either(*[both(truth, when) for truth, when in p._pairs(node, a, b, holds)])
 
@@ -371,7 +238,7 @@ def _equality(wanted: bool) -> Callable[..., Formula]:
     def rule(p: Positions, node: Node, a: Any, b: Any) -> Formula:
         pairs = p._pairs(node, a, b, lambda x, y: p._equal(node, x, y))
         equal = either(*[both(truth, when) for truth, when in pairs])
-        return equal if wanted else _negated(equal)
+        return equal if wanted else negated(equal)
 
     return rule
 
@@ -396,7 +263,7 @@ def _logical(join: Callable[..., Formula], only_bool: bool) -> Callable[..., For
 def _not(p: Positions, node: Node, a: Node) -> Formula:
     if dtype(node) != torch.bool:
         raise Unproven("bits of integers", node)
-    return _negated(p.truth(a))
+    return negated(p.truth(a))
 
 
 def _sum(sign: int, turned: bool = False) -> Callable[..., Cases]:
@@ -419,7 +286,7 @@ def _product(p: Positions, node: Node, a: Any, b: Any) -> Cases:
             raise Unproven("a product of positions", node)
         if isinstance(x.constant, int):
             return y.times(x.constant)
-        return Affine((), _plain(x.constant * y.constant))
+        return Affine((), plain(x.constant * y.constant))
 
     return p._merged(p._pairs(node, a, b, multiply))
 
@@ -431,15 +298,15 @@ def _negative(p: Positions, node: Node, a: Node) -> Cases:
 def _absolute(p: Positions, node: Node, a: Node) -> Cases:
     pairs = []
     for e, when in p(a).items():
-        above = _order(e, ZERO)
-        pairs += [(e, both(when, above)), (e.times(-1), both(when, _negated(above)))]
+        above = order(e, ZERO)
+        pairs += [(e, both(when, above)), (e.times(-1), both(when, negated(above)))]
     return p._merged(pairs)
 
 
 def _chosen(p: Positions, node: Node, condition: Node, yes: Any, no: Any) -> Cases:
     when = p.truth(condition)
     taken = [(e, both(w, when)) for e, w in p._operand(node, yes).items()]
-    return p._merged(taken + [(e, both(w, _negated(when))) for e, w in p._operand(node, no).items()])
+    return p._merged(taken + [(e, both(w, negated(when))) for e, w in p._operand(node, no).items()])
 
 
 def _masked_fill(p: Positions, node: Node, x: Node, mask: Node, value: Any) -> Cases:
@@ -451,13 +318,13 @@ def _triangle(sign: int) -> Callable[..., Cases]:
         at = Affine((), number(diagonal))
         distance = Affine(((-2, 1), (-1, -1))) + at  # tril keeps column − row ≤ diagonal, triu ≥
         kept = AtLeastZero(distance if sign > 0 else distance.times(-1))
-        return p._merged([*[(e, both(w, kept)) for e, w in p(x).items()], (ZERO, _negated(kept))])
+        return p._merged([*[(e, both(w, kept)) for e, w in p(x).items()], (ZERO, negated(kept))])
 
     return rule
 
 
 def _diff(p: Positions, node: Node, x: Node, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Cases:
-    if n != 1 or append is not None or dtype(x) not in _INTEGERS:
+    if n != 1 or append is not None or dtype(x) not in INTEGERS:
         raise Unproven("a difference that is not understood", node)
     axis = dim - len(shape(x) or ()) if dim >= 0 else dim
     found = _only(p(x), node)
@@ -469,7 +336,7 @@ def _diff(p: Positions, node: Node, x: Node, n: int = 1, dim: int = -1, prepend:
         raise Unproven("a difference that is not understood", node)
     first = Affine(tuple((a, f) for a, f in found.factors if a != axis), found.constant) - before
     later = AtLeastZero(Affine(((axis, 1),), -1))
-    return p._merged([(step, later), (first, _negated(later))])
+    return p._merged([(step, later), (first, negated(later))])
 
 
 def _cumsum(p: Positions, node: Node, x: Node, dim: int, **_: Any) -> Cases:
@@ -491,8 +358,8 @@ def _same(p: Positions, node: Node, x: Node, *_: Any, **__: Any) -> Cases:
     cases = p(x)
     if dtype(node) == torch.bool and dtype(x) != torch.bool:
         truth = p.truth(x)
-        return {ONE: truth, ZERO: _negated(truth)}
-    if dtype(node) in _INTEGERS and dtype(x) is not None and dtype(x).is_floating_point:  # type: ignore[union-attr]
+        return {ONE: truth, ZERO: negated(truth)}
+    if dtype(node) in INTEGERS and dtype(x) is not None and dtype(x).is_floating_point:  # type: ignore[union-attr]
         raise Unproven("a cast that truncates", node)
     return cases
 
@@ -504,15 +371,15 @@ def _unsqueeze(p: Positions, node: Node, x: Node, dim: int) -> Cases:
     return p._renumbered(p(x), {k - (rank - 1): i - rank for k, i in enumerate(old)})
 
 
-def _reordered(p: Positions, node: Node, x: Node, order: Sequence[int]) -> Cases:
-    rank = len(order)
-    return p._renumbered(p(x), {old % rank - rank: new - rank for new, old in enumerate(order)})
+def _reordered(p: Positions, node: Node, x: Node, axes: Sequence[int]) -> Cases:
+    rank = len(axes)
+    return p._renumbered(p(x), {old % rank - rank: new - rank for new, old in enumerate(axes)})
 
 
 def _transpose(p: Positions, node: Node, x: Node, a: int, b: int) -> Cases:
-    order = list(range(len(shape(x) or ())))
-    order[a], order[b] = order[b], order[a]
-    return _reordered(p, node, x, order)
+    axes = list(range(len(shape(x) or ())))
+    axes[a], axes[b] = axes[b], axes[a]
+    return _reordered(p, node, x, axes)
 
 
 def _permute(p: Positions, node: Node, x: Node, *dims: Any) -> Cases:
@@ -567,19 +434,19 @@ def _item(p: Positions, node: Node, x: Node, index: Any) -> Cases:
 
 def _clamped(start: Any, size: Any, node: Node) -> Any:
     """A start counted from the left (one beyond the end selects nothing, so it needs no clamp)."""
-    if _at_least_zero(start):
+    if at_least_zero(start):
         return start
     if isinstance(start, int) and isinstance(size, int):
         return max(start + size, 0)
-    if isinstance(start, int) and _at_least_zero(size + start):
-        return _plain(size + start)
+    if isinstance(start, int) and at_least_zero(size + start):
+        return plain(size + start)
     raise Unproven("a start that may be negative", node)
 
 
 def _gathered(p: Positions, node: Node, x: Node, parts: list[Any]) -> Cases:
     """x[i, j, …] with integer tensors for all axes: their broadcast shape is the result's."""
     sizes = shape(x) or ()
-    if len(parts) != len(sizes) or any(dtype(part) not in _INTEGERS for part in parts):
+    if len(parts) != len(sizes) or any(dtype(part) not in INTEGERS for part in parts):
         raise Unproven("an index by tensors that is not understood", node)
     cases = p(x)
     if len(cases) == 1 and not next(iter(cases)).factors:
@@ -590,7 +457,7 @@ def _gathered(p: Positions, node: Node, x: Node, parts: list[Any]) -> Cases:
     for k, part in enumerate(parts):
         indices[k - len(sizes)] = found = _only(p(part), node)
         low, high = p._range(part, found)
-        if not (_at_least_zero(low) and _at_least_zero(number(sizes[k]) - 1 - high)):
+        if not (at_least_zero(low) and at_least_zero(number(sizes[k]) - 1 - high)):
             raise Unproven("an index that may be out of range", node)
     return p._substituted(cases, indices)
 

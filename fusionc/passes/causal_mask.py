@@ -22,7 +22,8 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, dtype, same, shape
-from ..graph.positions import Affine, AtLeastZero, Positions, Unproven, either
+from ..graph.formula import Affine, AtLeastZero, Unproven, either
+from ..graph.positions import Positions
 from . import sdpa
 from .base import Match, Pass, Reassociates, Refuse
 

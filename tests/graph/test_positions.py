@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusionc.graph.facts import Facts, nodes_of
-from fusionc.graph.positions import Affine, AtLeastZero, Both, Cases, Either, Positions, Unproven
+from fusionc.graph.formula import Affine, AtLeastZero, Both, Cases, Either, Unproven
+from fusionc.graph.positions import Positions
 
 
 def captured(fn: Callable[..., Tensor], *inputs: Any, dynamic: bool = False) -> tuple[Positions, Any]:
