@@ -364,6 +364,16 @@ def _same(p: Positions, node: Node, x: Node, *_: Any, **__: Any) -> Cases:
     return cases
 
 
+def _repeat(p: Positions, node: Node, x: Node, *times: Any) -> Cases:
+    """Repetition along axes of size 1 is broadcasting."""
+    counts = times[0] if len(times) == 1 and isinstance(times[0], (tuple, list)) else times
+    sizes = shape(x) or ()
+    for axis in range(-len(sizes), 0):
+        if number(counts[axis]) != 1 and not same(sizes[axis], 1):
+            raise Unproven("positions are repeated", node)
+    return p(x)
+
+
 def _unsqueeze(p: Positions, node: Node, x: Node, dim: int) -> Cases:
     rank = len(shape(node) or ())
     at = dim % rank
@@ -467,7 +477,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "full": _filled(1), "full_like": _filled(1), "new_full": _filled(2), "tensor": _tensor,
     "where": _chosen, "masked_fill": _masked_fill, "tril": _triangle(1), "triu": _triangle(-1),
     "diff": _diff, "cumsum": _cumsum, "getitem": _item, "mul": _product, "multiply": _product,
-    "neg": _negative, "abs": _absolute, "unsqueeze": _unsqueeze, "transpose": _transpose, "permute": _permute,
+    "neg": _negative, "abs": _absolute, "repeat": _repeat, "unsqueeze": _unsqueeze, "transpose": _transpose, "permute": _permute,
     "add": _sum(1), "radd": _sum(1), "sub": _sum(-1), "rsub": _sum(-1, True), "rmul": _product,
 }  # fmt: skip
 _RULES |= dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(None, 1))

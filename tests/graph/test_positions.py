@@ -107,6 +107,7 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "new ones": lambda x: columns(x).new_ones((), dtype=torch.bool) & (columns(x) >= 0),
     "zeros": lambda x: torch.zeros(x.shape[0], x.shape[1]),
     "expand": lambda x: (columns(x) <= rows(x)[:, None])[None, None].expand(2, -1, -1, -1),
+    "repeat": lambda x: (columns(x)[None, :] <= rows(x)[:, None])[:, None].repeat(2, 1, 3, 1),
     "permute": lambda x: (columns(x)[None, None, :] <= rows(x)[None, :, None]).permute(2, 0, 1),
     "transpose": lambda x: (columns(x)[None, :] <= rows(x)[:, None]).transpose(-1, 0),
     "squeeze": lambda x: (columns(x)[None, None, :] <= rows(x)[None, :, None]).squeeze(0),
@@ -141,6 +142,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "small integers": (lambda x: torch.arange(3, dtype=torch.int8), "positions in torch.int8"),
     "steep": (lambda x: torch.arange(0, 8, 2, dtype=torch.int32), "an integer that is too large or none"),
     "wrap": (lambda x: columns(x) * 2**40, "an integer that is too large or none"),
+    "repeated": (lambda x: columns(x).repeat(2), "positions are repeated"),
     "square": (lambda x: columns(x) * columns(x), "a product of positions"),
     "bits": (lambda x: columns(x) & 1, "bits of integers"),
     "reshaped": (lambda x: (columns(x) + rows(x)[:, None]).reshape(-1), "positions are reshaped"),
@@ -175,7 +177,7 @@ def test_ranges_decide() -> None:
     assert len(positions(node)) == 2  # true at the sizes seen, but not at all
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("le lt ge gt eq ne tril triu window".split()), st.integers(-3, 3),
                           st.sampled_from("and or and-not".split())), min_size=1, max_size=4),
        st.integers(2, 5), st.integers(2, 5), st.booleans())  # fmt: skip
