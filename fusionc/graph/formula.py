@@ -162,12 +162,14 @@ def rounded(found: Affine, kind: torch.dtype | None) -> Affine:
         return found
     if kind in INTEGERS:
         steepest = max((abs(factor) for _, factor in found.factors), default=0)
-        if isinstance(found.constant, float) or isinstance(found.constant, int) and abs(found.constant) > _LARGE or \
-                steepest > (1 if kind == torch.int32 else _LARGE):  # times a size it must not wrap around
+        if (
+            isinstance(found.constant, float)
+            or isinstance(found.constant, int)
+            and abs(found.constant) > _LARGE
+            or steepest > (1 if kind == torch.int32 else _LARGE)
+        ):  # times a size it must not wrap around
             raise Unproven("an integer that is too large or none")
         return found
     if kind is None or not kind.is_floating_point or found.factors or not isinstance(found.constant, (int, float)):
         raise Unproven(f"positions in {kind}")
     return Affine((), plain(torch.tensor(float(found.constant), dtype=kind).item()))
-
-

@@ -323,7 +323,9 @@ def _triangle(sign: int) -> Callable[..., Cases]:
     return rule
 
 
-def _diff(p: Positions, node: Node, x: Node, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Cases:
+def _diff(
+    p: Positions, node: Node, x: Node, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None
+) -> Cases:
     if n != 1 or append is not None or dtype(x) not in INTEGERS:
         raise Unproven("a difference that is not understood", node)
     axis = dim - len(shape(x) or ()) if dim >= 0 else dim

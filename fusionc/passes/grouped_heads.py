@@ -95,8 +95,11 @@ def _repeated(node: Node) -> tuple[Node, tuple[Node, ...]] | None:
     if not isinstance(origin, Node) or before is None or spread is None or after is None or len(spread) != 5:
         return None
     kept = (*before[:2], *before[2:])
-    if not same_sizes((*spread[:2], *spread[3:]), kept) or not same(after[1], spread[1] * spread[2]) or \
-            not same_sizes((after[0], *after[2:]), (before[0], *before[2:])):
+    if (
+        not same_sizes((*spread[:2], *spread[3:]), kept)
+        or not same(after[1], spread[1] * spread[2])
+        or not same_sizes((after[0], *after[2:]), (before[0], *before[2:]))
+    ):
         return None
     return origin, (node, source, inner)
 
@@ -109,5 +112,8 @@ def _opened(node: Node) -> bool:
     if name == "unsqueeze":
         return node.args[1:] in ((2,), (-3,)) and not node.kwargs
     index = node.args[1] if name == "getitem" and len(node.args) == 2 else None
-    return isinstance(index, tuple) and index[:3] == (_ALL, _ALL, None) and \
-        all(part == _ALL or part is Ellipsis for part in index[3:])
+    return (
+        isinstance(index, tuple)
+        and index[:3] == (_ALL, _ALL, None)
+        and all(part == _ALL or part is Ellipsis for part in index[3:])
+    )

@@ -97,8 +97,7 @@ CAUSAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "not above": lambda q, k: ~(column(k) > row(q)),
     "tril": lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(),
     "-inf": lambda q, k: torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype).masked_fill(column(k) > row(q), -torch.inf),
-    "where": lambda q, k: torch.where(column(k) <= row(q), torch.tensor(0.0, dtype=q.dtype),
-                                       torch.finfo(q.dtype).min),
+    "where": lambda q, k: torch.where(column(k) <= row(q), torch.tensor(0.0, dtype=q.dtype), torch.finfo(q.dtype).min),
     "methods": lambda q, k: row(q).__ge__(column(k)).__and__(row(q).__eq__(row(q))).__invert__().__invert__(),
     "inverted": lambda q, k: (1.0 - (column(k) <= row(q)).to(q.dtype)) * -1e9,
     "by head": lambda q, k: (column(k) <= row(q)).expand(q.shape[0], q.shape[1], -1, -1),
@@ -175,8 +174,10 @@ def test_mask_with_another_reader_stays() -> None:
 REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "window": (lambda q, k: (column(k) <= row(q)) & (column(k) > row(q) - 3), "the mask is neither causal nor empty"),
     "first row masked": (lambda q, k: column(k) < row(q), "the mask is neither causal nor empty"),
-    "first row lowest": (lambda q, k: torch.where(column(k) < row(q), 0.0, LOW).to(q.dtype),
-                         "the mask is neither causal nor empty"),
+    "first row lowest": (
+        lambda q, k: torch.where(column(k) < row(q), 0.0, LOW).to(q.dtype),
+        "the mask is neither causal nor empty",
+    ),
     "all masked": (lambda q, k: column(k) < 0, "the mask is neither causal nor empty"),
     "reversed": (lambda q, k: column(k) >= row(q), "the mask is neither causal nor empty"),
     "penalty": (lambda q, k: torch.where(column(k) <= row(q), 0.0, -1e4).to(q.dtype), "it adds other numbers"),
@@ -295,7 +296,13 @@ def test_refuses_where_torch_cannot_choose(monkeypatch: pytest.MonkeyPatch) -> N
 def test_hugging_face(kind: str) -> None:
     """The whole way: what the backend compiles has the values of eager, and no mask is left in its graph."""
     transformers = pytest.importorskip("transformers")
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     if kind != "bert":
         shape["num_key_value_heads"] = 2
     name = {"llama": "Llama", "mistral": "Mistral", "bert": "Bert"}[kind]
@@ -311,5 +318,5 @@ def test_hugging_face(kind: str) -> None:
         found = compiled(input_ids=tokens, **extra).last_hidden_state
         expected = model(input_ids=tokens, **extra).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    (mask, causal), = backend.masks
+    ((mask, causal),) = backend.masks
     assert (mask is None, causal) == {"llama": (True, True), "bert": (True, False), "mistral": (False, False)}[kind]

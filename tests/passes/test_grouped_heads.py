@@ -132,11 +132,14 @@ def test_refuses_what_is_written() -> None:
     assert reasons(compare(fn, *qkv(), fired=0)) == ["the repeated tensor is written in place"]
 
 
-@pytest.mark.parametrize(("ranks", "reason"), [
-    ((2, 1), "torch has no fused kernel that groups these heads"),
-    ((0, 0), "torch has no fused kernel that groups these heads"),
-    (None, "torch cannot choose a kernel: RuntimeError"),
-])
+@pytest.mark.parametrize(
+    ("ranks", "reason"),
+    [
+        ((2, 1), "torch has no fused kernel that groups these heads"),
+        ((0, 0), "torch has no fused kernel that groups these heads"),
+        (None, "torch cannot choose a kernel: RuntimeError"),
+    ],
+)
 def test_refuses_by_torchs_choice(ranks: tuple[int, int] | None, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = sdpa.Probe.__call__
 
