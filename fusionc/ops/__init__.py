@@ -1,17 +1,20 @@
-"""Custom operators ``fusionc::*``: what a pass puts into a graph where torch has no operator for it.
+"""Custom operators ``fusionc::*``: a reference on the CPU, fake tensors, gradients, and kernels on a GPU; one file each.
 
-One file an operator: schema, plain formulas (any device), fake implementation, autograd rule. Kernels are reached when
-an operator is called on a GPU. A module registers its operators when it is imported; ``load`` imports all of them.
+A pass inserts a call of such an operator; a Program read from the cache names it. ``load`` registers it for either.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+import importlib
 
-MODULES = ("linear_cross_entropy", "padded_mm")
+_HOMES = {  # operator -> file
+    "linear_cross_entropy": "linear_cross_entropy",
+    "linear_cross_entropy_backward": "linear_cross_entropy",
+}
 
 
-def load() -> None:
-    """Register every operator: for whoever meets their names in stored programs before a pass has used them."""
-    for name in MODULES:
-        import_module(f"{__name__}.{name}")
+def load(name: str) -> None:
+    """Register the operators of the file that ``fusionc::<name>`` lives in; unknown names are left to the caller."""
+    home = _HOMES.get(name)
+    if home is not None:
+        importlib.import_module(f"{__name__}.{home}")

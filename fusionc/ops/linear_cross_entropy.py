@@ -15,10 +15,12 @@ Source: Liger Kernel (arXiv 2410.10989) for the gradient in the forward; ``specs
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _library = torch.library.Library("fusionc", "FRAGMENT")
@@ -63,38 +65,43 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ign
         words = weight.shape[0]
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = chunk_rows(tokens, width, wanted[1])
-        # whole multiples of 128 bytes a row, or cuBLAS falls back to slow kernels for odd numbers of words
-        buffer = x.new_empty((rows, -(-words // 64) * 64))[:, :words]
+        # cuBLAS has its fast kernels for widths that are multiples of 8: more words, whose logits and gradients are 0
+        full = -(-words // 64) * 64 if words % 8 else words
+        weights = weight if full == words else F.pad(weight, (0, 0, 0, full - words))
+        biases = bias if bias is None or full == words else F.pad(bias, (0, full - words))
+        buffer = x.new_empty((rows, full))
         losses = x.new_empty(tokens, dtype=wide)
         count = (target != ignore_index).sum().to(wide) if mean else None
         scale = count.reciprocal() if count is not None else x.new_ones((), dtype=wide)
-        loss, dx, dw, db = _fake(x, weight, bias, target, ignore_index, mean, label_smoothing, dtype, wanted)
+        others = (wanted[0], False, wanted[2])
+        loss, dx, _, db = _fake(x, weight, bias, target, ignore_index, mean, label_smoothing, dtype, others)
+        dw = weights.new_empty(weights.shape if wanted[1] else (0,))
         bias_sum = torch.zeros_like(db, dtype=wide)
         if tokens == 0:
             dw.zero_()
-        score = _rows_on_gpu if x.device.type == "cuda" else _rows_plain
+        score = _kernels().rows if x.device.type == "cuda" else _rows_plain
         for start in range(0, tokens, rows or 1):
             part = x[start : start + rows]
             logits = buffer[: part.shape[0]]
             span = slice(start, start + part.shape[0])
-            if bias is None:
-                torch.mm(part, weight.t(), out=logits)
+            if biases is None:
+                torch.mm(part, weights.t(), out=logits)
             else:
-                torch.addmm(bias, part, weight.t(), out=logits)
-            score(logits, target[span], scale, losses[span], ignore_index, label_smoothing, any(wanted))
+                torch.addmm(biases, part, weights.t(), out=logits)
+            score(logits[:, :words], target[span], scale, losses[span], ignore_index, label_smoothing, any(wanted))
             if wanted[0]:
-                torch.mm(logits, weight, out=dx[span])
+                torch.mm(logits, weights, out=dx[span])
             if wanted[1] and start == 0:
                 torch.mm(logits.t(), part, out=dw)
             elif wanted[1]:
                 torch.addmm(dw, logits.t(), part, out=dw)
             if wanted[2]:
-                bias_sum += logits.sum(0, dtype=wide)
+                bias_sum += logits[:, :words].sum(0, dtype=wide)
         if wanted[2]:
             db.copy_(bias_sum)
         total = losses.sum()
         loss.copy_(total if count is None else total / count)
-        return loss, dx, dw, db
+        return loss, dx, dw[:words], db
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, mean: bool,
@@ -128,24 +135,9 @@ def _rows_plain(logits: Tensor, target: Tensor, scale: Tensor, losses: Tensor, i
         logits.copy_(slope.mul_(scale).masked_fill_(~used[:, None], 0))
 
 
-def _rows_on_gpu(logits: Tensor, target: Tensor, scale: Tensor, losses: Tensor, ignore_index: int,
-                 label_smoothing: float, gradient: bool) -> None:  # fmt: skip
-    import triton.language as tl
-
-    words = logits.shape[1]
-    block = min(16384, max(1024, 1 << (words - 1).bit_length()))
-    with torch.cuda.device(logits.device):
-        _kernels().cross_entropy_rows[(logits.shape[0],)](
-            logits, target, scale, losses, logits.stride(0), words, ignore_index, label_smoothing, BLOCK=block, GROUP=8,
-            GRADIENT=gradient, SMOOTH=label_smoothing != 0, WIDE=tl.float64 if losses.dtype == torch.float64 else tl.float32,
-            num_warps=max(4, block // 512))  # fmt: skip
-
-
 def _kernels() -> Any:
-    from ..codegen.templates.cross_entropy import TEXT
-    from ..runtime.launch import load_module
-
-    return load_module(TEXT)
+    """The launchers, imported at the first call on a GPU."""
+    return importlib.import_module("fusionc.runtime.linear_cross_entropy")
 
 
 def _backward(grad: Tensor, dx: Tensor, dw: Tensor, db: Tensor) -> tuple[Tensor, ...]:
@@ -154,23 +146,11 @@ def _backward(grad: Tensor, dx: Tensor, dw: Tensor, db: Tensor) -> tuple[Tensor,
         return tuple(torch.empty_like(t) if t.numel() == 0 else (t * grad).to(t.dtype) for t in (dx, dw, db))
     if grad.device.type == "cuda":
         for t in (dx, dw, db):
-            _scale_on_gpu(t, grad)
+            _kernels().scale(t, grad)
     elif grad.item() != 1:
         for t in (dx, dw, db):
             t.mul_(grad)
     return dx.detach(), dw.detach(), db.detach()  # tensors of their own: autograd then keeps them without a copy
-
-
-def _scale_on_gpu(t: Tensor, grad: Tensor) -> None:
-    import triton.language as tl
-
-    if t.numel() == 0:
-        return
-    block = 8192
-    with torch.cuda.device(t.device):
-        _kernels().scale_in_place[(-(-t.numel() // block),)](
-            t, grad, t.numel(), BLOCK=block, WIDE=tl.float64 if t.dtype == torch.float64 else tl.float32, num_warps=8
-        )
 
 
 def _fake_backward(grad: Tensor, dx: Tensor, dw: Tensor, db: Tensor) -> tuple[Tensor, ...]:
