@@ -12,6 +12,7 @@ from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refu
 from .conv_bn import ConvBatchNorm
 from .cse import CommonSubexpressions
 from .horizontal_matmul import HorizontalMatmul
+from .linear_cross_entropy import LinearCrossEntropy
 from .manager import named_approximate, run, run_passes, static_inputs
 from .pad_matmul import PadMatmul
 from .reinplace import Reinplace
@@ -30,6 +31,7 @@ class Step:
 
 PIPELINE: tuple[Step, ...] = (
     Step(1, ConvBatchNorm(), "model", "while a convolution and its BatchNorm are still single calls with real weights"),
+    Step(5, LinearCrossEntropy(), "model", "while the loss is one call, before autograd makes its gradient"),
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
