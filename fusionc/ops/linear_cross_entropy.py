@@ -48,12 +48,15 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor
 
 
 def chunk_rows(tokens: int, width: int, accumulates: bool) -> int:
-    """Tokens of one chunk: its logits take at most a quarter of W's memory, but a matmul gets 1024 rows to work on.
+    """Tokens of one chunk: its logits take at most half of W's memory, but matmuls get 2048 rows to work on.
 
-    ``accumulates``: a gradient of W is made, which each chunk reads and writes. Chunks are of equal size, in steps of 128.
+    ``accumulates``: a gradient of W is made, which each chunk reads, writes and rounds: then there are at most 8 (measured
+    error of dW in bfloat16 against eager's: 1.33 for 2 chunks, 1.55 for 4, 1.72 for 8, 1.85 for 16). Chunks are of equal
+    size, in steps of 128.
     """
-    most = max(1024, width // 4 if accumulates else 0)
+    most = max(2048, width // 2 if accumulates else 0)
     count = max(1, -(-tokens // most))
+    count = min(8, count) if accumulates else count
     return min(tokens, -(-tokens // (128 * count)) * 128)
 
 

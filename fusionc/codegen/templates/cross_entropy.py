@@ -2,8 +2,8 @@
 
 One program a row. The first sweep keeps a running maximum and a running sum for each group of 8 neighbours (one
 exponential an element and one a group; the groups meet once, at the end); the second sweep rewrites the row. Few wide
-programs run at a time, so that the second sweep finds the row (256 KB for 128k words in bfloat16) in the L2 cache: one
-read and one write of the logits from memory in all. Whole blocks go without a mask: a mask on a width that is not a
+programs run at a time, and the second sweep goes backwards, so that it finds much of the row (256 KB for 128k words in bfloat16) in the L2
+cache. Whole blocks go without a mask: a mask on a width that is not a
 multiple of 16 would make every access one element wide.
 
 Source: the online softmax (Milakov and Gimelshein, arXiv 1805.02867); the gradient in place of the logits as in Liger
@@ -84,15 +84,16 @@ def cross_entropy_rows(logits, target, scale, losses, row_stride, words, ignore,
             tl.debug_barrier()  # the score of the target is read before it is written over
             factor = tl.load(scale).to(WIDE)
             kind = logits.dtype.element_ty
-            for start in range(0, whole, BLOCK):
-                cols = start + span
-                x = tl.load(row + cols).to(WIDE)
-                tl.store(row + cols, (_slope(x, cols, t, lse, words, smoothing, SMOOTH) * factor).to(kind))
+            # backwards: what was read last is in the cache still
             if whole < words:
                 cols = whole + span
                 x = tl.load(row + cols, mask=cols < words, other=float("-inf")).to(WIDE)
                 g = _slope(x, cols, t, lse, words, smoothing, SMOOTH) * factor
                 tl.store(row + cols, g.to(kind), mask=cols < words)
+            for done in range(0, whole, BLOCK):
+                cols = whole - BLOCK - done + span
+                x = tl.load(row + cols).to(WIDE)
+                tl.store(row + cols, (_slope(x, cols, t, lse, words, smoothing, SMOOTH) * factor).to(kind))
     else:
         tl.store(losses + r, 0.0)
         if GRADIENT:
