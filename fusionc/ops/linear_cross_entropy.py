@@ -28,7 +28,9 @@ _library.define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, bool mean, "
     "float label_smoothing, ScalarType dtype, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define("linear_cross_entropy_backward(Tensor grad, Tensor dx, Tensor dw, Tensor db) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "linear_cross_entropy_backward(Tensor grad, Tensor dx, Tensor dw, Tensor db) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
@@ -41,7 +43,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor
     The gradients are computed at once, wherever gradients are enabled and an argument requires one.
     """
     if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}: the gradient is made before it is asked for, so only 'mean' and 'sum'")
+        raise ValueError(
+            f"reduction={reduction!r}: the gradient is made before it is asked for, so only 'mean' and 'sum'"
+        )
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
     return torch.ops.fusionc.linear_cross_entropy(x, weight, bias, target, ignore_index, reduction == "mean",
                                                   label_smoothing, dtype or x.dtype, wanted)[0]  # fmt: skip

@@ -5,7 +5,8 @@ Math       cross_entropy(slice(x Wᵀ + b), t)  =  fusionc::linear_cross_entropy
 Exactness  reassociates: dW is summed over chunks (one more rounding to its dtype each)
 Legality   nobody else reads the logits, and between the layer and the loss they are only widened, reshaped and cut along
            tokens; mean or sum over int64 targets, no class weights; not float16, whose gradients live on the loss scale
-Cost       three matmuls as before; instead of the logits, their float32 copy and their gradient one chunk of logits lives
+Cost       three matmuls as before; instead of the logits, their float32 copy and their gradient one chunk of logits lives.
+           A forward with gradients enabled makes them even if no backward follows: use no_grad for evaluation
 Source     Liger Kernel (arXiv 2410.10989); conditions from ``specs/quant_moe_training.md`` §11
 """
 
@@ -56,8 +57,10 @@ class LinearCrossEntropy(Pass):
                 source = source.args[0]
             layer = _layer(source)
             if layer is not None:
-                yield Match({"loss": node, "given": given, "chain": chain[::-1], "linear": source, **layer},
-                            (source, *chain[::-1], node))
+                yield Match(
+                    {"loss": node, "given": given, "chain": chain[::-1], "linear": source, **layer},
+                    (source, *chain[::-1], node),
+                )
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality."""
@@ -88,7 +91,12 @@ class LinearCrossEntropy(Pass):
             before = dtype(node)
         if len(shape(given["input"]) or ()) != 2:
             return Refuse("the words are not the last of two dimensions", loss)
-        if any(linear < writer < loss for n in operands for root in facts.roots(n) for writer in facts.writers.get(root, ())):
+        if any(
+            linear < writer < loss
+            for n in operands
+            for root in facts.roots(n)
+            for writer in facts.writers.get(root, ())
+        ):
             return Refuse("memory of an operand is written before the loss is taken", loss)
         rows = (shape(given["input"]) or (0,))[0]
         if isinstance(rows, int) and rows * words < self.least:
@@ -108,8 +116,10 @@ class LinearCrossEntropy(Pass):
             return edit.insert(graph, target, args, kwargs, origin=origin, key="example_value")
 
         with graph.inserting_before(loss):
-            x, weight, bias = (n if n is None or dtype(n) == dtype(linear) else call(torch.Tensor.to, n, dtype(linear))
-                               for n in (match.x, match.weight, match.bias))
+            x, weight, bias = (
+                n if n is None or dtype(n) == dtype(linear) else call(torch.Tensor.to, n, dtype(linear))
+                for n in (match.x, match.weight, match.bias)
+            )
             width = (shape(match.weight) or (0, 0))[1]
             for node in match.chain:
                 word = _word(node)

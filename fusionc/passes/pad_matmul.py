@@ -101,12 +101,17 @@ class PadMatmul(Pass):
         rows, columns = _up(m) if match.odd[0] else m, _up(n) if match.odd[1] else n
         inner = _up(k) if match.odd[2] else k
         values = edit.FakeViews(like, (rows, columns))
-        restrided = [(view, values.view(shape(view) or (), strides, offset)) for view, strides, offset in match.views or ()]
+        restrided = [
+            (view, values.view(shape(view) or (), strides, offset)) for view, strides, offset in match.views or ()
+        ]
         cut = values.view((m, n), (columns, 1))
         a, b = _padded(graph, node, match.a, rows, inner), match.b
         if match.odd[1] or match.odd[2]:
-            b = _derived(facts, match, inner, columns) if match.frozen is not None else \
-                _padded(graph, node, b, inner, columns)
+            b = (
+                _derived(facts, match, inner, columns)
+                if match.frozen is not None
+                else _padded(graph, node, b, inner, columns)
+            )
         args: tuple[Any, ...] = (a, b)
         if len(node.args) == 3:
             bias = node.args[0]
@@ -149,8 +154,14 @@ def _fast(m: int, n: int, k: int) -> float:
 def _transposed(node: Any) -> bool:
     """The matrix is stored by columns."""
     steps, sizes = stride(node), shape(node)
-    return steps is not None and sizes is not None and len(steps) == 2 and isinstance(steps[0], int) and \
-        steps[0] == 1 and not (isinstance(steps[1], int) and steps[1] == 1)
+    return (
+        steps is not None
+        and sizes is not None
+        and len(steps) == 2
+        and isinstance(steps[0], int)
+        and steps[0] == 1
+        and not (isinstance(steps[1], int) and steps[1] == 1)
+    )
 
 
 def _row_major(node: Any) -> bool:
@@ -243,7 +254,12 @@ def _padding(source: Compute, rows: int, columns: int) -> Compute:
 
 def rebuild(rows: Any, columns: Any, dim: Any, transposed: Any, chains: Any, count: int) -> Compute:
     """The computation of a recipe. Raises ValueError or TypeError for what is none."""
-    if count != 1 or type(rows) is not int or type(columns) is not int or not 0 <= rows <= 1 << 31 or \
-            not 0 < columns <= 1 << 31:
+    if (
+        count != 1
+        or type(rows) is not int
+        or type(columns) is not int
+        or not 0 <= rows <= 1 << 31
+        or not 0 < columns <= 1 << 31
+    ):
         raise ValueError("not a padded weight")
     return _padding(wide.rebuild(dim, transposed, chains, count), rows, columns)

@@ -15,8 +15,9 @@ def rows(logits: Tensor, target: Tensor, scale: Tensor, losses: Tensor, ignore_i
          gradient: bool) -> None:  # fmt: skip
     """Fill ``losses`` [n] and, with ``gradient``, overwrite ``logits`` [n, V] (rows contiguous) by their gradient · scale."""
     words = logits.shape[1]
-    # 32 warps: one row at a time on each multiprocessor, so that all rows in work fit into the L2 cache together
-    block = min(16384, max(1024, 1 << (words - 1).bit_length()))
+    # measured (H200, 8192 rows): 128256 words 1.53 ms with 16384, 1.61 with 8192; 50257 words, whose last block goes
+    # element by element, 0.80 and 0.63
+    block = min(8192 if words % 16 else 16384, max(1024, 1 << (words - 1).bit_length()))
     with torch.cuda.device(logits.device):
         load_module(TEXT).cross_entropy_rows[(logits.shape[0],)](
             logits, target, scale, losses, logits.stride(0), words, ignore_index, label_smoothing, BLOCK=block, GROUP=8,

@@ -15,7 +15,9 @@ from fusionc.ops import linear_cross_entropy as op
 CASES = list(itertools.product(("mean", "sum"), (0.0, 0.1), (False, True)))
 
 
-def make(tokens: int, width: int, words: int, bias: bool, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tensor]:
+def make(
+    tokens: int, width: int, words: int, bias: bool, dtype: torch.dtype = torch.float64
+) -> tuple[list[Tensor], Tensor]:
     rng = torch.Generator().manual_seed(tokens + words)
     sizes = [(tokens, width), (words, width)] + [(words,)] * bias
     made = [torch.randn(s, generator=rng, dtype=torch.float64).to(dtype).requires_grad_() for s in sizes]
@@ -106,9 +108,19 @@ def test_operator_contract() -> None:
     torch.library.opcheck(torch.ops.fusionc.linear_cross_entropy.default, given)
 
 
-@pytest.mark.parametrize(("tokens", "accumulates", "rows"), [
-    (8192, True, 2048), (8192, False, 2048), (8191, True, 2048), (100, True, 100), (2100, True, 1152), (0, True, 0),
-    (1 << 20, True, 1 << 17), (1 << 20, False, 2048)])
+@pytest.mark.parametrize(
+    ("tokens", "accumulates", "rows"),
+    [
+        (8192, True, 2048),
+        (8192, False, 2048),
+        (8191, True, 2048),
+        (100, True, 100),
+        (2100, True, 1152),
+        (0, True, 0),
+        (1 << 20, True, 1 << 17),
+        (1 << 20, False, 2048),
+    ],
+)
 def test_chunks(tokens: int, accumulates: bool, rows: int) -> None:
     assert op.chunk_rows(tokens, 4096, accumulates) == rows
 

@@ -21,7 +21,9 @@ return (%v,)
 
 
 def test_a_frozen_weight_is_padded_once() -> None:
-    assert rewritten(PASS, HEAD) == """
+    assert (
+        rewritten(PASS, HEAD)
+        == """
 %x: f64[6, 8] = input
 %w: f64[13, 8] = input  # static
 %derived_0: f64[64, 8] = input
@@ -32,28 +34,39 @@ def test_a_frozen_weight_is_padded_once() -> None:
 %v: f64[2, 3, 13] = aten.view(%clone, [2, 3, 13])
 return (%v)
 """
+    )
     check_values(PASS, HEAD, fired=1, exact=False)
 
 
 def test_readers_take_strided_results() -> None:
-    new = check_values(PASS, HEAD.replace("return (%v,)", "%s: f64[2, 3, 13] = aten.sin(%v)\nreturn (%s,)"), fired=1,
-                       exact=False)
+    new = check_values(
+        PASS, HEAD.replace("return (%v,)", "%s: f64[2, 3, 13] = aten.sin(%v)\nreturn (%s,)"), fired=1, exact=False
+    )
     assert "clone" not in show(new) and "%v: f64[2, 3, 13]{192, 64, 1}" in show(new)
 
 
 def test_weights_by_rows_biases_and_casts() -> None:
-    new = check_values(PASS, """
+    new = check_values(
+        PASS,
+        """
 %x: f64[6, 8] = input
 %w: f32[8, 13] = input  # static
 %b: f64[13] = input  # static
 %c: f64[8, 13] = aten._to_copy(%w, dtype=torch.float64)
 %y: f64[6, 13] = aten.addmm(%b, %x, %c)
 return (%y,)
-""", fired=1, exact=False)
+""",
+        fired=1,
+        exact=False,
+    )
     assert "%derived_0: f64[8, 64] = input\n%derived_1: f64[64] = input" in show(new)
     for made in new.meta["fusionc_derived"]:
         again = rebuild(*made.recipe[1:], count=1)
-        source = torch.randn(8, 13, dtype=torch.float32) if made.name == "derived_0" else torch.randn(13, dtype=torch.float64)
+        source = (
+            torch.randn(8, 13, dtype=torch.float32)
+            if made.name == "derived_0"
+            else torch.randn(13, dtype=torch.float64)
+        )
         assert again([source]).equal(made.compute([source]))
 
 
@@ -69,7 +82,9 @@ return (%dx, %dw)
 
 
 def test_training_pads_at_run_time_and_shares() -> None:
-    assert "\n" + show(apply(PASS, BACKWARD, "backward")[0]) == """
+    assert (
+        "\n" + show(apply(PASS, BACKWARD, "backward")[0])
+        == """
 %g: f64[6, 13] = input
 %w: f64[13, 8] = input  # static
 %x: f64[6, 8] = input
@@ -81,6 +96,7 @@ def test_training_pads_at_run_time_and_shares() -> None:
 %slice_1: f64[13, 8] = aten.slice(%mm_1, 0, 0, 13)
 return (%mm, %slice_1)
 """
+    )
 
 
 @pytest.mark.parametrize("spelling", ["t(%g)", "permute(%g, [1, 0])"])
@@ -89,7 +105,9 @@ def test_run_time_values(spelling: str) -> None:
 
 
 def test_run_time_bias() -> None:
-    check_values(PASS, """
+    check_values(
+        PASS,
+        """
 %x: f64[6, 8] = input
 %w: f64[8, 13] = input
 %b: f64[13] = input
@@ -100,7 +118,10 @@ def test_run_time_bias() -> None:
 %z: f64[6, 13] = aten.addmm(%b1, %x, %w)
 %r: f64[6, 8] = aten.addmm(%m, %y, %n)
 return (%y, %z, %r)
-""", fired=3, exact=False)
+""",
+        fired=3,
+        exact=False,
+    )
 
 
 def one(line: str, inputs: str = "") -> str:
@@ -109,11 +130,11 @@ def one(line: str, inputs: str = "") -> str:
 
 REFUSED = {
     "not 16-bit floats": one("%y: f32[6, 13] = aten.mm(%x, %w)").replace("f64", "f32"),
-    "addmm scales its bias or product": one(
-        "%y: f64[6, 13] = aten.addmm(%b, %x, %w, beta=2)", "%b: f64[13] = input\n"),
+    "addmm scales its bias or product": one("%y: f64[6, 13] = aten.addmm(%b, %x, %w, beta=2)", "%b: f64[13] = input\n"),
     "its bias is a matrix": one("%y: f64[6, 13] = aten.addmm(%b, %x, %w)", "%b: f64[6, 13] = input\n"),
     "the memory of an operand is written by the graph": one(
-        "%c: f64[6, 8] = aten.mul_.Tensor(%x, 2)\n%y: f64[6, 13] = aten.mm(%c, %w)"),
+        "%c: f64[6, 8] = aten.mul_.Tensor(%x, 2)\n%y: f64[6, 13] = aten.mm(%c, %w)"
+    ),
 }
 
 
@@ -127,7 +148,9 @@ def test_refuses_what_is_small() -> None:
     item = PadMatmul("cpu", (torch.float64,))
     (found,) = refusals(item, HEAD)
     assert found.startswith("padding would not pay: 3 µs without, 2 with, 3 for copies")
-    big = "%x: f64[128, 768] = input\n%w: f64[768, 50257] = input{}\n%y: f64[128, 50257] = aten.mm(%x, %w)\nreturn (%y,)"
+    big = (
+        "%x: f64[128, 768] = input\n%w: f64[768, 50257] = input{}\n%y: f64[128, 50257] = aten.mm(%x, %w)\nreturn (%y,)"
+    )
     assert apply(item, parse(big.format("  # static")))[1].fired == 1
     # 128 rows against a copy of 77 MB: the weight of a training step stays as it is, that of 8192 rows does not
     assert apply(item, parse(big.format("")), "forward")[1].fired == 0
@@ -155,8 +178,10 @@ def test_symbolic() -> None:
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
     context = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    fakes = [mode.from_tensor(torch.randn(6, 8, dtype=torch.float64), symbolic_context=context),
-             mode.from_tensor(w, static_shapes=True)]
+    fakes = [
+        mode.from_tensor(torch.randn(6, 8, dtype=torch.float64), symbolic_context=context),
+        mode.from_tensor(w, static_shapes=True),
+    ]
     with mode:
         gm = make_fx(f)(*fakes)
     guards = len(env.guards)

@@ -2,9 +2,9 @@
 
 One program a row. The first sweep keeps a running maximum and a running sum for each group of 8 neighbours (one
 exponential an element and one a group; the groups meet once, at the end); the second sweep rewrites the row. Few wide
-programs run at a time, and the second sweep goes backwards, so that it finds much of the row (256 KB for 128k words in bfloat16) in the L2
-cache. Whole blocks go without a mask: a mask on a width that is not a
-multiple of 16 would make every access one element wide.
+programs run at a time and the second sweep goes backwards, so that it finds some of the row (256 KB for 128k words in
+bfloat16) in the L2 cache. Whole blocks go without a mask: a mask on a width that is not a multiple of 16 would make
+every access one element wide.
 
 Source: the online softmax (Milakov and Gimelshein, arXiv 1805.02867); the gradient in place of the logits as in Liger
 Kernel (arXiv 2410.10989).
