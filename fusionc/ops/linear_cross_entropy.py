@@ -171,7 +171,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    found = torch.ops.fusionc.linear_cross_entropy_backward(grad, *ctx.saved_tensors)
+    saved = ctx.saved_tensors
+    clear = getattr(ctx, "maybe_clear_saved_tensors", None)  # unless this graph is kept
+    if clear is not None:
+        clear()
+    found = torch.ops.fusionc.linear_cross_entropy_backward(grad, *saved)
     dx, dw, db = (t if wanted else None for t, wanted in zip(found, ctx.wanted, strict=True))
     return dx, dw, db, None, None, None, None, None, None
 
