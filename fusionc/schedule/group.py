@@ -180,7 +180,8 @@ class Grouper:
     @staticmethod
     def _why_not(node: Node) -> str:
         name = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
-        return "" if name in LIBRARY or node.target is operator.getitem else "no lowering"
+        ours = getattr(node.target, "namespace", "") == "fusionc"
+        return "" if ours or name in LIBRARY or node.target is operator.getitem else "no lowering"
 
     def _refusal(self, node: Node, low: Lowering) -> str | None:
         """Why this node cannot be lowered, or None."""
