@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from . import artifacts, errors, program_cache, rescue
+from . import artifacts, errors, many, program_cache, rescue
 from .codegen import program as prog
 from .config import Config
 from .ir.build import Builder, Built
@@ -193,7 +193,10 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
         if not failed and not apart:
             clock = time.perf_counter()
             cx.record.kernels.clear()  # of an earlier round
-            symbols, bad = _compile_kernels(cx, lowered)
+            fused, symbols = many.compile_bundles(cx, many.find(cx, grouper, units, lowered))
+            inside = {id(m) for b in fused for m in b.members}
+            more, bad = _compile_kernels(cx, [item for item in lowered if id(item) not in inside])
+            symbols |= more
             cx.record.timings["compile"] = cx.record.timings.get("compile", 0.0) + time.perf_counter() - clock
             failed = bad
         if not failed and not apart:
@@ -202,7 +205,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     else:
         raise errors.FusioncError(f"grouping of graph {cx.record.name} did not settle")
     clock = time.perf_counter()
-    out = _link(cx, grouper, units, lowered, symbols)
+    out = _link(cx, grouper, units, lowered, symbols, fused)
     cx.record.timings["program"] = time.perf_counter() - clock
     return out
 
@@ -523,13 +526,15 @@ def _keeps_strides(node: Node) -> bool:
 
 
 def _link(
-    cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowered], symbols: dict[str, Any]
-) -> Callable[[list[Any]], Any]:
+    cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowered], symbols: dict[str, Any],
+    fused: Sequence[many.Bundle] = (),
+) -> Callable[[list[Any]], Any]:  # fmt: skip
     link = _Linker(cx, grouper, lowered, symbols)
     p = link.program
     link.stable = _stable_inputs(cx)
     record = cx.record
     names = {r.symbol: r.name for r in record.kernels}
+    bundle_of = {id(m): b for b in fused for m in b.members}
     for unit in units:
         if isinstance(unit, Call):
             link.call(unit.node)
@@ -539,12 +544,17 @@ def _link(
                 record.calls.append(CallRecord(unit.node.name, str(unit.node.target), unit.reason))
         elif id(unit) in link.by_group:
             item = link.by_group[id(unit)]
-            link.launch(item)
+            bundle = bundle_of.get(id(item))
+            if bundle is None:
+                link.launch(item)
+            elif bundle.members[0] is item:
+                many.launch(link, bundle)
+            symbol = bundle.many.symbol if bundle else item.symbol
             record.groups.append(
                 GroupRecord(
                     name=f"group{len(record.groups)}",
                     nodes=[n.name for n in unit.nodes],
-                    kernel=names.get(item.symbol, item.symbol),
+                    kernel=names.get(symbol, symbol),
                     kind=item.built.kernel.kind,
                     inputs=[n.name for n in item.built.inputs],
                     outputs=[n.name for n in item.built.outputs],
@@ -558,14 +568,16 @@ def _link(
     link.bind_sizes()
     _insert_frees(p)
     if cx.config.dump:
-        record.program = artifacts.program_text(p, cx.gm, {i.symbol: i.built.kernel for i in lowered})
+        kernels = {i.symbol: i.built.kernel for i in lowered if i.symbol}
+        record.program = artifacts.program_text(p, cx.gm, kernels | {b.many.symbol: b.many.signature for b in fused})
     if cx.config.strict:
         for c in record.calls:
             if c.reason:
                 raise errors.StrictError(
                     f"node {c.node} ({c.op}) was left to ATen: {c.reason}. Remove options['strict'] to allow it"
                 )
-    cx.program, cx.loops = p, {i.symbol: i.built.kernel.text for i in lowered}
+    cx.program, cx.loops = p, {i.symbol: i.built.kernel.text for i in lowered if id(i) not in bundle_of}
+    cx.loops |= {b.many.symbol: b.many.text for b in fused}
     return _compiled(cx, p)
 
 
@@ -627,11 +639,13 @@ def _index_error(kernel: str) -> None:
 def _namespace(cx: Context) -> dict[str, Any]:
     from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 
-    from .runtime.pool import allocate
+    from .runtime.pool import allocate, carve, split
 
     space: dict[str, Any] = {
         "empty": torch.empty_strided,
         "allocate": allocate,
+        "split": split,
+        "carve": carve,
         "view": _reinterpret_tensor,
         "restride": _restride,
         "index_error": _index_error,

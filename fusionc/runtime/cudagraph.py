@@ -35,7 +35,7 @@ from ..config import Config
 from ..errors import warn_once
 from ..record import GraphRecord
 from .cudagraph_device import Boxed, Gpu, pointer
-from .cudagraph_rules import obstacle, wanted, written_arguments
+from .cudagraph_rules import dearer, obstacle, wanted, written_arguments
 
 LIMIT = 4  # recordings kept by one Program
 WARMUP = 2  # plain calls before the first recording
@@ -195,6 +195,7 @@ class Runner:
         self.last: Recording | None = None
         self.plain_calls = self.recordings = self.replays = self.wasted = 0
         self.steps = sum(isinstance(s, (Launch, Call)) for s in program.steps)
+        self._own = len([r for r in program.results if r not in program.arguments and r != "None"])
         self._constants = [v for v in program.constants.values() if isinstance(v, torch.Tensor)]
         self._written = written_arguments(program, record)
         self._copied: set[int] = set()  # inputs found to move
@@ -379,6 +380,9 @@ class Runner:
             if self.wasted >= WASTED:
                 raise Unfit("its inputs move too often for recordings to pay")
         fixed, moved = self._classify(args)
+        why = dearer(self.steps, len(moved), self._own)
+        if why:
+            raise Unfit(why)
         bytes_in = sum(args[i].nbytes for i in moved)
         self._afford(bytes_in)
         reserved = gpu.reserved() if self.auto else 0
