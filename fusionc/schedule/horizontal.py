@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -100,7 +100,8 @@ def parse_many(text: str) -> Many:
     out = Many(kernels, items)
     if any(i.kernel >= len(kernels) for i in items) or any(k.sizes for k in kernels) or out.text != text:
         raise ValueError("not the text of a horizontal launch")
-    return out if out.parameters else out
+    _ = out.parameters  # checks them
+    return out
 
 
 def _natural(n: Any) -> int:
@@ -225,12 +226,13 @@ def bundles(steps: Sequence[Step], held_limit: int = 64 << 20) -> list[list[int]
     """
     open_: dict[str, list[_Bundle]] = {}
     last_write = -1
+    place = list(range(len(steps)))  # where each unit will run
     for at, step in enumerate(steps):
         if step.writes:
             last_write = at
         if step.kind is None:
             continue
-        ready = max(step.reads, default=-1)
+        ready = max([place[r] for r in step.reads], default=-1)
         home = None
         for b in open_.setdefault(step.kind, []):
             if b.at > ready and b.at > last_write and _fits(b, step, held_limit):
@@ -241,6 +243,7 @@ def bundles(steps: Sequence[Step], held_limit: int = 64 << 20) -> list[list[int]
             open_[step.kind].append(home)
         else:
             home.held += step.held
+            place[at] = home.at
         home.members.append(at)
         home.slots |= step.slots
         home.families.add(step.family)
@@ -254,6 +257,3 @@ def _fits(b: _Bundle, step: Step, held_limit: int) -> bool:
         and len(b.members) < MAX_ITEMS
         and b.held + step.held <= held_limit
     )
-
-
-Small = Callable[[Kernel], str | None]
