@@ -240,7 +240,7 @@ def program_text(p: Program, gm: GraphModule, kernels: dict[str, Kernel]) -> str
         "",
         "from fusionc.repro import Spec, make_inputs",
         "from fusionc.standalone import allocate, carve, current_stream, device, empty, index_error, load_kernels",
-        "from fusionc.standalone import missing, restride, run_program, split, view",
+        "from fusionc.standalone import missing, restride, run_program, split, view, wrote",
         "",
         "INPUTS = [",
         *inputs,

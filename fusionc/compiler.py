@@ -9,14 +9,14 @@ from __future__ import annotations
 import ctypes
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from . import artifacts, errors, many, program_cache, rescue
+from . import artifacts, errors, inplace, many, program_cache, rescue
 from .codegen import program as prog
 from .config import Config
 from .ir.build import Builder, Built
@@ -193,7 +193,8 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
         if not failed and not apart:
             clock = time.perf_counter()
             cx.record.kernels.clear()  # of an earlier round
-            fused, symbols = many.compile_bundles(cx, many.find(cx, grouper, units, lowered))
+            direct = inplace.write_in_place(cx, grouper, units, lowered, _stable_inputs(cx))
+            fused, symbols = many.compile_bundles(cx, many.find(cx, grouper, units, lowered, direct))
             inside = {id(m) for b in fused for m in b.members}
             more, bad = _compile_kernels(cx, [item for item in lowered if id(item) not in inside])
             symbols |= more
@@ -205,7 +206,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     else:
         raise errors.FusioncError(f"grouping of graph {cx.record.name} did not settle")
     clock = time.perf_counter()
-    out = _link(cx, grouper, units, lowered, symbols, fused)
+    out = _link(cx, grouper, units, lowered, symbols, fused, direct)
     cx.record.timings["program"] = time.perf_counter() - clock
     return out
 
@@ -446,6 +447,20 @@ class _Linker:
         p.steps.append(prog.Call(name, p.constant(f"op_{label}", target), ", ".join(args)))
         self.name[node] = name
 
+    direct: dict[Node, Node] = {}
+
+    def output(self, node: Node) -> str:
+        """Name of the buffer for a result: a new one, or the input that it is written to."""
+        if node in self.direct:
+            name = self.name[node] = self.tensor(self.direct[node])
+            return name
+        val = node.meta["val"]
+        size, stride = sizes_index(val.shape), strides_index(val.stride())
+        self.use([*size, *stride])
+        name = self.name[node] = self.fresh("b")
+        self.program.steps.append(prog.Alloc(name, size, stride, val.dtype, val.device))
+        return name
+
     def launch(self, item: Lowered) -> None:
         p = self.program
         kernel = item.built.kernel
@@ -454,13 +469,7 @@ class _Linker:
             names.append(self.tensor(node))
             self.expect(node)
         for node in item.built.outputs:
-            val = node.meta["val"]
-            size, stride = sizes_index(val.shape), strides_index(val.stride())
-            self.use([*size, *stride])
-            name = self.fresh("b")
-            p.steps.append(prog.Alloc(name, size, stride, val.dtype, val.device))
-            self.name[node] = name
-            names.append(name)
+            names.append(self.output(node))
         for s in kernel.sizes:
             self.sizes[s.name] = s
         by_name = dict(zip([b.name for b in (*_inputs(item.built), *_outputs(item.built))], names, strict=True))
@@ -527,11 +536,12 @@ def _keeps_strides(node: Node) -> bool:
 
 def _link(
     cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowered], symbols: dict[str, Any],
-    fused: Sequence[many.Bundle] = (),
+    fused: Sequence[many.Bundle] = (), direct: Mapping[Node, Node] | None = None,
 ) -> Callable[[list[Any]], Any]:  # fmt: skip
     link = _Linker(cx, grouper, lowered, symbols)
     p = link.program
     link.stable = _stable_inputs(cx)
+    link.direct = dict(direct or {})
     record = cx.record
     names = {r.symbol: r.name for r in record.kernels}
     bundle_of = {id(m): b for b in fused for m in b.members}
@@ -566,6 +576,8 @@ def _link(
     results = results if isinstance(results, (list, tuple)) else (results,)
     p.results = tuple(prog.literal(p, r, link.operand) for r in results)
     link.bind_sizes()
+    if link.direct:
+        p.steps.append(prog.Wrote(tuple([link.name[n] for n in link.direct.values()])))
     _insert_frees(p)
     if cx.config.dump:
         kernels = {i.symbol: i.built.kernel for i in lowered if i.symbol}
@@ -639,13 +651,14 @@ def _index_error(kernel: str) -> None:
 def _namespace(cx: Context) -> dict[str, Any]:
     from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 
-    from .runtime.pool import allocate, carve, split
+    from .runtime.pool import allocate, carve, split, wrote
 
     space: dict[str, Any] = {
         "empty": torch.empty_strided,
         "allocate": allocate,
         "split": split,
         "carve": carve,
+        "wrote": wrote,
         "view": _reinterpret_tensor,
         "restride": _restride,
         "index_error": _index_error,

@@ -6,7 +6,7 @@ answer becomes one launch, whose small results lie in one allocation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ from torch.fx import Node
 
 from . import errors
 from .codegen import program as prog
-from .ir.sizes import sizes_index, strides_index
 from .schedule.group import Call, Group, Grouper, Unit, _mutates
 from .schedule.horizontal import Item, Many, Step, bundles, template
 
@@ -48,7 +47,8 @@ class Bundle:
     arenas: list[Arena] = field(default_factory=list)
 
 
-def find(cx: Context, grouper: Grouper, units: Sequence[Unit], lowered: Sequence[Lowered]) -> list[Bundle]:
+def find(cx: Context, grouper: Grouper, units: Sequence[Unit], lowered: Sequence[Lowered],
+         direct: Mapping[Node, Node]) -> list[Bundle]:  # fmt: skip
     """Bundles of these groups' kernels; none where the target has no horizontal launches."""
     if cx.target not in TARGETS or len(lowered) < 2 or "horizontal_launch" in cx.config.disable:
         return []
@@ -73,9 +73,9 @@ def find(cx: Context, grouper: Grouper, units: Sequence[Unit], lowered: Sequence
             steps.append(Step(reads))
             continue
         slots = frozenset((*item.built.inputs, *item.built.outputs))
-        held = sum(n.meta["val"].nbytes for n in item.built.outputs)
+        held = sum(n.meta["val"].nbytes for n in item.built.outputs if n not in direct)
         steps.append(Step(reads, kind, template(kernel)[0], slots, held))
-    return [_bundle([by_group[id(units[k])] for k in members]) for members in bundles(steps)]
+    return [_bundle([by_group[id(units[k])] for k in members], direct) for members in bundles(steps)]
 
 
 def _plain(node: Node) -> bool:
@@ -83,8 +83,8 @@ def _plain(node: Node) -> bool:
     return isinstance(val, torch.Tensor) and all(type(n) is int for n in (*val.shape, *val.stride()))
 
 
-def _bundle(members: list[Lowered]) -> Bundle:
-    arenas = _arenas([n for m in members for n in m.built.outputs])
+def _bundle(members: list[Lowered], direct: Mapping[Node, Node]) -> Bundle:
+    arenas = _arenas([n for m in members for n in m.built.outputs if n not in direct])
     home = {n: (a, first) for a in arenas for n, first in zip(a.nodes, a.first, strict=True)}
     kernels: dict[str, int] = {}
     slots: dict[Any, int] = {}
@@ -93,7 +93,9 @@ def _bundle(members: list[Lowered]) -> Bundle:
     for m in members:
         kernel = m.built.kernel
         number = kernels.setdefault(kernel.text, len(kernels))
-        nodes = {f"in{k}": n for k, n in enumerate(m.built.inputs)} | {f"out{k}": n for k, n in enumerate(m.built.outputs)}
+        ins = sorted([b.name for b in kernel.buffers if b.kind == "in"], key=lambda n: int(n[2:]))
+        outs = sorted([b.name for b in kernel.buffers if b.kind != "in"], key=lambda n: int(n[3:]))
+        nodes = dict(zip((*ins, *outs), (*m.built.inputs, *m.built.outputs), strict=True))
         mine: list[tuple[int, int]] = []
         for b in kernel.buffers:
             node = nodes[b.name]
@@ -200,9 +202,7 @@ def launch(link: _Linker, bundle: Bundle) -> None:
     for m in bundle.members:
         for node in m.built.outputs:
             if node not in link.name:
-                val = node.meta["val"]
-                name = link.name[node] = link.fresh("b")
-                p.steps.append(prog.Alloc(name, sizes_index(val.shape), strides_index(val.stride()), val.dtype, val.device))
+                link.output(node)
     symbol, parameters = bundle.many.symbol, bundle.many.parameters
     buffers = tuple([first[id(s)] if isinstance(s, Arena) else link.name[s] for s in bundle.slots])
     note = f"{len(bundle.members)} launches in one: " + "; ".join(

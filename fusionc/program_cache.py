@@ -120,7 +120,7 @@ def _own_sources() -> str:
     """Hash of the top-level modules that shape a Program."""
     digest = hashlib.sha256()
     home = os.path.dirname(os.path.abspath(__file__))
-    for name in ("artifacts.py", "backend.py", "compiler.py", "many.py", "program_cache.py", "rescue.py", "warm.py", "warm_training.py"):
+    for name in ("artifacts.py", "backend.py", "compiler.py", "inplace.py", "many.py", "program_cache.py", "rescue.py", "warm.py", "warm_training.py"):
         with open(os.path.join(home, name), "rb") as stream:
             digest.update(hashlib.sha256(stream.read()).digest())
     return digest.hexdigest()

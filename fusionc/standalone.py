@@ -23,12 +23,12 @@ from .ir.interp import TORCH_DTYPE, run
 from .ir.loop import Kernel, evaluate, kernel_bytes
 from .ir.text import parse_kernel
 from .repro import make_inputs
-from .runtime.pool import allocate, carve, split
+from .runtime.pool import allocate, carve, split, wrote
 from .schedule.plan import Plan
 
 __all__ = [
     "allocate", "carve", "current_stream", "device", "empty", "index_error", "load_kernels", "missing", "restride",
-    "run_kernel", "run_program", "split", "view",
+    "run_kernel", "run_program", "split", "view", "wrote",
 ]  # fmt: skip
 
 _SECONDS = 0.1  # of timing

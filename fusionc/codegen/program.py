@@ -185,7 +185,17 @@ class Assign:
         return [f"{self.name} = {self.value}"]
 
 
-Step = Alloc | Carve | Launch | Call | Expect | View | Free | Assign
+@dataclass(frozen=True)
+class Wrote:
+    """Arguments that kernels wrote in place: autograd and caches of weights see it by their version."""
+
+    names: tuple[str, ...]
+
+    def text(self, p: Program) -> list[str]:
+        return [f"wrote(({', '.join(self.names)},))"]
+
+
+Step = Alloc | Carve | Launch | Call | Expect | View | Free | Assign | Wrote
 
 
 @dataclass

@@ -291,7 +291,7 @@ def _text(value: Any) -> str:
 # -- the text ---------------------------------------------------------------------------------------------------------
 
 # What `compiler._namespace` gives to every Program; a name here means that the text may call it.
-HELPERS = frozenset("empty allocate split carve view restride index_error current_stream float slice".split())
+HELPERS = frozenset("empty allocate split carve wrote view restride index_error current_stream float slice".split())
 _METHODS = frozenset("data_ptr size stride storage_offset item clear".split())
 _OPERATIONS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
 

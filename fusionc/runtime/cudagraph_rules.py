@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.program import Alloc, Assign, Call, Carve, Launch, Program, View
+from ..codegen.program import Alloc, Assign, Call, Carve, Launch, Program, View, Wrote
 from ..config import Config
 from ..record import GraphRecord
 
@@ -85,12 +85,15 @@ def _operator(name: str) -> torch._ops.OpOverload | None:
 
 
 def written_arguments(program: Program, record: GraphRecord) -> set[int]:
-    """Positions of arguments that a library call writes (generated kernels only write buffers of the Program)."""
+    """Positions of arguments that a library call or a kernel writes."""
     operators = {id(getattr(op, "_op", op)): op for c in record.calls if (op := _operator(c.op)) is not None}
     seat = {name: k for k, name in enumerate(program.arguments)}
     home = dict(seat)  # variable -> argument whose memory it may share
     written: set[int] = set()
     for step in program.steps:
+        if isinstance(step, Wrote):
+            written.update(seat[n] for n in step.names if n in seat)
+            continue
         if isinstance(step, View):
             names = [step.base]
         elif isinstance(step, Call):

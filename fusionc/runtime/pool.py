@@ -88,3 +88,8 @@ def carve(whole: torch.Tensor, places: tuple[tuple[tuple[int, ...], tuple[int, .
     from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 
     return [_reinterpret_tensor(whole, size, stride, first) for size, stride, first in places]
+
+
+def wrote(tensors: tuple[torch.Tensor, ...]) -> None:
+    """Count the versions of tensors that kernels wrote, as an in-place operator would."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
