@@ -8,9 +8,9 @@ family (pointers, sizes, the first program); the family's body follows once, as 
     def m_…(p0, p1, …):
         pid = tl.program_id(0)
         if pid < 40: …                                  families: divergent
-            if pid < 20: in0 = p3; s0 = 21600; first = 0    items: one family
+            if pid < 20: in0_f0 = p3; s0_f0 = 21600; first_f0 = 0    items: one family
             else: …
-            f0(pid - first, in0, p1, p2 + off2, s0)
+            f0(pid - first_f0, in0_f0, p1, p2 + 64, s0_f0)
 
 A scalar parameter is a number; an offset counts elements.
 """
@@ -120,6 +120,7 @@ class _Main:
             for known, texts in variables:
                 if texts == values:
                     return known
+            name = f"{name}_f{number}"  # another family's variable of this name may have another type
             variables.append((name, values))
             return name
 

@@ -51,6 +51,10 @@ class Unfit(Exception):
     """This call cannot be recorded; the text says why."""
 
 
+class Dearer(Unfit):
+    """It could be recorded, and would be slower."""
+
+
 _gpus: dict[int, Gpu] = {}
 _runners: weakref.WeakSet[Any] = weakref.WeakSet()
 _leaked: list[Any] = []
@@ -256,12 +260,12 @@ class Runner:
                 try:
                     found = self._record(args)
                 except Unfit as e:
-                    self._stop(str(e))
+                    self._stop(str(e), warn=not isinstance(e, Dearer))
         if found is not None:
             return self._replay(found, args)
         return self.call(args) if self.off else self._watch(args)
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, reason: str, warn: bool = True) -> None:
         """Plain calls from now on."""
         self.off = reason
         self.last = None
@@ -270,7 +274,7 @@ class Runner:
             self.kept = []
         self._seen, self._timer, self._trial = [], None, None
         self.record.cudagraph = f"not used: {reason}"
-        if not self.auto:
+        if warn and not self.auto:
             warn_once(f"cudagraph:{reason}", f"fusionc: {self.record.name} runs without a CUDA graph: {reason}")
 
     def _watch(self, args: list[Any]) -> Any:
@@ -382,7 +386,7 @@ class Runner:
         fixed, moved = self._classify(args)
         why = dearer(self.steps, len(moved), self._own)
         if why:
-            raise Unfit(why)
+            raise Dearer(why)
         bytes_in = sum(args[i].nbytes for i in moved)
         self._afford(bytes_in)
         reserved = gpu.reserved() if self.auto else 0

@@ -133,6 +133,16 @@ def _bound(kernel: launch.TritonKernel, grid: int) -> Callable[..., None]:
 
         return mixed
 
+    aligned = getattr(run, "aligned", None)
+    if aligned is not None:
+
+        def quick(tensors: Sequence[Any], sizes: Sequence[int], stream: int) -> None:
+            pointers = list(map(_pointer, tensors))
+            if not aligned(stream, pointers):
+                misaligned()(stream, *pointers)
+
+        return quick
+
     def f(tensors: Sequence[Any], sizes: Sequence[int], stream: int) -> None:
         pointers = list(map(_pointer, tensors))
         (misaligned() if functools.reduce(operator.or_, pointers) & 15 else run)(stream, *pointers)
