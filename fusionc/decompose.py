@@ -97,9 +97,17 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return a * b + c
 
 
+def select(x: Tensor, dim: int, index: int) -> Any:
+    """The only element of a dimension is a squeeze, through which kernels fuse; others stay what they are."""
+    if type(x.shape[dim]) is int and x.shape[dim] == 1:
+        return torch.ops.aten.squeeze.dim(x, dim)
+    return NotImplemented
+
+
 def rules() -> dict[Any, Callable[..., Any]]:
     """Overload → function."""
     out: dict[Any, Callable[..., Any]] = {torch.ops.aten.native_group_norm.default: native_group_norm, **_foreach_rules()}
+    out[torch.ops.aten.select.int] = select
     if hasattr(torch.ops.prims, "fma"):
         out[torch.ops.prims.fma.default] = fma
     return out
