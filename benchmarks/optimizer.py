@@ -22,7 +22,9 @@ from fusionc.record import collect
 SHAPES = ((256, 256), (256,), (64, 3, 7, 7), (1024, 256), (1024,), (33, 17), (5,), (512, 64), (64,), (128, 128, 3, 3))
 
 
-def make(count: int, device: str, dtype: torch.dtype, **options: Any) -> tuple[list[torch.nn.Parameter], Callable[[], None]]:
+def make(
+    count: int, device: str, dtype: torch.dtype, **options: Any
+) -> tuple[list[torch.nn.Parameter], Callable[[], None]]:
     """Parameters with gradients, and the step."""
     rng = torch.Generator().manual_seed(0)
     parameters = []
@@ -63,7 +65,9 @@ def main() -> None:
     for _ in range(3):
         reference()
     for name in given.backends.split(","):
-        options: dict[str, Any] = {"fused": {"fused": True}, "fusionc:loop": {"foreach": False}}.get(name, {"foreach": True})
+        options: dict[str, Any] = {"fused": {"fused": True}, "fusionc:loop": {"foreach": False}}.get(
+            name, {"foreach": True}
+        )
         parameters, step = make(given.count, given.device, torch.float32, **options)
         launches = ""
         try:
@@ -86,7 +90,10 @@ def main() -> None:
                 from triton.testing import do_bench
 
                 whole = f"{1e3 * do_bench(step, return_mode='median'):8.1f} us with the device"
-            print(f"{name:14s} host {host:8.1f} us {whole}  error {error:.1e}  first call {cold:5.2f} s  {launches}", flush=True)
+            print(
+                f"{name:14s} host {host:8.1f} us {whole}  error {error:.1e}  first call {cold:5.2f} s  {launches}",
+                flush=True,
+            )
         except Exception as e:  # noqa: BLE001 - one way that fails does not stop the others
             print(f"{name:14s} FAILED {type(e).__name__}: {str(e).splitlines()[0][:160]}", flush=True)
 

@@ -69,10 +69,14 @@ def _foreach(name: str, overload: str) -> Callable[..., Any] | None:
         }.get(overload)
     if name in _TERNARY:
         ternary = _TERNARY[name]
-        return {
-            "Scalar": lambda xs, a, b, value=1: [ternary(*t, value=value) for t in zip(xs, a, b, strict=True)],
-            "ScalarList": lambda xs, a, b, v: [ternary(*t, value=n) for *t, n in zip(xs, a, b, v, strict=True)],
-        }.get(overload)
+
+        def with_number(xs: list[Tensor], a: list[Tensor], b: list[Tensor], value: float = 1) -> list[Tensor]:
+            return [ternary(*t, value=value) for t in zip(xs, a, b, strict=True)]
+
+        def with_numbers(xs: list[Tensor], a: list[Tensor], b: list[Tensor], values: list[float]) -> list[Tensor]:
+            return [ternary(*t, value=n) for *t, n in zip(xs, a, b, values, strict=True)]
+
+        return {"Scalar": with_number, "ScalarList": with_numbers}.get(overload)
     if name == "lerp":
         return {
             "List": lambda xs, ends, w: [torch.lerp(*t) for t in zip(xs, ends, w, strict=True)],

@@ -49,7 +49,9 @@ def write_in_place(
 
 
 class _State:
-    def __init__(self, cx: Context, grouper: Grouper, units: list[Unit], lowered: Sequence[Lowered], stable: frozenset[Node]):
+    def __init__(
+        self, cx: Context, grouper: Grouper, units: list[Unit], lowered: Sequence[Lowered], stable: frozenset[Node]
+    ):
         self.grouper, self.stable = grouper, stable
         self.lowered = {id(item.group): item for item in lowered}
         self.position = {id(u): k for k, u in enumerate(units)}
@@ -75,7 +77,13 @@ class _State:
         """(result, input) if the copy could be taken into the kernel, which is changed then."""
         node = unit.node
         target, value = node.args[:2]
-        if not isinstance(target, Node) or not isinstance(value, Node) or len(node.args) > 2 or node.kwargs or node.users:
+        if (
+            not isinstance(target, Node)
+            or not isinstance(value, Node)
+            or len(node.args) > 2
+            or node.kwargs
+            or node.users
+        ):
             return None
         group = self.grouper.unit.get(value)
         item = self.lowered.get(id(group)) if isinstance(group, Group) else None

@@ -175,7 +175,9 @@ def compile_bundles(cx: Context, found: list[Bundle]) -> tuple[list[Bundle], dic
     for symbol, why in problems.items():
         if cx.config.strict:
             raise errors.StrictError(f"horizontal launch {symbol} could not be built: {why}")
-        errors.warn_once(f"many:{why}", f"fusionc: horizontal launch {symbol} could not be built; its kernels run alone: {why}")
+        errors.warn_once(
+            f"many:{why}", f"fusionc: horizontal launch {symbol} could not be built; its kernels run alone: {why}"
+        )
     counts: dict[str, int] = {}
     for b in found:
         counts[b.many.symbol] = counts.get(b.many.symbol, 0) + 1
@@ -208,7 +210,5 @@ def launch(link: _Linker, bundle: Bundle) -> None:
     note = f"{len(bundle.members)} launches in one: " + "; ".join(
         ", ".join(n.name for n in m.group.nodes) for m in bundle.members[:4]
     )
-    p.steps.append(
-        prog.Launch(symbol, buffers, (), "triton", False, note[:100], tuple(b.scalar for b in parameters))
-    )
+    p.steps.append(prog.Launch(symbol, buffers, (), "triton", False, note[:100], tuple(b.scalar for b in parameters)))
     p.constants[symbol] = link.symbols[symbol]

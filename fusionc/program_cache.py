@@ -120,7 +120,8 @@ def _own_sources() -> str:
     """Hash of the top-level modules that shape a Program."""
     digest = hashlib.sha256()
     home = os.path.dirname(os.path.abspath(__file__))
-    for name in ("artifacts.py", "backend.py", "compiler.py", "inplace.py", "many.py", "program_cache.py", "rescue.py", "warm.py", "warm_training.py"):
+    names = "artifacts backend compiler inplace many program_cache rescue warm warm_training"
+    for name in [f"{n}.py" for n in names.split()]:
         with open(os.path.join(home, name), "rb") as stream:
             digest.update(hashlib.sha256(stream.read()).digest())
     return digest.hexdigest()

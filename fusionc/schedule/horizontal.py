@@ -52,7 +52,9 @@ class Many:
     def text(self) -> str:
         """JSON, which `parse_many` reads back."""
         kernels = [k.text for k in self.kernels]
-        return json.dumps({"kernels": kernels, "items": [[i.kernel, i.slots] for i in self.items]}, separators=(",", ":"))
+        return json.dumps(
+            {"kernels": kernels, "items": [[i.kernel, i.slots] for i in self.items]}, separators=(",", ":")
+        )
 
     @cached_property
     def symbol(self) -> str:
@@ -94,7 +96,9 @@ def parse_many(text: str) -> Many:
     try:
         data = json.loads(text)
         kernels = tuple([parse_kernel(k) for k in data["kernels"]])
-        items = tuple([Item(_natural(k), tuple([(_natural(p), _natural(o)) for p, o in slots])) for k, slots in data["items"]])
+        items = tuple(
+            [Item(_natural(k), tuple([(_natural(p), _natural(o)) for p, o in slots])) for k, slots in data["items"]]
+        )
     except (KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"not the text of a horizontal launch: {e}") from None
     out = Many(kernels, items)

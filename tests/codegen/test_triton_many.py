@@ -49,7 +49,9 @@ def value() -> tuple[Many, list[list[torch.Tensor]]]:
 @pytest.mark.parametrize("block", [16, 256])
 def test_values(block: int) -> None:
     many, (buffers, *mine) = value()
-    plans = [Plan("triton", xblock=block) if not f.kernel.axis else Plan("triton", xblock=2, rblock=0) for f in many.families]
+    plans = [
+        Plan("triton", xblock=block) if not f.kernel.axis else Plan("triton", xblock=2, rblock=0) for f in many.families
+    ]
     rendered = render_many(many, plans)
     want = []
     for k, tensors in zip(many.kernels, mine, strict=True):
@@ -76,7 +78,7 @@ def test_what_may_share() -> None:
     assert kind_of(parse_kernel(scale(5)), device) == "4 warps"
     assert kind_of(parse_kernel(scale(1 << 22)), device) is None  # fills the device by itself
     assert kind_of(parse_kernel(row(1, 1 << 16)), device) is None  # is split over programs
-    dynamic = "kernel\n  size  s0 >= 2\n  in    in0: f32[s0]\n  out   out0: f32[s0]\n  for   x0 < s0\n    row out0[x0] = in0[x0]\n"
+    dynamic = "kernel\n  size s0 >= 2\n  in in0: f32[s0]\n  out   out0: f32[s0]\n  for   x0 < s0\n    row out0[x0] = in0[x0]\n"
     assert kind_of(parse_kernel(dynamic), device) is None
 
 
