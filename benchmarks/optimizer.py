@@ -81,7 +81,8 @@ def main() -> None:
             step()
             error = max((a.detach().cpu().double() - b.detach()).abs().max().item() for a, b in zip(parameters, exact))
             if records:
-                launches = f"{sum(k.uses for r in records for k in r.kernels)} launches, {sum(len(r.calls) for r in records)} calls"
+                count = sum(k.uses for r in records for k in r.kernels)
+                launches = f"{count} launches, {sum(len(r.calls) for r in records)} calls"
             for _ in range(12):
                 step()
             host = host_us(step, given.device)

@@ -76,7 +76,7 @@ def _foreach(name: str, overload: str) -> Callable[..., Any] | None:
         def with_numbers(xs: list[Tensor], a: list[Tensor], b: list[Tensor], values: list[float]) -> list[Tensor]:
             return [ternary(*t, value=n) for *t, n in zip(xs, a, b, values, strict=True)]
 
-        return {"Scalar": with_number, "ScalarList": with_numbers}.get(overload)
+        return with_number if overload == "Scalar" else with_numbers if overload == "ScalarList" else None
     if name == "lerp":
         return {
             "List": lambda xs, ends, w: [torch.lerp(*t) for t in zip(xs, ends, w, strict=True)],
