@@ -110,7 +110,10 @@ def select(x: Tensor, dim: int, index: int) -> Any:
 
 def rules() -> dict[Any, Callable[..., Any]]:
     """Overload → function."""
-    out: dict[Any, Callable[..., Any]] = {torch.ops.aten.native_group_norm.default: native_group_norm, **_foreach_rules()}
+    out: dict[Any, Callable[..., Any]] = {
+        torch.ops.aten.native_group_norm.default: native_group_norm,
+        **_foreach_rules(),
+    }
     out[torch.ops.aten.select.int] = select
     if hasattr(torch.ops.prims, "fma"):
         out[torch.ops.prims.fma.default] = fma

@@ -32,7 +32,9 @@ PIPELINES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "nearest, smaller": lambda x: norm(resize(x, "nearest", (24, 20))),
     "nearest, larger": lambda x: norm(resize(x, "nearest", (96, 112))),
     "bilinear, smaller": lambda x: norm(resize(x, "bilinear", (24, 20), align_corners=False)),
-    "crop, bilinear, larger, half": lambda x: norm(resize(x[:, 8:40, 8:48], "bilinear", (64, 64), align_corners=True)).half(),
+    "crop, bilinear, larger, half": lambda x: norm(
+        resize(x[:, 8:40, 8:48], "bilinear", (64, 64), align_corners=True)
+    ).half(),
     "reflect": lambda x: norm(F.pad(unit(x)[None], (4, 4, 4, 4), mode="reflect")[0]),
     "replicate": lambda x: norm(F.pad(unit(x)[None], (4, 4, 4, 4), mode="replicate")[0]),
     "patches": lambda x: torch.stack([norm(unit(x[:, i : i + 16, i : i + 16])) for i in (0, 8, 16)]),
