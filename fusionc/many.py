@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .compiler import Context, Lowered, _Linker
 
 ARENA = 8 << 20  # bytes: whoever keeps one result keeps the allocation of all
+SAVED = 1 << 20  # bytes, where most results wait for the backward pass
 ALIGNMENT = 16
 TARGETS = ("triton", "interpret", "sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -57,7 +58,9 @@ def find(cx: Context, grouper: Grouper, units: Sequence[Unit], lowered: Sequence
     device = device_of(cx)
     by_group = {id(item.group): item for item in lowered}
     position = {id(u): k for k, u in enumerate(units)}
+    results = {a for n in cx.gm.graph.find_nodes(op="output") for a in n.all_input_nodes}
     kinds: dict[str, str | None] = {}
+    families: dict[str, str] = {}
     steps: list[Step] = []
     for unit in units:
         reads = frozenset(position[id(p)] for p in unit.preds if id(p) in position)
@@ -67,15 +70,16 @@ def find(cx: Context, grouper: Grouper, units: Sequence[Unit], lowered: Sequence
             continue
         kernel = item.built.kernel
         if kernel.text not in kinds:
-            kinds[kernel.text] = kind_of(kernel, device)
+            kinds[kernel.text], families[kernel.text] = kind_of(kernel, device), template(kernel)[0]
         kind = kinds[kernel.text]
         if kind is None or not all(_plain(n) for n in item.built.outputs):
             steps.append(Step(reads))
             continue
         slots = frozenset((*item.built.inputs, *item.built.outputs))
-        held = sum(n.meta["val"].nbytes for n in item.built.outputs if n not in direct)
-        steps.append(Step(reads, kind, template(kernel)[0], slots, held))
-    return [_bundle([by_group[id(units[k])] for k in members], direct) for members in bundles(steps)]
+        held = sum(n.meta["val"].nbytes for n in item.built.outputs if n not in direct and n not in results)
+        steps.append(Step(reads, kind, families[kernel.text], slots, held))
+    limit = ARENA if cx.record.stage == "inference" else SAVED
+    return [_bundle([by_group[id(units[k])] for k in members], direct, results, limit) for members in bundles(steps)]
 
 
 def _plain(node: Node) -> bool:
@@ -83,8 +87,10 @@ def _plain(node: Node) -> bool:
     return isinstance(val, torch.Tensor) and all(type(n) is int for n in (*val.shape, *val.stride()))
 
 
-def _bundle(members: list[Lowered], direct: Mapping[Node, Node]) -> Bundle:
-    arenas = _arenas([n for m in members for n in m.built.outputs if n not in direct])
+def _bundle(members: list[Lowered], direct: Mapping[Node, Node], results: set[Node], limit: int) -> Bundle:
+    fresh = [n for m in members for n in m.built.outputs if n not in direct]
+    arenas = _arenas([n for n in fresh if n in results], limit)  # what leaves the graph must not keep what does not
+    arenas += _arenas([n for n in fresh if n not in results], SAVED)
     home = {n: (a, first) for a in arenas for n, first in zip(a.nodes, a.first, strict=True)}
     kernels: dict[str, int] = {}
     slots: dict[Any, int] = {}
@@ -110,14 +116,14 @@ def _bundle(members: list[Lowered], direct: Mapping[Node, Node]) -> Bundle:
     return Bundle(members, Many(tuple(distinct.values()), tuple(items)), things, arenas)
 
 
-def _arenas(nodes: Sequence[Node]) -> list[Arena]:
+def _arenas(nodes: Sequence[Node], limit: int) -> list[Arena]:
     """Small results in shared allocations: runs of rows of one where their other sizes agree, else by dtype."""
     out: list[Arena] = []
     loose: dict[torch.dtype, list[Node]] = {}
     rows: dict[Any, list[Node]] = {}
     for n in nodes:
         val = n.meta["val"]
-        if not val.numel() or val.nbytes > ARENA // 2:
+        if not val.numel() or val.nbytes > limit // 2:
             continue
         row = val.nbytes // val.shape[0] if val.dim() else 0
         if val.dim() and val.is_contiguous() and row * val.shape[0] % ALIGNMENT == 0:
@@ -128,13 +134,13 @@ def _arenas(nodes: Sequence[Node]) -> list[Arena]:
         if len(found) < 4:
             loose.setdefault(dtype, []).extend(found)
             continue
-        for part in _portions(found):
+        for part in _portions(found, limit):
             sizes = tuple(n.meta["val"].shape[0] for n in part)
             row = part[0].meta["val"].numel() // sizes[0]
             first = [sum(sizes[:k]) * row for k in range(len(sizes))]
             out.append(Arena(part, (sum(sizes), *rest), sizes, (), first))
     for dtype, found in loose.items():
-        for part in _portions(found):
+        for part in _portions(found, limit):
             if len(part) < 2:
                 continue
             at, places = 0, []
@@ -151,13 +157,13 @@ def _span(val: torch.Tensor) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(val.shape, val.stride(), strict=True))
 
 
-def _portions(nodes: list[Node]) -> list[list[Node]]:
-    """In order, each of at most ARENA bytes."""
+def _portions(nodes: list[Node], limit: int) -> list[list[Node]]:
+    """In order, each of at most `limit` bytes."""
     out: list[list[Node]] = [[]]
     held = 0
     for n in nodes:
         size = _span(n.meta["val"]) * n.meta["val"].dtype.itemsize
-        if held + size > ARENA and out[-1]:
+        if held + size > limit and out[-1]:
             out.append([])
             held = 0
         out[-1].append(n)

@@ -209,7 +209,7 @@ class Step:
     kind: str | None = None
     family: str = ""
     slots: frozenset[Any] = frozenset()
-    held: int = 0  # bytes of results that would be there earlier
+    held: int = 0  # bytes of intermediate results that would be there earlier
     writes: bool = False
 
 
@@ -222,7 +222,7 @@ class _Bundle:
     held: int = 0
 
 
-def bundles(steps: Sequence[Step], held_limit: int = 64 << 20) -> list[list[int]]:
+def bundles(steps: Sequence[Step], held_limit: int = 16 << 20) -> list[list[int]]:
     """Sets of launches that can be one launch at the place of their first member, two or more each.
 
     A launch moves forward to a bundle if everything it depends on comes before that place, and nothing in between

@@ -165,3 +165,24 @@ def test_adam(target: str, options: dict[str, Any]) -> None:
     assert not record.calls and not record.fallbacks
     if target == "interpret":
         assert sum(k.uses for k in record.kernels) <= 3
+
+
+def test_warm_start(fresh_cache: Any) -> None:
+    def f(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        p.sub_(g * 0.5)
+        return p.sum()
+
+    said = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        run = torch.compile(f, backend=fusionc, dynamic=False, options={"target": "cpp", "verify": False})
+        mine, theirs, g = rand(6, 5), rand(6, 5), rand(6, 5, seed=1)
+        with torch.no_grad(), collect() as records:
+            for _ in range(3):
+                before = mine._version
+                got, want = run(mine, g), f(theirs, g)
+                assert mine._version > before
+                torch.testing.assert_close(got, want)
+        torch.testing.assert_close(mine, theirs)
+        said.append(records[0].cache)
+    assert said[0] == "stored" and said[1].startswith("hit")
