@@ -206,7 +206,8 @@ class _Writer:
                 self.text[v.uid] = v.name
                 self.line(f"{v.name} = {text}")
         # put together again, the position itself: Triton would not see that it is contiguous
-        self.dims[whole.uid], self.text[whole.uid] = dims, flat
+        if vars:
+            self.dims[whole.uid], self.text[whole.uid] = dims, flat
 
     def axis_variables(self, base: str) -> None:
         r = base
