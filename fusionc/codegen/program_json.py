@@ -296,7 +296,7 @@ def _text(value: Any) -> str:
 # -- the text ---------------------------------------------------------------------------------------------------------
 
 # What `compiler._namespace` gives to every Program; a name here means that the text may call it.
-HELPERS = frozenset("empty allocate view restride index_error current_stream float slice".split())
+HELPERS = frozenset("empty allocate split carve wrote view restride index_error current_stream float slice".split())
 _METHODS = frozenset("data_ptr size stride storage_offset item clear".split())
 _OPERATIONS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
 
@@ -340,6 +340,12 @@ class _Checker:
                     for n in names:
                         if not isinstance(n, ast.Name):
                             raise Invalid("an argument is not a name")
+                        self.bound(n.id)
+                case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Call(func=ast.Name(id="split" | "carve")) as call):
+                    self.value(call)
+                    for n in names:
+                        if not isinstance(n, ast.Name):
+                            raise Invalid("a buffer is not a name")
                         self.bound(n.id)
                 case ast.Expr(value=ast.Call() as call):
                     self.value(call)

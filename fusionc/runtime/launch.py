@@ -391,6 +391,19 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
             if code:
                 failed(code, grid, stream)
 
+        low, end = int.from_bytes(bytes([15] * len(kinds)), "little"), 8 * len(kinds)
+
+        def aligned(stream: int, pointers: Sequence[int]) -> bool:
+            """Like `fixed`, for pointers alone; False, without a launch, if one is no multiple of 16."""
+            pack_into(values, 0, *pointers)
+            if int.from_bytes(values[:end:8], "little") & low:
+                return False
+            code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+            if code:
+                failed(code)
+            return True
+
+        fixed.aligned = aligned  # type: ignore[attr-defined]
         return fixed
 
     def variable(grid: int, stream: int, *args: Any) -> None:

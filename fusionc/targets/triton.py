@@ -82,14 +82,17 @@ def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any]
         functions[symbol] = _joined([b.name for b in whole.buffers], [s.name for s in whole.sizes], group, steps, cx.device)
         for p in group:
             compiled = built.get(p.symbol)
-            note = ""
-            if compiled is not None:
-                note = (
-                    f"\n# {compiled.target}: {compiled.registers} registers, {compiled.spills} bytes spilled, "
-                    f"{compiled.shared} bytes of shared memory\n"
-                )
+            note = usage_note(compiled) if compiled is not None else ""
             cx.record.kernels.append(kernel_record(cx, symbol, p.kernel, p.plan, p.source + note, "triton", p.symbol))
     return functions, problems
+
+
+def usage_note(compiled: launch.Compiled) -> str:
+    """A comment for the end of a text: what the compiled kernel uses."""
+    return (
+        f"\n# {compiled.target}: {compiled.registers} registers, {compiled.spills} bytes spilled, "
+        f"{compiled.shared} bytes of shared memory\n"
+    )
 
 
 def _parts(cx: Context, symbol: str, kernel: Kernel, device: Any) -> list[Part]:
