@@ -30,9 +30,11 @@ def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     from .artifacts import graph_label
+    from .runtime import tune
     from .warm import Warm
 
     config = Config.parse(mode, options)
+    tune.configure(config.tune, config.cache)
     title = f"g{next(_numbers)}_{graph_label(gm)}"
     example_inputs = list(example_inputs)
     warm = Warm(gm, example_inputs, config, title)
