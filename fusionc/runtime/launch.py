@@ -308,6 +308,7 @@ def compile_many(
 
 # -- launching ----------------------------------------------------------------------------------------------------
 
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _PACK = {"i1": "?7x", "i8": "b7x", "u8": "B7x", "i16": "h6x", "i32": "i4x", "i64": "q", "fp32": "f4x", "fp64": "d"}
 
 
@@ -356,8 +357,12 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
     pack_into, launch = packer.pack_into, _driver()
     function, threads, shared = built.handle.function, 32 * int(meta.num_warps), int(meta.shared)
 
-    def failed(code: int) -> None:  # (refers to `built`, which keeps the binary loaded)
-        raise RuntimeError(f"launching kernel {built.name} failed: CUDA driver error {code}")
+    def failed(code: int, *call: Any) -> None:  # (refers to `built`, which keeps the binary loaded)
+        if code == _NO_CONTEXT:  # the first use of CUDA in this thread (autograd's, say)
+            torch.cuda.mem_get_info()  # as any call of the CUDA runtime, makes the context current
+            code = launch(*call)
+        if code:
+            raise RuntimeError(f"launching kernel {built.name} failed: CUDA driver error {code}")
 
     if grid is not None:
 
@@ -365,7 +370,7 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
             pack_into(values, 0, *args)
             code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
             if code:
-                failed(code)
+                failed(code, function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
 
         return fixed
 
@@ -373,7 +378,7 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
         pack_into(values, 0, *args)
         code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
         if code:
-            failed(code)
+            failed(code, function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
 
     return variable
 

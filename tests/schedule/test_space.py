@@ -69,9 +69,9 @@ def test_model_dislikes_what_is_slow() -> None:
     assert space.estimate(k, narrow, {}, H200) > space.estimate(k, good, {}, H200)
     long = rows(4096, 65536)
     once, twice = Plan("triton", rblock=0, warps=8), Plan("triton", rblock=4096, warps=16)
-    assert space._limit(long, once, {}, H200) is not None  # 256 elements of a row in each thread
-    assert space._limit(long, twice, {}, H200) is None
-    assert space._limit(k, Plan("triton", xblock=64, warps=8), {}, H200) == "threads without work"
+    assert space.limit(long, once, {}, H200) is not None  # 256 elements of a row in each thread
+    assert space.limit(long, twice, {}, H200) is None
+    assert space.limit(k, Plan("triton", xblock=64, warps=8), {}, H200) == "threads without work"
     few = rows(8, 4096)  # eight programs: the more threads each, the better
     assert space.estimate(few, Plan("triton", warps=16), {}, H200) < space.estimate(
         few, Plan("triton", warps=2), {}, H200

@@ -121,9 +121,11 @@ def test_small_kernels_and_off_are_left_alone(cx: Any) -> None:
     session = tune_triton.Session(cx, H200, {"k_0": 1, "k_1": 1}, FakeRig({}))
     session.consider([small, large])
     assert [e.part.symbol for e in session.entries] == ["k_0"]
-    session = tune_triton.Session(cx, H200, {"k_0": 1, "k_1": 24}, FakeRig({}))
-    session.consider([small, large])
-    assert [e.part.symbol for e in session.entries] == ["k_0", "k_1"]  # 24 uses add up
+    middle = part(pointwise(1 << 21), "k_1")
+    for uses, want in ((1, ["k_0"]), (24, ["k_0", "k_1"])):  # many uses add up
+        session = tune_triton.Session(cx, H200, {"k_0": 1, "k_1": uses}, FakeRig({}))
+        session.consider([middle, large])
+        assert [e.part.symbol for e in session.entries] == want
     for config, uses in ((Config(tune="off", cache=cx.config.cache), {"k_0": 1}), (cx.config, None)):
         session = tune_triton.Session(SimpleNamespace(config=config, hints={}, device=CPU), H200, uses, FakeRig({}))  # type: ignore[arg-type]
         session.consider([large])
@@ -139,7 +141,7 @@ def test_all_candidates_together_are_bounded(cx: Any) -> None:
 
 
 def test_a_part_without_time_is_not_tried_again(cx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tune_triton.EFFORT, "default", tune_triton.Effort(8, 32, -1.0, 20.0))
+    monkeypatch.setitem(tune_triton.EFFORT, "default", tune_triton.Effort(8, 32, -1.0, 2.0, 20.0))
     k, rig = pointwise(1 << 26), FakeRig({})
     p = part(k)
     rule = p.plan
