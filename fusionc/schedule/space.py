@@ -56,7 +56,7 @@ class Model:
     step: float = 2e-8  # of a pass over a row
     point: float = 4e-9  # of a thread for each of its points
     run: float = 0.4  # exponent of the part of a 32-byte sector that is not used
-    vector: float = 0.05  # exponent of the part of a 16-byte access that is not used
+    share: float = 0.015  # of the time, for each doubling away from 32 bytes a thread
     tail: float = 0.3  # of the last wave
     again: float = 0.5  # of DRAM's time, for bytes that L2 still has
 
@@ -65,14 +65,18 @@ MODEL = Model()
 
 
 def candidates(kernel: Kernel, rule: Plan, hint: dict[str, int], device: Device, most: int = 8) -> list[Plan]:
-    """At most `most` different plans, `rule` first, then by expected time; `hint` gives the value of each size by name."""
+    """At most `most` different plans, `rule` first, then by expected time; `hint` gives the value of each size by name.
+
+    Half as many for a pointwise kernel: its plans differ by a few per cent.
+    """
+    most = most if kernel.axis else max(2, most // 2)
     ranked = []
     for plan in dict.fromkeys(around(kernel, rule, hint, device)):
         if plan == rule or limit(kernel, plan, hint, device) is not None:
             continue
         us = estimate(kernel, plan, hint, device)
-        # the model cannot tell plans within 3 %: the nearer to the rule's, the better
-        ranked.append((round(math.log(us) / 0.03), _distance(plan, rule), plan.to_json(), plan))
+        # the model cannot tell plans within 1 %: the nearer to the rule's, the better
+        ranked.append((round(math.log(us) / 0.01), _distance(plan, rule), plan.to_json(), plan))
     ranked.sort(key=lambda r: r[:3])
     return [rule, *(r[3] for r in ranked[: most - 1])]
 
@@ -110,7 +114,7 @@ def estimate(kernel: Kernel, plan: Plan, hint: dict[str, int], device: Device, m
     seconds = moved / device.bandwidth / max(flight, 0.01) ** model.flight
     if waves > 1:
         seconds *= 1 + model.tail * (math.ceil(waves) / waves - 1)
-    seconds *= (16 / min(16.0, tile / threads * _width(kernel))) ** model.vector
+    seconds *= 1 + model.share * abs(math.log2(tile / threads * _width(kernel) / 32))
     steps = -(-inner // plan.rblock) * passes if kernel.axis and plan.rblock else 1
     barriers = len(kernel.reductions) * math.log2(2 * plan.warps) * model.barrier
     seconds += max(1.0, waves) * (model.program + barriers + steps * model.step) + steps * tile / threads * model.point

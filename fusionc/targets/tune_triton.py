@@ -50,7 +50,7 @@ class Effort:
     graph_us: float
 
 
-EFFORT = {"default": Effort(8, 32, 3.0, 2.0, 20.0), "max": Effort(24, 400, 30.0, 0.0, 5.0)}
+EFFORT = {"default": Effort(8, 24, 3.0, 2.0, 20.0), "max": Effort(24, 400, 30.0, 0.0, 5.0)}
 _SHARE = 0.1  # of the graph's bytes: worth tuning whatever the time
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 _CHUNK = 1 << 25  # elements that are compared at a time
