@@ -308,7 +308,6 @@ def compile_many(
 
 # -- launching ----------------------------------------------------------------------------------------------------
 
-_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _PACK = {"i1": "?7x", "i8": "b7x", "u8": "B7x", "i16": "h6x", "i32": "i4x", "i64": "q", "fp32": "f4x", "fp64": "d"}
 
 
@@ -322,6 +321,25 @@ def _driver() -> Any:
     fn.argtypes = [ctypes.c_void_p, *[word] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     fn.restype = ctypes.c_int
     return fn
+
+
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: of a thread that has used no CUDA yet, as autograd's may be
+
+
+def _current_context() -> Any:
+    """The CUDA context of this thread, in which the kernel was loaded."""
+    import ctypes
+
+    context = ctypes.c_void_p()
+    ctypes.PyDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
+    return context
+
+
+def _use_context(context: Any) -> bool:
+    """Give this thread that context."""
+    import ctypes
+
+    return bool(context) and ctypes.PyDLL("libcuda.so.1").cuCtxSetCurrent(context) == 0
 
 
 def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Callable[..., None] | None:
@@ -357,10 +375,11 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
     pack_into, launch = packer.pack_into, _driver()
     function, threads, shared = built.handle.function, 32 * int(meta.num_warps), int(meta.shared)
 
-    def failed(code: int, *call: Any) -> None:  # (refers to `built`, which keeps the binary loaded)
-        if code == _NO_CONTEXT:  # the first use of CUDA in this thread (autograd's, say)
-            torch.cuda.mem_get_info()  # as any call of the CUDA runtime, makes the context current
-            code = launch(*call)
+    context = _current_context()
+
+    def failed(code: int, grid: int, stream: int) -> None:  # (refers to `built`, which keeps the binary loaded)
+        if code == _NO_CONTEXT and _use_context(context):
+            code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
         if code:
             raise RuntimeError(f"launching kernel {built.name} failed: CUDA driver error {code}")
 
@@ -370,7 +389,7 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
             pack_into(values, 0, *args)
             code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
             if code:
-                failed(code, function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+                failed(code, grid, stream)
 
         return fixed
 
@@ -378,7 +397,7 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
         pack_into(values, 0, *args)
         code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
         if code:
-            failed(code, function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+            failed(code, grid, stream)
 
     return variable
 
