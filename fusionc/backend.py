@@ -51,8 +51,10 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     from .artifacts import graph_label
+    from .runtime import tune
     from .warm import Warm
 
+    tune.configure(config.tune, config.cache)
     title = f"g{next(_numbers)}_{graph_label(gm)}"
     example_inputs = list(example_inputs)
     warm = Warm(gm, example_inputs, config, title)

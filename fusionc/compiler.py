@@ -329,11 +329,15 @@ def _compile_kernels(cx: Context, lowered: list[Lowered]) -> tuple[dict[str, Any
         by_text.setdefault(item.symbol, []).append(item)
     if not by_text:
         return {}, {}
+    kernels, counts = {s: items[0].built.kernel for s, items in by_text.items()}, {s: len(i) for s, i in by_text.items()}
     if cx.target == "cpp":
         from .targets.cpp import compile_all
+
+        functions, problems = compile_all(cx, kernels)
     else:
-        from .targets.triton import compile_all
-    functions, problems = compile_all(cx, {s: items[0].built.kernel for s, items in by_text.items()})
+        from .targets.triton import compile_all as compile_triton
+
+        functions, problems = compile_triton(cx, kernels, counts)
     bad: dict[Node, str] = {}
     if problems:
         artifacts.report_problems(cx, problems)
@@ -341,7 +345,6 @@ def _compile_kernels(cx: Context, lowered: list[Lowered]) -> tuple[dict[str, Any
         for item in by_text[symbol]:
             for n in item.group.nodes:
                 bad[n] = "its kernel could not be built"
-    counts = {s: len(items) for s, items in by_text.items()}
     for record in cx.record.kernels:
         record.uses = counts.get(record.symbol, record.uses)
     artifacts.describe_kernels(cx.record.kernels, {s: items[0].group.nodes for s, items in by_text.items()})

@@ -331,7 +331,11 @@ def _current_context() -> Any:
     import ctypes
 
     context = ctypes.c_void_p()
-    ctypes.PyDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
+    current = ctypes.PyDLL("libcuda.so.1").cuCtxGetCurrent
+    current(ctypes.byref(context))
+    if not context:  # backward graphs are compiled in autograd's thread, whose first use of CUDA this may be
+        torch.cuda.mem_get_info()  # makes the device's context current, as any call of the CUDA runtime
+        current(ctypes.byref(context))
     return context
 
 
