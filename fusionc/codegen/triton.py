@@ -4,6 +4,9 @@ One program computes `xblock` points of the flattened loops.  With an axis its v
 whole axis at once (`plan.rblock == 0`), or in steps of RBLOCK, with one pass over the axis per reduction level; all
 reductions of a level share a pass, and inner stores that need no reduction are written in the first.
 
+Column sums make the kernel persistent: program p walks over the rows p, p + parts, …, keeps one accumulator a column
+sum in registers, and stores them at the end; what does not depend on the row (a norm's weight) is loaded once.
+
 Indices are int32 where every index and offset of the kernel provably fits, else int64; with run-time sizes the kernel
 takes a constexpr WIDE and the launcher decides.  Out-of-range lanes are masked; a guarded load is masked by its guard.
 The text depends on nothing but its inputs.
@@ -15,7 +18,7 @@ from collections.abc import Iterable
 
 from ..errors import FusioncError
 from ..ir.expr import FLOATS, Const, Expr, FloorDiv, Index, Load, Mod, Op, Reduce, Scan, Size, Var, bounds, index
-from ..ir.loop import Kernel, Store
+from ..ir.loop import Kernel, Store, Write
 from ..ir.ops import COMPARE
 from ..schedule.plan import Plan
 from . import triton_math as tm
@@ -41,6 +44,8 @@ def refusal(kernel: Kernel, plan: Plan) -> str | None:
     for n in kernel.nodes:
         if isinstance(n, Op) and not supports(n.name, n.args[0].dtype):
             return f"operation {n.name} on {n.args[0].dtype}"
+    if kernel.columns and (kernel.part is None or plan.rblock or kernel.scans):
+        return "column sums must be staged, and need whole rows in registers and no scan"
     if kernel.axis and plan.rblock == 0:
         if not kernel.inner.is_const:
             return "an axis of unknown length cannot be kept in registers: the plan needs an rblock"
@@ -133,7 +138,9 @@ class _Writer:
     def module(self) -> str:
         k = self.k
         self.prologue()
-        if self.looped:
+        if k.columns:
+            self.rows()
+        elif self.looped:
             self.passes()
         else:
             if self.rank2:
@@ -166,19 +173,25 @@ class _Writer:
         if self.width is None:
             self.line("if WIDE:")
             self.line("    pid = pid.to(tl.int64)")
-        lanes = "tl.arange(0, XBLOCK)" + ("[:, None]" if self.rank2 else "")
-        self.line(f"x = pid * XBLOCK + {lanes}")
-        n = k.outer
-        self.xmask = None if n.is_const and n.value % p.xblock == 0 else "xmask"
-        if self.xmask:
-            self.line(f"xmask = x < {self.size(n)}")
-        self.variables("x", k.loops, _X)
+        self.xmask = None if k.outer.is_const and k.outer.value % p.xblock == 0 else "xmask"
+        if k.columns:
+            assert k.part is not None
+            self.text[k.part.uid], self.dims[k.part.uid] = "pid", 0
+        else:
+            self.loop_variables("pid * XBLOCK + ")
         if self.rank2:
             self.line("rbase = " + self.wide("tl.arange(0, RBLOCK)[None, :]"))
             if self.width is None:
                 self.line("if WIDE:")
                 self.line("    rbase = rbase.to(tl.int64)")
             self.rmask = None if k.inner.is_const and k.inner.value % self.rblock == 0 else "rmask"
+
+    def loop_variables(self, start: str, step: str = "") -> None:
+        lanes = "tl.arange(0, XBLOCK)" + ("[:, None]" if self.rank2 else "")
+        self.line(f"x = {start}{lanes}{step}")
+        if self.xmask:
+            self.line(f"xmask = x < {self.size(self.k.outer)}")
+        self.variables("x", self.k.loops, _X)
 
     def variables(self, flat: str, vars: tuple[Var, ...], dims: int) -> None:
         """Recover the variables from their flattened position."""
@@ -212,6 +225,40 @@ class _Writer:
         self.emit([p])
         text = self.text[p.uid]
         return text if text.isidentifier() or text.isdigit() else f"({text})"
+
+    # -- rows one after the other, with sums of columns ---------------------------------------------------------------
+    def rows(self) -> None:
+        k = self.k
+        assert k.part is not None
+        self.axis_variables("rbase")
+        sums = list(k.column_sums)
+        roots = [e for s in k.stores for e in (s.index, s.value)] + [r.body for r in sums]
+        loops = self.loops
+        for n in self.order(roots):
+            if not n.free & loops and not isinstance(n, Var):
+                self.node(n)
+        total, parts = self.size(k.outer), self.size(k.part.extent)
+        accs = [self.fresh(f"tl.full([XBLOCK, RBLOCK], 0, {self.accumulator(r.kind, r.body.dtype)})") for r in sums]
+        stages = f", num_stages={self.plan.stages}" if self.plan.stages > 1 else ""
+        self.line(f"for first in tl.range(pid, {total}, {parts} * XBLOCK{stages}):")
+        self.depth += 1
+        saved, exact = dict(self.text), self.plan.xblock == 1
+        self.xmask = None if exact else "xmask"
+        self.loop_variables("first + ", f" * {parts}")
+        self.emit(roots)
+        for s in k.stores:
+            self.store(s)
+        for r, acc in zip(sums, accs, strict=True):
+            text = f"{acc} + {self.tile(r)}"
+            self.line(f"{acc} = {text}" if exact else f"{acc} = tl.where(xmask, {text}, {acc})")
+        self.depth -= 1
+        self.text = saved
+        for r, acc in zip(sums, accs, strict=True):
+            self.text[r.uid] = self.fresh(f"tl.reduce({acc}, 0, {self.combine('sum', r.body.dtype)}, keep_dims=True)")
+            self.dims[r.uid] = _R
+        self.emit([e for c in k.columns for e in (c.index, c.value)])
+        for c in k.columns:
+            self.write(c, _R)
 
     # -- passes over a looped axis ------------------------------------------------------------------------------------
     def passes(self) -> None:
@@ -528,7 +575,9 @@ class _Writer:
         return self.fresh(f"tl.load({b.name} + {at}{extra})")
 
     def store(self, s: Store) -> None:
-        dims = (_X | _R) if s.inner else _X
+        self.write(s, (_X | _R) if s.inner else _X)
+
+    def write(self, s: Write, dims: int) -> None:
         b = self.k.buffer(s.buffer)
         at = self.spread(s.index, dims)
         value = self.spread(s.value, dims) if self.dims.get(s.value.uid, 0) != dims else self.tensor(s.value)

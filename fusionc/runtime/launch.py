@@ -136,6 +136,8 @@ def interpret(
 
 def grid_of(kernel: Kernel, plan: Plan, sizes: dict[str, int]) -> int:
     """Number of programs to launch; 0 when there is nothing to do."""
+    if kernel.part is not None:
+        return evaluate(kernel.part.extent, sizes)
     return -(-evaluate(kernel.outer, sizes) // plan.xblock)
 
 

@@ -32,6 +32,8 @@ def default_plan(kernel: Kernel, hint: dict[str, int], device: Device) -> Plan:
     outer, inner = evaluate(kernel.outer, hint), evaluate(kernel.inner, hint)
     if not kernel.axis:
         return _pointwise(kernel, outer, device)
+    if kernel.columns:
+        return _walk(kernel, outer, inner, device)
     if contiguous_in_loops(kernel, hint):
         return _columns(kernel, outer, inner, device)
     return _rows(kernel, outer, inner, device)
@@ -94,6 +96,38 @@ def _rows(kernel: Kernel, outer: int, inner: int, device: Device) -> Plan:
         xblock *= 2
     most = threads // device.warp
     return Plan("triton", xblock=xblock, rblock=block, warps=_warps(xblock * block, 8, device, most))
+
+
+_PER_PROCESSOR = 2  # programs that walk over rows and sum columns
+_LEAST_ROWS = 4  # of a program: fewer do not pay for its partial sums
+
+
+def column_parts(kernel: Kernel, hint: dict[str, int], device: Device) -> int:
+    """How many programs share the rows of a kernel with column stores; 0: too few rows, or rows that are too long."""
+    rows, tile = evaluate(kernel.outer, hint), _pow2(evaluate(kernel.inner, hint))
+    parts = min(_PER_PROCESSOR * device.processors, rows // _LEAST_ROWS)
+    threads = 1024 if device.warp == 32 else 512
+    if tile > _PERSISTENT or parts < device.processors // 2:
+        return 0
+    # a thread keeps the row as it was loaded, one float32 value for each sum, and a few temporaries
+    return parts if tile * _walk_words(kernel) <= threads * _REGISTERS else 0
+
+
+def _walk_words(kernel: Kernel) -> float:
+    """Registers for each element of the row that a program with column sums holds."""
+    loops, axis = frozenset(kernel.loops), frozenset(kernel.axis)
+    full = [n for n in kernel.loads if n.free & axis]
+    return sum(ITEMSIZE[n.dtype] for n in full if n.free & loops) / 4 + len(kernel.column_sums) + 2
+
+
+def _walk(kernel: Kernel, outer: int, inner: int, device: Device) -> Plan:
+    """Rows one after the other, column sums in registers."""
+    tile = _pow2(inner)
+    xblock = 1
+    while xblock * tile < 2048:
+        xblock *= 2
+    most = (1024 if device.warp == 32 else 512) // device.warp
+    return Plan("triton", xblock=xblock, rblock=0, warps=_warps(xblock * tile, 16, device, most))
 
 
 def _columns(kernel: Kernel, outer: int, inner: int, device: Device) -> Plan:

@@ -19,8 +19,9 @@ from ..ir.loop import Kernel, evaluate
 from ..progress import progress
 from ..runtime import device as devices
 from ..runtime import launch
+from ..schedule.columns import stage
 from ..schedule.plan import Plan
-from ..schedule.rules_triton import default_plan
+from ..schedule.rules_triton import column_parts, default_plan
 from ..schedule.split import should_split, split
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any]
     from ..artifacts import kernel_record
 
     cross = cx.target not in ("triton", "interpret")
-    device = devices.known(cx.target if cross else "sm_90") if cx.target != "triton" else devices.properties(cx.device)
+    device = device_of(cx)
     parts: dict[str, list[Part]] = {}
     problems: dict[str, str] = {}
     for symbol, kernel in kernels.items():
@@ -79,7 +80,9 @@ def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any]
         else:
             steps = [_never for _ in group]
         whole = kernels[symbol]
-        functions[symbol] = _joined([b.name for b in whole.buffers], [s.name for s in whole.sizes], group, steps, cx.device)
+        functions[symbol] = _joined(
+            [b.name for b in whole.buffers], [s.name for s in whole.sizes], group, steps, cx.device
+        )
         for p in group:
             compiled = built.get(p.symbol)
             note = ""
@@ -92,11 +95,20 @@ def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any]
     return functions, problems
 
 
+def device_of(cx: Context) -> devices.DeviceProperties:
+    """The GPU that plans are made for."""
+    if cx.target == "triton":
+        return devices.properties(cx.device)
+    return devices.known(cx.target if cx.target != "interpret" else "sm_90")
+
+
 def _parts(cx: Context, symbol: str, kernel: Kernel, device: Any) -> list[Part]:
     hints = {s.name: cx.hints.get(s.name, 64) for s in kernel.sizes}
     pieces: list[Kernel] = [kernel]
-    count = should_split(kernel, hints, "triton", device.processors)
-    if count > 1:
+    count = 1 if kernel.columns else should_split(kernel, hints, "triton", device.processors)
+    if kernel.columns:
+        pieces = list(stage(kernel, max(1, column_parts(kernel, hints, device))))
+    elif count > 1:
         two = split(kernel, count)
         if two is not None:
             pieces = list(two)
@@ -145,7 +157,9 @@ def _direct(kernel: launch.TritonKernel, ir: Kernel) -> Launcher:
         if bits & 15:
             if not generic:
                 generic.append(
-                    launch.TritonKernel(kernel.source, kernel.name, ir, kernel.plan, kernel.device, [False] * len(ir.buffers))
+                    launch.TritonKernel(
+                        kernel.source, kernel.name, ir, kernel.plan, kernel.device, [False] * len(ir.buffers)
+                    )
                 )
             generic[0].launch(pointers, dict(zip(names, sizes, strict=True)), stream)
         elif run is not None:
