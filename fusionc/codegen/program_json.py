@@ -32,7 +32,9 @@ _MAX_TENSOR = 4096  # bytes of a constant tensor
 
 _DTYPES = {str(v)[6:]: v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 _OBJECTS: dict[str, Any] = {
-    f"{type(v).__name__}:{str(v)[6:]}": v for v in vars(torch).values() if isinstance(v, (torch.layout, torch.memory_format))
+    f"{type(v).__name__}:{str(v)[6:]}": v
+    for v in vars(torch).values()
+    if isinstance(v, (torch.layout, torch.memory_format))
 }
 _FUNCTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {}
 
@@ -234,7 +236,9 @@ def encode(program: prog.Program, operators: Mapping[int, str], kernels: Mapping
     for step in program.steps:
         if type(step).__name__ not in _STEPS:
             raise NotCacheable(f"step {type(step).__name__} has no description")
-        steps.append([type(step).__name__, *[_encode_value(getattr(step, f.name), sizes) for f in dataclasses.fields(step)]])
+        steps.append(
+            [type(step).__name__, *[_encode_value(getattr(step, f.name), sizes) for f in dataclasses.fields(step)]]
+        )
     data = {
         "arguments": list(program.arguments),
         "sizes": [list(pair) for pair in program.sizes],

@@ -2,7 +2,8 @@
 
 One program computes `xblock` points of the flattened loops.  With an axis its values are tiles [XBLOCK, RBLOCK]: the
 whole axis at once (`plan.rblock == 0`), or in steps of RBLOCK, with one pass over the axis per reduction level; all
-reductions of a level share a pass, and inner stores that need no reduction are written in the first.
+reductions of a level share a pass, and inner stores that need no reduction are written in the first.  A maximum and the
+sum of exponentials below it share a pass too (`fusionc.ir.online`).
 
 Column sums make the kernel persistent: program p walks over the rows p, p + parts, …, keeps one accumulator a column
 sum in registers, and stores them at the end; what does not depend on the row (a norm's weight) is loaded once.
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 from ..errors import FusioncError
 from ..ir.expr import FLOATS, Const, Expr, FloorDiv, Index, Load, Mod, Op, Reduce, Scan, Size, Var, bounds, index
 from ..ir.loop import Kernel, Store, Write
+from ..ir.online import online_pairs
 from ..ir.ops import COMPARE
 from ..schedule.plan import Plan
 from . import triton_math as tm
@@ -124,6 +126,8 @@ class _Writer:
         self.rank2 = bool(kernel.axis)
         self.eviction: str | None = None  # eviction hint of the pass being written
         self.looped = self.rank2 and plan.rblock > 0
+        # results of 8 or 11 bits: float32 functions that are exact to 20 do, and cost a fraction
+        self.half = all(b.dtype in ("f16", "bf16") for b in kernel.buffers if b.kind != "in")
 
     # -- lines ------------------------------------------------------------------------------------------------------
     def line(self, text: str) -> None:
@@ -264,6 +268,7 @@ class _Writer:
     def passes(self) -> None:
         k = self.k
         top = max((r.level for r in k.reductions), default=0)
+        pairs = online_pairs(k)
         inout = {b.name for b in k.buffers if b.kind == "inout"}
         rows = [s for s in k.stores if not s.inner]
         inner: dict[int, list[Store]] = {}
@@ -272,16 +277,24 @@ class _Writer:
                 # in place, nothing may be overwritten that a later pass reads
                 level = top if s.buffer in inout else max(s.value.level, s.index.level)
                 inner.setdefault(level, []).append(s)
-        work = [([r for r in k.reductions if r.level == n + 1], inner.get(n, [])) for n in range(top + 1)]
+        work = [
+            ([r for r in k.reductions if r.level == n + 1 and r not in pairs], inner.get(n, [])) for n in range(top + 1)
+        ]
         work = [w for w in work if w[0] or w[1]]
         for n, (reductions, stores) in enumerate(work):
-            self.one_pass(reductions, stores, again=n + 1 < len(work), repeated=n > 0)
+            mine = {r: m for r, m in pairs.items() if m in reductions}
+            self.one_pass(reductions, stores, mine, again=n + 1 < len(work), repeated=n > 0)
         self.emit([e for s in rows for e in (s.index, s.value)])
         for s in rows:
             self.store(s)
 
-    def one_pass(self, reductions: list[Reduce], stores: list[Store], again: bool, repeated: bool) -> None:
-        """A loop over the axis; `again`: another follows and rereads the row, `repeated`: one came before."""
+    def one_pass(
+        self, reductions: list[Reduce], stores: list[Store], pairs: dict[Reduce, Reduce], again: bool, repeated: bool
+    ) -> None:
+        """A loop over the axis; `again`: another follows and rereads the row, `repeated`: one came before.
+
+        `pairs` are sums of exponentials that are taken below the maximum that this pass finds.
+        """
         roots: list[Expr] = [r.body for r in reductions]
         roots += [e for s in stores for e in (s.index, s.value)]
         nodes = self.order(roots)
@@ -290,28 +303,67 @@ class _Writer:
                 self.node(n)
         extent = self.size(self.k.inner)
         state = {r: self.start(r) for r in reductions}
+        sums = {r: self.fresh("tl.full([XBLOCK, RBLOCK], 0.0, tl.float32)") for r in pairs}
         carries = {
             n: self.fresh(f"tl.full([XBLOCK, 1], {tm.identity(n.kind, n.dtype)}, {self.accumulator(n.kind, n.dtype)})")
             for n in nodes
             if isinstance(n, Scan)
         }
-        self.line(f"for offset in range(0, {extent}, RBLOCK):")
+        unroll = self.plan.unroll if pairs else 1
+        self.line(
+            f"for offset in range(0, {extent}, {unroll} * RBLOCK):"
+            if unroll > 1
+            else f"for offset in range(0, {extent}, RBLOCK):"
+        )
         self.depth += 1
         saved = dict(self.text)
         self.eviction = "evict_last" if again else "evict_first" if repeated else None
-        self.axis_variables("offset")
-        for n in nodes:
-            if n.uid not in self.text:
-                self.node(n, carries.get(n))  # type: ignore[call-overload]
-        for s in stores:
-            self.store(s)
-        for r in reductions:
-            self.step(r, state[r])
+        tiles: dict[Reduce, list[str]] = {m: [] for m in pairs.values()}
+        for tile in range(unroll):
+            self.text = dict(saved)
+            self.axis_variables("offset" if tile == 0 else f"offset + {tile} * RBLOCK")
+            for n in nodes:
+                if n.uid not in self.text:
+                    self.node(n, carries.get(n))  # type: ignore[call-overload]
+            for s in stores:
+                self.store(s)
+            for r in reductions:
+                if r in tiles:
+                    body = self.tile(r)
+                    tiles[r].append(
+                        self.fresh(
+                            f"tl.where(rmask, {body}, {tm.identity(r.kind, r.body.dtype)})" if self.rmask else body
+                        )
+                    )
+                else:
+                    self.step(r, state[r])
+        for m, found in tiles.items():
+            self.online(state[m][0], found, [sums[r] for r in pairs if pairs[r] is m])
         self.depth -= 1
         self.text = saved
         self.eviction = None
         for r in reductions:
             self.finish(r, state[r])
+        for r, total in sums.items():
+            # a lane that saw nothing but -inf adds exp(-inf) = 0; a row of them gives NaN as exp(-inf + inf) does
+            scaled = self.fresh(f"{total} * {self.exponential(f'{state[pairs[r]][0]} - {self.text[pairs[r].uid]}')}")
+            self.finish(r, (scaled,))
+
+    def online(self, top: str, tiles: list[str], totals: list[str]) -> None:
+        """Take `tiles` into the running maximum of each lane and the running sums of exponentials below it."""
+        new = top
+        for t in tiles:
+            new = self.fresh(tm.extreme("max", new, t, "f32"))
+        base = self.fresh(f'tl.where({new} == float("-inf"), 0.0, {new})')  # -inf - -inf is no number
+        scale = self.exponential(f"{top} - {base}")
+        terms = " + ".join([self.exponential(f"{t} - {base}") for t in tiles])
+        total = self.fresh(f"{totals[0]} * {scale} + ({terms})")
+        for t in totals:
+            self.line(f"{t} = {total}")
+        self.line(f"{top} = {new}")
+
+    def exponential(self, text: str) -> str:
+        return f"tl.exp({text})" if self.half else f"libdevice.exp({text})"
 
     def accumulator(self, kind: str, dtype: str) -> str:
         return "tl.int32" if dtype == "b1" else TL_DTYPE[dtype]
@@ -518,7 +570,28 @@ class _Writer:
             args.append(text)
         if name == "where":
             dtype = n.dtype
+        if self.half and dtype == "f32":
+            quick = tm.quick(name, args)
+            if name == "erf" and self.beside_one(n):
+                self.helpers["_erf"] = tm.QUICK_ERF
+                quick = f"_erf({args[0]})"
+            if quick is not None:
+                return self.fresh(quick)
         return self.fresh(tm.operation(name, args, dtype, n.dtype, self.fresh))
+
+    def beside_one(self, n: Op) -> bool:
+        """Is `n` only ever added to a constant of at least 1, as in 1 + erf(x)?  Then its absolute error counts."""
+        if self.users is None:
+            self.users = {}
+            for m in self.k.nodes:
+                for c in m.children():
+                    self.users.setdefault(c.uid, []).append(m)
+        return all(
+            isinstance(u, Op) and u.name == "add" and any(isinstance(a, Const) and abs(a.value) >= 1 for a in u.args)
+            for u in self.users.get(n.uid, [])
+        )
+
+    users: dict[int, list[Expr]] | None = None
 
     def check_index(self, n: Op) -> str:
         i, size = self.tensor(n.args[0]), self.paren(n.args[1])
@@ -589,6 +662,8 @@ class _Writer:
                 value = self.fresh(value)
         masks = self.mask(dims)
         extra = f", mask={' & '.join(masks)}" if masks else ""
+        if self.eviction == "evict_first" and dims & _R:
+            extra += ', eviction_policy="evict_first"'  # leaves the cache to rows that are read again
         self.line(f"tl.store({b.name} + {at}, {value}{extra})")
 
 

@@ -1,0 +1,138 @@
+"""A maximum and the sum of exponentials below it in one pass over a looped axis; cheap float32 functions before bf16."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fusionc.codegen.triton import render
+from fusionc.ir import interp
+from fusionc.ir.expr import Reduce, index
+from fusionc.ir.online import online_pairs
+from fusionc.runtime.device import TARGETS, known
+from fusionc.runtime.launch import cross_compile, interpret
+from fusionc.schedule.plan import Plan
+from fusionc.schedule.rules_triton import default_plan
+from tests.codegen import kernels
+from tests.codegen.kernels import Case, axis, const, f, inp, kernel, load, loop, outp, st
+
+
+def passes(case: Case, plan: Plan) -> int:
+    return len(re.findall(r"^    for offset", render(case.kernel, plan, "k0"), re.M))
+
+
+def run(case: Case, plan: Plan, data: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Outputs rendered and by the loop interpreter, for `data` as in0."""
+    got, want = case.inputs(), case.inputs()
+    got["in0"][: data.numel()] = want["in0"][: data.numel()] = data.to(got["in0"].dtype)
+    interp.run(case.kernel, want, case.sizes)
+    interpret(render(case.kernel, plan, "k0"), "k0", case.kernel, plan, list(got.values()), case.sizes)
+    return got, want
+
+
+def rows_with_everything(n: int) -> torch.Tensor:
+    """Rows [7, n]: plain, growing, large, lanes of -inf alone, all -inf, with +inf, with NaN."""
+    torch.manual_seed(3)
+    x = torch.randn(7, n) * 3
+    x[1] = torch.arange(n) * 0.5
+    x[2] += 300
+    x[3, ::2] = -math.inf
+    x[4] = -math.inf
+    x[5, n // 2] = math.inf
+    x[6, 1] = math.nan
+    return x
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("unroll", [1, 2, 4])
+@pytest.mark.parametrize("n", [64, 100])
+def test_values(n: int, unroll: int) -> None:
+    case = kernels.softmax(7, n)
+    plan = Plan("triton", 2, 16, unroll=unroll)
+    assert passes(case, plan) == 2 and passes(case, replace(plan, rblock=0)) == 0
+    got, want = run(case, plan, rows_with_everything(n).reshape(-1))
+    torch.testing.assert_close(got["out0"], want["out0"], equal_nan=True, rtol=1e-5, atol=1e-7)
+    assert want["out0"].view(7, n)[4].isnan().all() and not want["out0"].view(7, n)[3].isnan().any()
+
+
+@pytest.mark.interpret
+def test_half_precision() -> None:
+    got, want = run(kernels.softmax(7, 100, "bf16"), Plan("triton", 2, 16, unroll=2), torch.randn(700))
+    torch.testing.assert_close(got["out0"], want["out0"], rtol=8e-3, atol=0)
+
+
+def test_pairs() -> None:
+    """Only if every reduction of the second level is such a sum."""
+    k = kernels.softmax(4, 64).kernel
+    ((total, top),) = online_pairs(k).items()
+    assert total.kind == "sum" and top.kind == "max" and total in k.reductions
+    assert not online_pairs(kernels.layernorm(4, 64).kernel)
+    (x,), (r,) = loop(4), axis(64)
+    v = load("in0", index(x) * 64 + r)
+    top = Reduce("max", (r,), v, "f32")
+    below = f("exp", f("sub", v, top))
+    other = f("exp", f("sub", f("mul", v, const(2.0)), top))  # the maximum is of something else
+    buffers = [inp("in0", 256), outp("out0", 4), outp("out1", 4)]
+    for body in (other, f("mul", below, below)):
+        stores = [st("out0", x, Reduce("sum", (r,), below, "f32")), st("out1", x, Reduce("sum", (r,), body, "f32"))]
+        assert not online_pairs(kernel(buffers, (x,), (r,), stores))
+
+
+def test_plan() -> None:
+    plan = default_plan(kernels.softmax(4096, 65536, "bf16").kernel, {}, known("sm_90"))
+    assert (plan.rblock, plan.unroll, plan.warps) == (4096, 4, 16)
+    assert Plan.from_dict({**vars(plan)}) == plan
+    with pytest.raises(ValueError, match="unroll"):
+        Plan.from_dict({**vars(plan), "unroll": 0})
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize("target", TARGETS)
+def test_builds(target: str) -> None:
+    case = kernels.softmax(4096, 65536, "bf16")
+    plan = default_plan(case.kernel, {}, known(target))
+    assert cross_compile(render(case.kernel, plan, "k0"), "k0", case.kernel, plan, target).spills == 0
+
+
+# -- quick functions ----------------------------------------------------------------------------------------------
+
+
+def gelu(n: int, dtype: str, *, bare: bool = False) -> Case:
+    """x/2·(1 + erf(x/√2)), or erf(x) alone."""
+    (x,) = loop(n)
+    v = load("in0", index(x), dtype)
+    e = f("erf", v if bare else f("mul", v, const(math.sqrt(0.5))))
+    if not bare:
+        e = f("mul", f("mul", v, const(0.5)), f("add", e, const(1.0)))
+    out = e if dtype == "f32" else f("cast", e, dtype=dtype)
+    return Case("gelu", kernel([inp("in0", n, dtype), outp("out0", n, dtype)], (x,), (), [st("out0", x, out)]), lambda t: {})
+
+
+def test_where_quick_functions_are_used() -> None:
+    plan = Plan("triton", 64)
+    assert "_erf(" in render(gelu(64, "bf16").kernel, plan, "k0")
+    assert "_erf(" not in render(gelu(64, "f32").kernel, plan, "k0")
+    # near zero erf itself needs its relative error
+    assert "_erf(" not in render(gelu(64, "bf16", bare=True).kernel, plan, "k0")
+    assert "libdevice.exp" in render(kernels.softmax(4, 64).kernel, Plan("triton", 1, 0), "k0")
+    assert "libdevice" not in render(kernels.softmax(4, 64, "bf16").kernel, Plan("triton", 1, 0), "k0")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_gelu(dtype: str) -> None:
+    """No worse than eager against float64, up to one rounding of the result; special values as eager has them."""
+    case, n = gelu(4096, dtype), 4096
+    x = torch.cat([torch.linspace(-9, 9, n - 6), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-6])])
+    got, _ = run(case, Plan("triton", 1024), x)
+    x = x.to(got["in0"].dtype)
+    want, eager = torch.nn.functional.gelu(x.double()), torch.nn.functional.gelu(x)
+    finite = want.isfinite()
+    ours, theirs = (got["out0"].double() - want).abs()[finite], (eager.double() - want).abs()[finite]
+    assert ours.max() <= 1.01 * theirs.max() and ours.mean() <= 1.01 * theirs.mean()
+    special = got["out0"][-6:]
+    assert torch.equal(special[:3], torch.tensor([0.0, -0.0, math.inf], dtype=x.dtype)) and special[3:5].isnan().all()
