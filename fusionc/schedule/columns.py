@@ -79,30 +79,74 @@ def merge(
 ) -> Iterator[tuple[Group, Group, Built]]:
     """Join kernels of columns to kernels of rows; yields (rows, columns, both) for each join done.
 
-    The joined group's members, predecessors and kernel become those of the group of rows, in `grouper` and `built`;
-    the caller orders the units anew.
+    Pointwise kernels are cut into rows where that lets them join.  The joined group's members, predecessors and kernel
+    become those of the group of rows, in `grouper` and `built`; the caller orders the units anew.
     """
-    rows = [u for u in units if isinstance(u, Group) and u in built and _is_rows(built[u].kernel, hint)]
-    if not rows:
-        return
-    for b in [u for u in units if isinstance(u, Group) and u in built and _is_columns(built[u].kernel)]:
-        touched = {*built[b].inputs, *built[b].outputs}
-        for a in rows:
-            if a is b or a not in built or touched.isdisjoint((*built[a].inputs, *built[a].outputs)):
-                continue
+    groups = [u for u in units if isinstance(u, Group) and u in built]
+    touching: dict[Node, dict[Group, None]] = {}
+    for g in groups:
+        if not any(b.kind == "inout" for b in built[g].kernel.buffers):
+            for node in (*built[g].inputs, *built[g].outputs):
+                touching.setdefault(node, {})[g] = None
+    for b in groups:
+        if b not in built or not _is_columns(built[b].kernel):
+            continue
+        nodes = (*built[b].inputs, *built[b].outputs)
+        near = {a: None for n in nodes for a in touching.get(n, ()) if a is not b and a in built}
+        for a in sorted(near, key=lambda g: not built[g].kernel.axis):  # rows first
             if not grouper.adjacent(a, b):
                 continue
-            both = join(built[a], built[b])
-            if both is None:
+            rows = _as_rows(built[a], built[b].kernel, hint)
+            both = None if rows is None else join(rows, built[b])
+            if rows is None or both is None:
                 continue
             both = without(both, frozenset([n for n in both.outputs if grouper.read_outside(n, (a, b))]))
-            if not _pays(built[a].kernel, built[b].kernel, both.kernel, hint, device):
+            if not _pays(rows.kernel, built[b].kernel, both.kernel, hint, device):
                 continue
             grouper.combine(a, b)
             del built[b]
             built[a] = both
+            for n in nodes:
+                touching.setdefault(n, {})[a] = None
             yield a, b, both
             break
+
+
+def _as_rows(a: Built, columns: Kernel, hint: dict[str, int]) -> Built | None:
+    """`a` with loops over rows and an axis along them; a pointwise kernel is cut at the rows that `columns` sums."""
+    k = a.kernel
+    if k.axis:
+        return a if _is_rows(k, hint) else None
+    rows, width = columns.inner, columns.outer
+    mapping: dict[Var, Expr] = {}
+    if len(k.loops) == 1 and k.outer is rows * width:
+        loops, axis = (Var("x0", rows),), (Var("r0", width),)
+        mapping[k.loops[0]] = index(loops[0]) * width + axis[0]
+    else:
+        order = sorted(k.loops, key=lambda v: -_stride(k.stores[0].index, v))
+        cut = next((n for n in range(1, len(order)) if _points(order[:n]) is rows), 0)
+        if not cut or _points(order[cut:]) is not width:
+            return None
+        loops = tuple(order[:cut])
+        axis = tuple([Var(f"r{n}", v.extent) for n, v in enumerate(order[cut:])])
+        mapping.update(zip(order[cut:], [index(v) for v in axis], strict=True))
+    f = Rewriter(lambda e: mapping.get(e) if isinstance(e, Var) else None)
+    stores = [Store(s.buffer, f.index(s.index), f(s.value), True) for s in k.stores]
+    new = Kernel(k.buffers, k.sizes, loops, axis, tuple(stores))
+    return Built(new, a.inputs, a.outputs) if _is_rows(new, hint) else None
+
+
+def _stride(at: Index, v: Var) -> int:
+    """The coefficient of `v` where it is a number (a stride of a run-time size counts as large)."""
+    c = at.coefficient(v)
+    return 0 if c is None else c.value if c.is_const else 1 << 62
+
+
+def _points(vars: Sequence[Var]) -> Index:
+    out = index(1)
+    for v in vars:
+        out = out * v.extent
+    return out
 
 
 def _hints(kernel: Kernel, hint: dict[str, int]) -> dict[str, int]:
@@ -163,10 +207,7 @@ def _mapping(old: tuple[Var, ...], new: tuple[Var, ...]) -> dict[Var, Index] | N
     """Where the variables `old` stand in terms of `new`: one for one, or one for all of them flattened."""
     if len(old) == len(new) and all(v.extent is w.extent for v, w in zip(old, new, strict=True)):
         return dict(zip(old, [index(w) for w in new], strict=True))
-    size = index(1)
-    for w in new:
-        size = size * w.extent
-    return {old[0]: flat(new)} if len(old) == 1 and old[0].extent is size else None
+    return {old[0]: flat(new)} if len(old) == 1 and old[0].extent is _points(new) else None
 
 
 class _Clash(Exception):

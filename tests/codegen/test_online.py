@@ -109,7 +109,9 @@ def gelu(n: int, dtype: str, *, bare: bool = False) -> Case:
     if not bare:
         e = f("mul", f("mul", v, const(0.5)), f("add", e, const(1.0)))
     out = e if dtype == "f32" else f("cast", e, dtype=dtype)
-    return Case("gelu", kernel([inp("in0", n, dtype), outp("out0", n, dtype)], (x,), (), [st("out0", x, out)]), lambda t: {})
+    return Case(
+        "gelu", kernel([inp("in0", n, dtype), outp("out0", n, dtype)], (x,), (), [st("out0", x, out)]), lambda t: {}
+    )
 
 
 def test_where_quick_functions_are_used() -> None:

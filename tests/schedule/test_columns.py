@@ -317,6 +317,37 @@ def inference_kernels(model: nn.Module, x: Tensor, w: Tensor, dump: Path) -> lis
     return [parse_kernel(k.loop_text) for r in records for k in r.kernels]
 
 
+class BiasedMLP(nn.Module):
+    """The bias's gradient is a sum over rows of what the activation's backward stores for the matmul."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+@pytest.mark.interpret
+def test_pointwise_kernels_are_cut_into_rows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = BiasedMLP(), torch.randn(3, 200, 32)
+    kernels, got = backward_kernels(model, [x], tmp_path)
+    (k,) = [k for k in kernels if k.columns]
+    assert not k.reductions and len(k.stores) == len(k.columns) == 1
+    want = gradients(model.double(), [x.double()], model)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-4)
+
+
+class Permuted(nn.Module):
+    """Heads put back in order, and the sum over rows of the result: rows and columns have two variables each."""
+
+    def forward(self, x: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        y = (x.view(150, 4, 8, 8) * 2).transpose(1, 2).reshape(-1, 32)
+        return y, y.sum(0)
+
+
 @pytest.mark.cross
 @pytest.mark.parametrize(
     "model,rows,merged",
@@ -326,6 +357,7 @@ def inference_kernels(model: nn.Module, x: Tensor, w: Tensor, dump: Path) -> lis
         (MaxOfColumns(), 600, False),
         (OtherOrder(), 600, False),
         (Sums(), 64, False),
+        (Permuted(), 600, True),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else str(v),
 )
