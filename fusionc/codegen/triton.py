@@ -126,8 +126,9 @@ class _Writer:
         self.rank2 = bool(kernel.axis)
         self.eviction: str | None = None  # eviction hint of the pass being written
         self.looped = self.rank2 and plan.rblock > 0
-        # results of 8 or 11 bits: float32 functions that are exact to 20 do, and cost a fraction
-        self.half = all(b.dtype in ("f16", "bf16") for b in kernel.buffers if b.kind != "in")
+        # results of 8 or 11 bits: float32 functions that are exact to 20 do, and cost a fraction; sums of columns
+        # beside such results are gradients of the same precision
+        self.half = {kernel.buffer(s.buffer).dtype for s in kernel.stores} <= {"f16", "bf16"} and bool(kernel.stores)
 
     # -- lines ------------------------------------------------------------------------------------------------------
     def line(self, text: str) -> None:
@@ -572,9 +573,9 @@ class _Writer:
             dtype = n.dtype
         if self.half and dtype == "f32":
             quick = tm.quick(name, args)
-            if name == "erf" and self.beside_one(n):
-                self.helpers["_erf"] = tm.QUICK_ERF
-                quick = f"_erf({args[0]})"
+            if name in tm.QUICK and self.beside_one(n):
+                self.helpers[f"_{name}"] = tm.QUICK[name]
+                quick = f"_{name}({args[0]})"
             if quick is not None:
                 return self.fresh(quick)
         return self.fresh(tm.operation(name, args, dtype, n.dtype, self.fresh))

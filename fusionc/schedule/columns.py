@@ -119,6 +119,8 @@ def _as_rows(a: Built, columns: Kernel, hint: dict[str, int]) -> Built | None:
         return a if _is_rows(k, hint) else None
     rows, width = columns.inner, columns.outer
     mapping: dict[Var, Expr] = {}
+    loops: tuple[Var, ...]
+    axis: tuple[Var, ...]
     if len(k.loops) == 1 and k.outer is rows * width:
         loops, axis = (Var("x0", rows),), (Var("r0", width),)
         mapping[k.loops[0]] = index(loops[0]) * width + axis[0]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import gelu as gelu_of
 
 from fusionc.codegen.triton import render
 from fusionc.ir import interp
@@ -101,11 +102,15 @@ def test_builds(target: str) -> None:
 # -- quick functions ----------------------------------------------------------------------------------------------
 
 
-def gelu(n: int, dtype: str, *, bare: bool = False) -> Case:
-    """x/2·(1 + erf(x/√2)), or erf(x) alone."""
+def gelu(n: int, dtype: str, *, bare: bool = False, tanh: bool = False) -> Case:
+    """x/2·(1 + erf(x/√2)) or its approximation by tanh, or erf(x) alone."""
     (x,) = loop(n)
     v = load("in0", index(x), dtype)
-    e = f("erf", v if bare else f("mul", v, const(math.sqrt(0.5))))
+    if tanh:
+        cube = f("mul", f("mul", f("mul", v, v), v), const(0.044715))
+        e = f("tanh", f("mul", f("add", v, cube), const(math.sqrt(2 / math.pi))))
+    else:
+        e = f("erf", v if bare else f("mul", v, const(math.sqrt(0.5))))
     if not bare:
         e = f("mul", f("mul", v, const(0.5)), f("add", e, const(1.0)))
     out = e if dtype == "f32" else f("cast", e, dtype=dtype)
@@ -117,6 +122,7 @@ def gelu(n: int, dtype: str, *, bare: bool = False) -> Case:
 def test_where_quick_functions_are_used() -> None:
     plan = Plan("triton", 64)
     assert "_erf(" in render(gelu(64, "bf16").kernel, plan, "k0")
+    assert "_tanh(" in render(gelu(64, "bf16", tanh=True).kernel, plan, "k0")
     assert "_erf(" not in render(gelu(64, "f32").kernel, plan, "k0")
     # near zero erf itself needs its relative error
     assert "_erf(" not in render(gelu(64, "bf16", bare=True).kernel, plan, "k0")
@@ -125,14 +131,15 @@ def test_where_quick_functions_are_used() -> None:
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("tanh", [False, True], ids=["erf", "tanh"])
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-def test_gelu(dtype: str) -> None:
+def test_gelu(dtype: str, tanh: bool) -> None:
     """No worse than eager against float64, up to one rounding of the result; special values as eager has them."""
-    case, n = gelu(4096, dtype), 4096
+    case, n, form = gelu(4096, dtype, tanh=tanh), 4096, "tanh" if tanh else "none"
     x = torch.cat([torch.linspace(-9, 9, n - 6), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-6])])
     got, _ = run(case, Plan("triton", 1024), x)
     x = x.to(got["in0"].dtype)
-    want, eager = torch.nn.functional.gelu(x.double()), torch.nn.functional.gelu(x)
+    want, eager = gelu_of(x.double(), approximate=form), gelu_of(x, approximate=form)
     finite = want.isfinite()
     ours, theirs = (got["out0"].double() - want).abs()[finite], (eager.double() - want).abs()[finite]
     assert ours.max() <= 1.01 * theirs.max() and ours.mean() <= 1.01 * theirs.mean()
