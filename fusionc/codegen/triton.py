@@ -126,6 +126,10 @@ class _Writer:
         self.rank2 = bool(kernel.axis)
         self.eviction: str | None = None  # eviction hint of the pass being written
         self.looped = self.rank2 and plan.rblock > 0
+        self.inverses: dict[int, str] = {}
+        self.totals = frozenset(
+            online_pairs(kernel)
+        )  # sums of exponentials, one of which is exp(0): at least 1, or NaN
         # results of 8 or 11 bits: float32 functions that are exact to 20 do, and cost a fraction; sums of columns
         # beside such results are gradients of the same precision
         self.half = {kernel.buffer(s.buffer).dtype for s in kernel.stores} <= {"f16", "bf16"} and bool(kernel.stores)
@@ -198,7 +202,7 @@ class _Writer:
             self.line(f"xmask = x < {self.size(self.k.outer)}")
         self.variables("x", self.k.loops, _X)
 
-    def variables(self, flat: str, vars: tuple[Var, ...], dims: int) -> None:
+    def variables(self, flat: str, vars: tuple[Var, ...], dims: int, suffix: str = "") -> None:
         """Recover the variables from their flattened position."""
         stride = index(1)
         texts = []
@@ -212,18 +216,20 @@ class _Writer:
             self.dims[v.uid] = dims
             self.text[v.uid] = flat
             if text != flat:
-                self.text[v.uid] = v.name
-                self.line(f"{v.name} = {text}")
+                self.text[v.uid] = v.name + suffix
+                self.line(f"{v.name}{suffix} = {text}")
 
-    def axis_variables(self, base: str) -> None:
+    def axis_variables(self, base: str, suffix: str = "") -> None:
+        """Positions along the axis from `base` on; the names of one tile of several end with `suffix`."""
         r = base
         if base != "rbase":
-            r = "r"
-            self.line(f"r = {base} + rbase")
+            r = "r" + suffix
+            self.line(f"{r} = {base} + rbase")
         self.flat = r
         if self.rmask:
-            self.line(f"rmask = {r} < {self.size(self.k.inner)}")
-        self.variables(r, self.k.axis, _R)
+            self.rmask = "rmask" + suffix
+            self.line(f"{self.rmask} = {r} < {self.size(self.k.inner)}")
+        self.variables(r, self.k.axis, _R, suffix)
 
     def size(self, p: Index) -> str:
         """A polynomial in sizes as an operand."""
@@ -310,34 +316,32 @@ class _Writer:
             for n in nodes
             if isinstance(n, Scan)
         }
-        unroll = self.plan.unroll if pairs else 1
-        self.line(
-            f"for offset in range(0, {extent}, {unroll} * RBLOCK):"
-            if unroll > 1
-            else f"for offset in range(0, {extent}, RBLOCK):"
-        )
+        unroll = self.plan.unroll
+        step = f"{unroll} * RBLOCK" if unroll > 1 else "RBLOCK"
+        self.line(f"for offset in range(0, {extent}, {step}):")
         self.depth += 1
         saved = dict(self.text)
         self.eviction = "evict_last" if again else "evict_first" if repeated else None
         tiles: dict[Reduce, list[str]] = {m: [] for m in pairs.values()}
+        done: list[tuple[dict[int, str], str | None]] = []
         for tile in range(unroll):
             self.text = dict(saved)
-            self.axis_variables("offset" if tile == 0 else f"offset + {tile} * RBLOCK")
+            self.axis_variables(f"offset + {tile} * RBLOCK" if tile else "offset", f"_{tile}" if tile else "")
             for n in nodes:
                 if n.uid not in self.text:
                     self.node(n, carries.get(n))  # type: ignore[call-overload]
-            for s in stores:
-                self.store(s)
             for r in reductions:
                 if r in tiles:
                     body = self.tile(r)
-                    tiles[r].append(
-                        self.fresh(
-                            f"tl.where(rmask, {body}, {tm.identity(r.kind, r.body.dtype)})" if self.rmask else body
-                        )
-                    )
+                    if self.rmask:
+                        body = f"tl.where({self.rmask}, {body}, {tm.identity(r.kind, r.body.dtype)})"
+                    tiles[r].append(self.fresh(body))
                 else:
                     self.step(r, state[r])
+            done.append((self.text, self.rmask))
+        for self.text, self.rmask in done:  # after the loads of all tiles: nothing is loaded early across a store
+            for s in stores:
+                self.store(s)
         for m, found in tiles.items():
             self.online(state[m][0], found, [sums[r] for r in pairs if pairs[r] is m])
         self.depth -= 1
@@ -349,6 +353,8 @@ class _Writer:
             # a lane that saw nothing but -inf adds exp(-inf) = 0; a row of them gives NaN as exp(-inf + inf) does
             scaled = self.fresh(f"{total} * {self.exponential(f'{state[pairs[r]][0]} - {self.text[pairs[r].uid]}')}")
             self.finish(r, (scaled,))
+            if self.half:
+                self.inverse(r)
 
     def online(self, top: str, tiles: list[str], totals: list[str]) -> None:
         """Take `tiles` into the running maximum of each lane and the running sums of exponentials below it."""
@@ -398,7 +404,7 @@ class _Writer:
             if r.body.dtype in FLOATS:
                 better += f" | (({body} != {body}) & (({acc} == {acc}) | ({self.flat} < {at})))"
             if self.rmask:
-                better = f"({better}) & rmask"
+                better = f"({better}) & {self.rmask}"
             first = self.fresh(better)
             self.line(f"{at} = tl.where({first}, {self.flat}, {at})")
             self.line(f"{acc} = tl.where({first}, {body}, {acc})")
@@ -406,7 +412,7 @@ class _Writer:
         (acc,) = state
         dtype = self.accumulator(r.kind, r.body.dtype)
         text = self.together(r.kind, acc, body, "i32" if dtype == "tl.int32" else r.body.dtype)
-        self.line(f"{acc} = tl.where(rmask, {text}, {acc})" if self.rmask else f"{acc} = {text}")
+        self.line(f"{acc} = tl.where({self.rmask}, {text}, {acc})" if self.rmask else f"{acc} = {text}")
 
     def together(self, kind: str, a: str, b: str, dtype: str) -> str:
         if kind in ("max", "min"):
@@ -440,12 +446,12 @@ class _Writer:
         """A reduction over the whole axis at once."""
         body = self.tile(r)
         if self.rmask:
-            body = self.fresh(f"tl.where(rmask, {body}, {tm.identity(r.kind, r.body.dtype)})")
+            body = self.fresh(f"tl.where({self.rmask}, {body}, {tm.identity(r.kind, r.body.dtype)})")
         if r.kind not in ("argmax", "argmin"):
             self.finish(r, (body,))
         else:
             itype, last = self.position()
-            at = f"tl.where(rmask, {self.flat}, {last})" if self.rmask else self.flat
+            at = f"tl.where({self.rmask}, {self.flat}, {last})" if self.rmask else self.flat
             at = self.fresh(f"tl.broadcast_to({at}, [XBLOCK, RBLOCK]).to({itype})")
             if body.endswith(")"):
                 body = self.fresh(body)
@@ -455,7 +461,7 @@ class _Writer:
     def scan(self, n: Scan, carry: str | None) -> str:
         body = self.tile(n)
         if self.rmask:
-            body = f"tl.where(rmask, {body}, {tm.identity(n.kind, n.body.dtype)})"
+            body = f"tl.where({self.rmask}, {body}, {tm.identity(n.kind, n.body.dtype)})"
         body = self.fresh(body)
         dtype = "i32" if n.body.dtype == "b1" else n.body.dtype
         fn = self.combine(n.kind, dtype)
@@ -573,12 +579,21 @@ class _Writer:
             dtype = n.dtype
         if self.half and dtype == "f32":
             quick = tm.quick(name, args)
+            if name == "div" and n.args[1] in self.totals:
+                quick = f"{args[0]} * {self.inverse(n.args[1])}"
             if name in tm.QUICK and self.beside_one(n):
                 self.helpers[f"_{name}"] = tm.QUICK[name]
                 quick = f"_{name}({args[0]})"
             if quick is not None:
                 return self.fresh(quick)
         return self.fresh(tm.operation(name, args, dtype, n.dtype, self.fresh))
+
+    def inverse(self, total: Expr) -> str:
+        """1 / total, once a row: a division an element is as dear as its exponential."""
+        found = self.inverses.get(total.uid)
+        if found is None:
+            found = self.inverses[total.uid] = self.fresh(f"1.0 / {self.paren(total)}")
+        return found
 
     def beside_one(self, n: Op) -> bool:
         """Is `n` only ever added to a constant of at least 1, as in 1 + erf(x)?  Then its absolute error counts."""
@@ -620,7 +635,7 @@ class _Writer:
 
     def mask(self, dims: int) -> list[str]:
         out = [self.xmask] if dims & _X and self.xmask else []
-        return out + (["rmask"] if dims & _R and self.rmask else [])
+        return out + ([self.rmask] if dims & _R and self.rmask else [])
 
     def load(self, n: Load) -> str:
         b = self.k.buffer(n.buffer)

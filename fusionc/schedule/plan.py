@@ -16,7 +16,7 @@ class Plan:
     rblock       points of `axis` per step (Triton: power of two); 0: the whole axis at once, kept in registers
     warps        warps per program (Triton)
     stages       software pipeline depth (Triton)
-    unroll       tiles of a looped axis that a pass takes at once where it finds a maximum and a sum of exponentials (Triton)
+    unroll       tiles of a looped axis that are loaded at once (Triton)
     columns      C++: vectorise along the last loop instead of the axis (reductions over a slow dimension)
     parallel     C++: use threads
     """
