@@ -193,7 +193,8 @@ class _Writer:
             if self.width is None:
                 self.line("if WIDE:")
                 self.line("    rbase = rbase.to(tl.int64)")
-            self.rmask = None if k.inner.is_const and k.inner.value % self.rblock == 0 else "rmask"
+            step = self.rblock * (p.unroll if self.looped else 1)
+            self.rmask = None if k.inner.is_const and k.inner.value % step == 0 else "rmask"
 
     def loop_variables(self, start: str, step: str = "") -> None:
         lanes = "tl.arange(0, XBLOCK)" + ("[:, None]" if self.rank2 else "")
