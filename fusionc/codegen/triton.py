@@ -110,6 +110,36 @@ def render(kernel: Kernel, plan: Plan, name: str) -> str:
     return _Writer(kernel, plan, name).module()
 
 
+_STEPPED = frozenset(("floor", "ceil", "round", "trunc", "floordiv", "mod", "truncdiv", "fmod", "sign"))
+
+
+def _half(kernel: Kernel) -> bool:
+    """Do float32 functions exact to about 20 bits suffice, at a fraction of the instructions?
+
+    They do where every result has 8 or 11 bits (sums of columns beside such results are gradients of that precision),
+    unless a step makes much of a last bit: floor(6 / 2) must be 3.
+    """
+    if not kernel.stores or not {kernel.buffer(s.buffer).dtype for s in kernel.stores} <= {"f16", "bf16"}:
+        return False
+    for n in kernel.nodes:
+        if isinstance(n, Reduce) and n.kind in ("argmax", "argmin"):
+            return False
+        if not isinstance(n, Op) or n.args[0].dtype not in FLOATS:
+            continue
+        if n.name in _STEPPED or (n.name == "cast" and n.dtype not in FLOATS):
+            return False
+        if n.name in COMPARE and not all(_given(a) for a in n.args):
+            return False
+    return True
+
+
+def _given(e: Expr) -> bool:
+    """A number as it was loaded, or a literal."""
+    while isinstance(e, Op) and e.name == "cast":
+        e = e.args[0]
+    return isinstance(e, (Load, Const))
+
+
 class _Writer:
     def __init__(self, kernel: Kernel, plan: Plan, name: str):
         self.k, self.plan, self.name = kernel, plan, name
@@ -130,9 +160,7 @@ class _Writer:
         self.totals = frozenset(
             online_pairs(kernel)
         )  # sums of exponentials, one of which is exp(0): at least 1, or NaN
-        # results of 8 or 11 bits: float32 functions that are exact to 20 do, and cost a fraction; sums of columns
-        # beside such results are gradients of the same precision
-        self.half = {kernel.buffer(s.buffer).dtype for s in kernel.stores} <= {"f16", "bf16"} and bool(kernel.stores)
+        self.half = _half(kernel)
 
     # -- lines ------------------------------------------------------------------------------------------------------
     def line(self, text: str) -> None:

@@ -149,6 +149,22 @@ def test_where_quick_functions_are_used() -> None:
         assert "libdevice" not in text and "1.0 / " in line and line.startswith("    t")
 
 
+@pytest.mark.parametrize("step", ["floor", "lt", "cast", None])
+def test_not_before_a_step(step: str | None) -> None:
+    """A quotient that is a little less than 3 is 2 after floor, and less than 3."""
+    (x,) = loop(64)
+    e = f("div", load("in0", index(x), "bf16"), load("in1", index(x), "bf16"))
+    if step == "floor":
+        e = f("floor", e)
+    elif step == "lt":
+        e = f("where", f("lt", e, const(3.0), dtype="b1"), e, const(0.0))
+    elif step == "cast":
+        e = f("cast", f("cast", e, dtype="i32"), dtype="f32")
+    out = st("out0", x, f("cast", e, dtype="bf16"))
+    k = kernel([inp("in0", 64, "bf16"), inp("in1", 64, "bf16"), outp("out0", 64, "bf16")], (x,), (), [out])
+    assert ("div_rn" in render(k, Plan("triton", 64), "k0")) is (step is not None)
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("tanh", [False, True], ids=["erf", "tanh"])
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
