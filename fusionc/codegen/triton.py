@@ -157,9 +157,8 @@ class _Writer:
         self.eviction: str | None = None  # eviction hint of the pass being written
         self.looped = self.rank2 and plan.rblock > 0
         self.inverses: dict[int, str] = {}
-        self.totals = frozenset(
-            online_pairs(kernel)
-        )  # sums of exponentials, one of which is exp(0): at least 1, or NaN
+        # sums of exponentials, one of which is exp(0): at least 1, or NaN
+        self.totals = frozenset(online_pairs(kernel))
         self.half = _half(kernel)
 
     # -- lines ------------------------------------------------------------------------------------------------------
