@@ -38,7 +38,7 @@ def device_of(cx: Context) -> Any:
 
 def kind_of(kernel: Kernel, device: Any) -> str | None:
     """With which others a small kernel may share a launch (a word: its warps), None if it is to be alone."""
-    if kernel.sizes or index_width(kernel) != 32 or not kernel.stores:
+    if kernel.sizes or kernel.columns or index_width(kernel) != 32 or not kernel.stores:
         return None
     points = evaluate(kernel.outer, {}) * evaluate(kernel.inner, {})
     if points == 0 or sum(kernel_bytes(kernel, {})) > SMALL_US * 1e-6 * device.bandwidth:

@@ -110,19 +110,19 @@ def compile_all(
     return functions, problems
 
 
+def device_of(cx: Context) -> devices.DeviceProperties:
+    """The GPU that plans are made for."""
+    if cx.target == "triton":
+        return devices.properties(cx.device)
+    return devices.known(cx.target if cx.target != "interpret" else "sm_90")
+
+
 def usage_note(compiled: launch.Compiled) -> str:
     """A comment for the end of a text: what the compiled kernel uses."""
     return (
         f"\n# {compiled.target}: {compiled.registers} registers, {compiled.spills} bytes spilled, "
         f"{compiled.shared} bytes of shared memory\n"
     )
-
-
-def device_of(cx: Context) -> devices.DeviceProperties:
-    """The GPU that plans are made for."""
-    if cx.target == "triton":
-        return devices.properties(cx.device)
-    return devices.known(cx.target if cx.target != "interpret" else "sm_90")
 
 
 def _parts(cx: Context, symbol: str, kernel: Kernel, device: Any) -> list[Part]:
