@@ -14,6 +14,7 @@ from .cse import CommonSubexpressions
 from .horizontal_matmul import HorizontalMatmul
 from .manager import named_approximate, run, run_passes, static_inputs
 from .reinplace import Reinplace
+from .skinny_linear import SkinnyLinear
 from .strip import Strip
 
 
@@ -33,6 +34,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
+    Step(45, SkinnyLinear(), "graph", "after q/k/v and gate/up are one product; takes in norms before they are kernels"),
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
     Step(90, Reinplace(), "graph", "last: it gives up the functional form"),
 )

@@ -1,0 +1,113 @@
+"""`fusionc::skinny_linear` on a GPU: which kernel, which tile, and the launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codegen.templates import skinny_linear as texts
+from ..codegen.templates.skinny_linear import Tile
+from ..ops.skinny_linear import MAX_ROWS, reference
+from ..runtime.device import properties
+from ..runtime.templates import POINTER, Template, template
+
+_stream = torch._C._cuda_getCurrentRawStream
+
+
+def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
+           activation: str, residual: Tensor | None, chained: bool) -> Tensor:  # fmt: skip
+    """The operator's implementation for CUDA; ATen where the kernels do not apply.  See `ops.skinny_linear`."""
+    rows, inner = x.shape
+    if not _fits(x, weight, norm, bias, residual):
+        return reference(x, weight, norm, eps, rounds, bias, activation, residual)
+    width = weight.shape[0] // 2 if activation else weight.shape[0]
+    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    kind = 0 if norm is None else 1 if rounds else 2
+    plan = _plan(rows == 1, width, inner, x.dtype, norm.dtype if norm is not None else x.dtype, eps, kind, activation,
+                 bias is not None, residual is not None, chained, x.device)  # fmt: skip
+    spare = out.data_ptr()
+    args: list[int] = [
+        x.data_ptr(),
+        weight.data_ptr(),
+        spare if norm is None else norm.data_ptr(),
+        spare if bias is None else bias.data_ptr(),
+        spare if residual is None else residual.data_ptr(),
+        spare,
+    ]
+    if rows > 1:
+        args += [rows, x.stride(0)]
+    stream = _stream(x.device.index)
+
+    def run(tile: Tile) -> None:
+        plan.kernel(tile).launch(plan.grid(tile), stream, *args)
+
+    run(plan.choose(run))
+    return out
+
+
+class _Plan:
+    """Everything about one shape of the operator but the tile."""
+
+    def __init__(self, one: bool, width: int, inner: int, dtype: torch.dtype, norm_dtype: torch.dtype, eps: float,
+                 kind: int, activation: str, bias: bool, residual: bool, chained: bool, device: torch.device) -> None:  # fmt: skip
+        self.one, self.width, self.device, self.chained = one, width, device, chained
+        wide = width * (2 if activation else 1) * inner >= 1 << 31
+        self.constants: tuple[tuple[str, Any], ...] = (
+            ("N", width), ("K", inner), ("EPS", eps), ("NORM", kind), ("ACT", activation), ("HAS_BIAS", bias),
+            ("HAS_RESIDUAL", residual), ("WIDE", wide), ("PDL", chained),
+        )  # fmt: skip
+        p, n = POINTER[dtype], POINTER[norm_dtype]
+        self.kinds = (p, p, n, p, p, p) if one else (p, p, n, p, p, p, "i32", "i32")
+        self.tiles = (texts.one_row_tiles if one else texts.few_rows_tiles)(width, inner, activation != "")
+        self.key = f"skinny_linear {dtype} {'1' if one else 'few'} {width}x{inner} {kind} {activation} {bias} {residual} {chained}"
+        self._kernels: dict[Tile, Template] = {}
+
+    def kernel(self, tile: Tile) -> Template:
+        found = self._kernels.get(tile)
+        if found is None:
+            last = ("REPEAT", tile.repeat) if self.one else ("STAGES", tile.stages)
+            constants = (*self.constants, ("BN", tile.bn), ("BK", tile.bk), last)
+            name = "one_row" if self.one else "few_rows"
+            found = self._kernels[tile] = template(
+                texts.TEXT, name, self.kinds, constants, self.device, tile.warps, tile.stages, self.chained
+            )
+        return found
+
+    def grid(self, tile: Tile) -> int:
+        return -(-self.width // (tile.bn * tile.repeat))
+
+    def choose(self, run: Callable[[Tile], None]) -> Tile:
+        if len(self.tiles) == 1:
+            return self.tiles[0]
+        from ..runtime.tune import choose
+
+        return choose(self.key, self.tiles, run, device=self.device, prepare=lambda tile: self.kernel(tile).prepare())
+
+
+_plan = functools.lru_cache(maxsize=4096)(_Plan)
+
+
+def _fits(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Types, layouts and alignment that the kernels assume."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype or not 1 <= x.shape[0] <= MAX_ROWS:
+        return False
+    if x.stride(1) != 1 or not weight.is_contiguous() or torch.version.hip:
+        return False
+    bits = x.data_ptr() | weight.data_ptr() | (x.stride(0) * 2 if x.shape[0] > 1 else 0) | x.shape[1] * 2
+    for t in others:
+        if t is not None:
+            if not t.is_contiguous() or t.dtype not in POINTER:
+                return False
+            bits |= t.data_ptr()
+    return not bits & 15 and _modern(x.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _modern(device: torch.device) -> bool:
+    """Programmatic dependent launch and its instructions exist from sm_90 on."""
+    arch = properties(device).arch
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
