@@ -10,7 +10,9 @@ from typing import Any
 
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
 from .conv_bn import ConvBatchNorm
+from .counters import Counters
 from .cse import CommonSubexpressions
+from .decode_attention import DecodeAttention
 from .horizontal_matmul import HorizontalMatmul
 from .manager import named_approximate, run, run_passes, static_inputs
 from .reinplace import Reinplace
@@ -36,7 +38,9 @@ PIPELINE: tuple[Step, ...] = (
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
     Step(45, SkinnyLinear(), "graph", "after q/k/v and gate/up are one product; takes in norms before they are kernels"),
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
-    Step(90, Reinplace(), "graph", "last: it gives up the functional form"),
+    Step(90, Reinplace(), "graph", "late: it gives up the functional form"),
+    Step(92, DecodeAttention(), "graph", "takes in the writes into the cache, once they are in place"),
+    Step(94, Counters(), "graph", "after nothing reads a counter through the index that it was"),
 )
 
 

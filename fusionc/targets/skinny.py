@@ -15,8 +15,6 @@ from ..ops.skinny_linear import MAX_ROWS, reference
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
 
-_stream = torch._C._cuda_getCurrentRawStream
-
 
 def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
            activation: str, residual: Tensor | None, chained: bool) -> Tensor:  # fmt: skip
@@ -40,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
     ]
     if rows > 1:
         args += [rows, x.stride(0)]
-    stream = _stream(x.device.index)
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
 
     def run(tile: Tile) -> None:
         plan.kernel(tile).launch(plan.grid(tile), stream, *args)
@@ -81,9 +79,10 @@ class _Plan:
         return -(-self.width // (tile.bn * tile.repeat))
 
     def choose(self, run: Callable[[Tile], None]) -> Tile:
-        if len(self.tiles) == 1:
+        try:
+            from ..runtime.tune import choose
+        except ImportError:
             return self.tiles[0]
-        from ..runtime.tune import choose
 
         return choose(self.key, self.tiles, run, device=self.device, prepare=lambda tile: self.kernel(tile).prepare())
 
@@ -103,11 +102,11 @@ def _fits(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
             if not t.is_contiguous() or t.dtype not in POINTER:
                 return False
             bits |= t.data_ptr()
-    return not bits & 15 and _modern(x.device)
+    return not bits & 15 and modern(x.device)
 
 
 @functools.lru_cache(maxsize=64)
-def _modern(device: torch.device) -> bool:
+def modern(device: torch.device) -> bool:
     """Programmatic dependent launch and its instructions exist from sm_90 on."""
     arch = properties(device).arch
     return arch.startswith("sm_") and int(arch[3:]) >= 90

@@ -160,6 +160,61 @@ def few_rows(x, w, norm, bias, residual, out, M, STRIDE,
     at = ms[:, None] * N + rows[None, :]
     y = _finish(acc, rows[None, :], at, ok, bias, residual, HAS_BIAS, HAS_RESIDUAL, DT)
     tl.store(out + at, y, mask=ok)
+
+@triton.jit
+def few_rows_t(x, w, scratch, counters, bias, residual, out, M, STRIDE,
+             N: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr,
+             HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+             BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr):
+    DT: tl.constexpr = out.dtype.element_ty
+    TILES: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    ms = tl.arange(0, 16)
+    cols = tl.arange(0, BK)
+    block = tl.program_id(0) // SPLIT
+    part = tl.program_id(0) % SPLIT
+    rows = block * BN + tl.arange(0, BN)
+    if WIDE:
+        rows = rows.to(tl.int64)
+    m_ok = (ms < M)[None, :]
+    acc = tl.full([BN, 16], 0.0, tl.float32)
+    acc_up = acc
+    for t in tl.range(0, TILES, num_stages=STAGES):
+        c = (part * TILES + t) * BK + cols
+        ok = (rows < N)[:, None] & (c < K)[None, :]
+        tile = tl.load(w + rows[:, None] * K + c[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
+        v = tl.load(x + ms[None, :] * STRIDE + c[:, None], mask=m_ok & (c < K)[:, None], other=0.0)
+        acc = tl.dot(tile, v, acc)
+        if ACT != "":
+            tile_up = tl.load(w + (rows + N)[:, None] * K + c[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
+            acc_up = tl.dot(tile_up, v, acc_up)
+    last = True
+    if SPLIT > 1:
+        G: tl.constexpr = 1 if ACT == "" else 2
+        here = scratch + ((block * SPLIT + part) * G) * (BN * 16) + tl.arange(0, BN)[:, None] * 16 + ms[None, :]
+        tl.store(here, acc, cache_modifier=".cg")
+        if ACT != "":
+            tl.store(here + BN * 16, acc_up, cache_modifier=".cg")
+        tl.debug_barrier()
+        last = tl.atomic_add(counters + block, 1, sem="acq_rel") == SPLIT - 1
+        if last:
+            tl.store(counters + block, 0)
+            acc = tl.full([BN, 16], 0.0, tl.float32)
+            acc_up = acc
+            for s in range(SPLIT):
+                there = scratch + ((block * SPLIT + s) * G) * (BN * 16) + tl.arange(0, BN)[:, None] * 16 + ms[None, :]
+                acc += tl.load(there, cache_modifier=".cg")
+                if ACT != "":
+                    acc_up += tl.load(there + BN * 16, cache_modifier=".cg")
+    if last:
+        if ACT != "":
+            acc = _activated(acc, acc_up, ACT, DT)
+        ok = m_ok & (rows < N)[:, None]
+        at = ms[None, :] * N + rows[:, None]
+        y = _finish(acc, rows[:, None], at, ok, bias, residual, HAS_BIAS, HAS_RESIDUAL, DT)
+        tl.store(out + at, y, mask=ok)
 '''
 
 
@@ -190,6 +245,6 @@ def one_row_tiles(n: int, k: int, gated: bool) -> tuple[Tile, ...]:
 
 def few_rows_tiles(n: int, k: int, gated: bool) -> tuple[Tile, ...]:
     """Candidates, the default first."""
-    return (Tile(16, 256, 4, 4),)
+    return (Tile(64, 128, 8, 4) if n >= 64 * 132 else Tile(16, 256, 4, 4),)
 
 
