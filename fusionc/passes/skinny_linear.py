@@ -126,7 +126,7 @@ class SkinnyLinear(Pass):
             for user in stack.pop().users:
                 if user.op == "call_function" and user.target in _VIEWS:
                     stack.append(user)
-                elif user.op != "call_function" or user.target not in (aten.mm.default, aten.addmm.default):
+                elif not _is(user, aten.mm.default, aten.addmm.default):
                     return None
                 elif user is not base.mm and not isinstance(self._product(user, facts), Fused):
                     return None

@@ -15,6 +15,7 @@ from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
 from .skinny import modern
 
+_SLAB = 1 << 16  # counters of a device that recorded graphs share: each launch has its own for ever, so replays never meet
 _counters: dict[tuple[int, int], Tensor] = {}
 _slabs: dict[int, tuple[Tensor, int]] = {}
 _lock = threading.Lock()
@@ -28,7 +29,7 @@ def decode_attention(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
 
 
 def decode_attention_update(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key: Tensor,
-                            value: Tensor, index: Tensor, mask: Tensor | None, scale: float, chained: bool) -> Tensor:  # fmt: skip
+                            value: Tensor, index: Tensor, mask: Tensor | None, scale: float, chained: bool) -> Tensor:
     """See `ops.decode_attention`."""
     if not _fits(q, key, value, mask, cos, sin, k, v) or index.dtype is not torch.int64 or index.numel() != 1:
         return op.update(q, k, v, cos, sin, key, value, index, mask, scale)

@@ -51,7 +51,7 @@ class _Plan:
     """Everything about one shape of the operator but the tile."""
 
     def __init__(self, one: bool, width: int, inner: int, dtype: torch.dtype, norm_dtype: torch.dtype, eps: float,
-                 kind: int, activation: str, bias: bool, residual: bool, chained: bool, device: torch.device) -> None:  # fmt: skip
+                 kind: int, activation: str, bias: bool, residual: bool, chained: bool, device: torch.device) -> None:
         self.one, self.width, self.device, self.chained = one, width, device, chained
         wide = width * (2 if activation else 1) * inner >= 1 << 31
         self.constants: tuple[tuple[str, Any], ...] = (
@@ -61,7 +61,8 @@ class _Plan:
         p, n = POINTER[dtype], POINTER[norm_dtype]
         self.kinds = (p, p, n, p, p, p) if one else (p, p, n, p, p, p, "i32", "i32")
         self.tiles = (texts.one_row_tiles if one else texts.few_rows_tiles)(width, inner, activation != "")
-        self.key = f"skinny_linear {dtype} {'1' if one else 'few'} {width}x{inner} {kind} {activation} {bias} {residual} {chained}"
+        what = [dtype, "1" if one else "few", width, inner, kind, activation, bias, residual, chained]
+        self.key = f"skinny_linear {' '.join(map(str, what))}"
         self._kernels: dict[Tile, Template] = {}
 
     def kernel(self, tile: Tile) -> Template:
