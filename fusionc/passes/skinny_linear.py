@@ -63,7 +63,8 @@ class SkinnyLinear(Pass):
     atomic = True
     exactness = Reassociates(rtol=1e-5)
 
-    def __init__(self, rows: int = 16, devices: Collection[str] = ("cuda",)) -> None:
+    # more than one row: the library's kernels are faster than `few_rows` so far (NOTES.md)
+    def __init__(self, rows: int = 1, devices: Collection[str] = ("cuda",)) -> None:
         self.rows, self.devices = rows, tuple(devices)
 
     def find(self, facts: Facts) -> Iterator[Match]:
