@@ -15,6 +15,7 @@ from .cse import CommonSubexpressions
 from .decode_attention import DecodeAttention
 from .horizontal_matmul import HorizontalMatmul
 from .manager import named_approximate, run, run_passes, static_inputs
+from .outer_product import OuterProduct
 from .reinplace import Reinplace
 from .skinny_linear import SkinnyLinear
 from .strip import Strip
@@ -35,6 +36,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
+    Step(30, OuterProduct(), "graph", "before products are merged: this one is none"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
     Step(45, SkinnyLinear(), "graph", "after q/k/v and gate/up are one product; takes in norms before they are kernels"),
     Step(50, None, "graph", "the user's graph passes see a functional graph"),

@@ -125,11 +125,11 @@ class SkinnyLinear(Pass):
         stack = [norm.result]
         while stack:
             for user in stack.pop().users:
-                if user.op == "call_function" and user.target in _VIEWS:
+                if _is(user, *_VIEWS):
                     stack.append(user)
-                elif not _is(user, aten.mm.default, aten.addmm.default):
-                    return None
-                elif user is not base.mm and not isinstance(self._product(user, facts), Fused):
+                    continue
+                product = _is(user, aten.mm.default, aten.addmm.default)
+                if not product or user is not base.mm and not isinstance(self._product(user, facts), Fused):
                     return None
         return norm
 

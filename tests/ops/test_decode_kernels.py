@@ -74,8 +74,8 @@ def _linear() -> None:
         b = torch.randn(n).to(dtype) if bias and not act else None
         r = torch.randn(m, n).to(dtype) if residual else None
         out = torch.full((m, n), float("nan"), dtype=dtype)
-        constants = dict(N=n, K=k, EPS=1e-5, NORM=norm, ACT=act, HAS_BIAS=b is not None, HAS_RESIDUAL=residual, WIDE=False,
-                         PDL=False, BN=bn, BK=bk)
+        constants = {"N": n, "K": k, "EPS": 1e-5, "NORM": norm, "ACT": act, "HAS_BIAS": b is not None,
+                     "HAS_RESIDUAL": residual, "WIDE": False, "PDL": False, "BN": bn, "BK": bk}
         args = [out if t is None else t for t in (x, w, nw, b, r)]
         with interpreter.lock, interpreter.repaired(), launch._interpreting(True):
             if m == 1:
