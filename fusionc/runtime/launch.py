@@ -353,6 +353,25 @@ def _dependent_launch(threads: int, shared: int) -> Callable[..., int]:
     return dependent
 
 
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: of a thread that has used no CUDA yet, as autograd's may be
+
+
+def _current_context() -> Any:
+    """The CUDA context of this thread, in which the kernel was loaded."""
+    import ctypes
+
+    context = ctypes.c_void_p()
+    ctypes.PyDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
+    return context
+
+
+def _use_context(context: Any) -> bool:
+    """Give this thread that context."""
+    import ctypes
+
+    return bool(context) and ctypes.PyDLL("libcuda.so.1").cuCtxSetCurrent(context) == 0
+
+
 def _cuda_launcher(
     built: Compiled, kinds: list[str], grid: int | None, dependent: bool = False
 ) -> Callable[..., None] | None:
@@ -392,8 +411,13 @@ def _cuda_launcher(
     if dependent:
         launch = _dependent_launch(threads, shared)
 
-    def failed(code: int) -> None:  # (refers to `built`, which keeps the binary loaded)
-        raise RuntimeError(f"launching kernel {built.name} failed: CUDA driver error {code}")
+    context = _current_context()
+
+    def failed(code: int, grid: int, stream: int) -> None:  # (refers to `built`, which keeps the binary loaded)
+        if code == _NO_CONTEXT and _use_context(context):
+            code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+        if code:
+            raise RuntimeError(f"launching kernel {built.name} failed: CUDA driver error {code}")
 
     if grid is not None:
 
@@ -401,7 +425,7 @@ def _cuda_launcher(
             pack_into(values, 0, *args)
             code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
             if code:
-                failed(code)
+                failed(code, grid, stream)
 
         return fixed
 
@@ -409,7 +433,7 @@ def _cuda_launcher(
         pack_into(values, 0, *args)
         code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
         if code:
-            failed(code)
+            failed(code, grid, stream)
 
     return variable
 

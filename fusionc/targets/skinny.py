@@ -79,13 +79,16 @@ class _Plan:
     def grid(self, tile: Tile) -> int:
         return -(-self.width // (tile.bn * tile.repeat))
 
-    def choose(self, run: Callable[[Tile], None]) -> Tile:
-        try:
-            from ..runtime.tune import choose
-        except ImportError:
-            return self.tiles[0]
+    def _prepare(self, tile: Tile) -> None:
+        self.kernel(tile).prepare()
 
-        return choose(self.key, self.tiles, run, device=self.device, prepare=lambda tile: self.kernel(tile).prepare())
+    def choose(self, run: Callable[[Tile], None]) -> Tile:
+        if len(self.tiles) == 1:
+            return self.tiles[0]
+        from ..runtime.tune import choose
+
+
+        return choose(self.key, self.tiles, run, device=self.device, prepare=self._prepare)
 
 
 _plan = functools.lru_cache(maxsize=4096)(_Plan)
