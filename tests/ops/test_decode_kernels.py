@@ -123,7 +123,7 @@ def _attention() -> None:
             module.decode[(b * g * splits, 1, 1)](
                 q, k, v, cos, sin, key, value, index, out if mask is None else mask, out, part, counters, H=h, HKV=g, D=d, S=s,
                 SCALE=scale, UPDATE=up, ROPE=rope, MASK=min(kind, 2), **dict(zip(names, strides)), WIDE=False, PDL=False,
-                SPLITS=splits, ROWS=rows, BS=64)
+                SPLITS=splits, PADDED=4, ROWS=rows, BS=64)
         turn = (cos, sin) if rope else (None, None)
         if up and p < s:
             want = update(q, k, v, *turn, key2, value2, index, mask, scale)
