@@ -1,6 +1,6 @@
 """``fusionc::skinny_linear``: a linear layer of a few rows with what stands around it, y = epilogue(norm(x) Wᵀ).
 
-x [M, K] (any row stride), weight [N, K] or with an activation [2 N, K] (gate rows above up rows), M at most 16.
+x [M, K] (any row stride), weight [N, K] or with an activation [2 N, K] (gate rows above up rows).
 
 norm        RMSNorm over K with weight ``norm`` [K]: norm(x) = x · rsqrt(mean(x²) + eps) in float32; ``rounds`` says
             whether it is rounded to x's dtype before it is multiplied with the weight (as Llama does) or only after
@@ -10,7 +10,7 @@ residual    [M, N], added last
 chained     launch on a GPU so that reading the weight may start before the kernel in front has finished: legal only
             where a kernel of the same Program stands in front and nothing in the Program writes the weight
 
-Returns [M, N], contiguous, in x's dtype.  On a CPU and for what the kernels do not take it is computed by ATen.
+Returns [M, N], contiguous, in x's dtype.  The kernel takes one row of 16 bits; the rest, and a CPU, is computed by ATen.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import late
-
-ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh")
-MAX_ROWS = 16
 
 _library = torch.library.Library("fusionc", "FRAGMENT")
 _library.define(

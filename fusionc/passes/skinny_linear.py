@@ -2,7 +2,7 @@
 
 Math       add(r, mm(rmsnorm(x), Wᵀ)),  silu(mm(x, W₁ᵀ)) · mm(x, W₂ᵀ),  …   →   fusionc::skinny_linear(x, W, …)
 Exactness  reassociates: products are summed in another order; every other rounding stays where it is
-Legality   inference on a GPU; bfloat16 or float16; x [M, K] with M ≤ 16 known; W a parameter stored [N, K], not written
+Legality   inference on a GPU; bfloat16 or float16; x [M, K] with M known and small; W a parameter stored [N, K], not written
            by the graph; what lies inside has no other reader; nothing is written between
 Cost       one launch instead of two to four, which is most of the time of a small layer at M = 1; the norm is computed
            again in every program
@@ -63,7 +63,7 @@ class SkinnyLinear(Pass):
     atomic = True
     exactness = Reassociates(rtol=1e-5)
 
-    # more than one row: the library's kernels are faster than `few_rows` so far (NOTES.md)
+    # for more than one row the library is faster than all kernels that were tried
     def __init__(self, rows: int = 1, devices: Collection[str] = ("cuda",)) -> None:
         self.rows, self.devices = rows, tuple(devices)
 

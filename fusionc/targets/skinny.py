@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..codegen.templates import skinny_linear as texts
 from ..codegen.templates.skinny_linear import Tile
-from ..ops.skinny_linear import MAX_ROWS, reference
+from ..ops.skinny_linear import reference
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
 
@@ -19,13 +19,13 @@ from ..runtime.templates import POINTER, Template, template
 def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
            activation: str, residual: Tensor | None, chained: bool) -> Tensor:  # fmt: skip
     """The operator's implementation for CUDA; ATen where the kernels do not apply.  See `ops.skinny_linear`."""
-    rows, inner = x.shape
+    inner = x.shape[1]
     if not _fits(x, weight, norm, bias, residual):
         return reference(x, weight, norm, eps, rounds, bias, activation, residual)
     width = weight.shape[0] // 2 if activation else weight.shape[0]
-    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    out = torch.empty((1, width), dtype=x.dtype, device=x.device)
     kind = 0 if norm is None else 1 if rounds else 2
-    plan = _plan(rows == 1, width, inner, x.dtype, norm.dtype if norm is not None else x.dtype, eps, kind, activation,
+    plan = _plan(width, inner, x.dtype, norm.dtype if norm is not None else x.dtype, eps, kind, activation,
                  bias is not None, residual is not None, chained, x.device)  # fmt: skip
     spare = out.data_ptr()
     args: list[int] = [
@@ -36,8 +36,6 @@ def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
         spare if residual is None else residual.data_ptr(),
         spare,
     ]
-    if rows > 1:
-        args += [rows, x.stride(0)]
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
 
     def run(tile: Tile) -> None:
@@ -50,29 +48,27 @@ def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
 class _Plan:
     """Everything about one shape of the operator but the tile."""
 
-    def __init__(self, one: bool, width: int, inner: int, dtype: torch.dtype, norm_dtype: torch.dtype, eps: float,
+    def __init__(self, width: int, inner: int, dtype: torch.dtype, norm_dtype: torch.dtype, eps: float,
                  kind: int, activation: str, bias: bool, residual: bool, chained: bool, device: torch.device) -> None:
-        self.one, self.width, self.device, self.chained = one, width, device, chained
+        self.width, self.device, self.chained = width, device, chained
         wide = width * (2 if activation else 1) * inner >= 1 << 31
         self.constants: tuple[tuple[str, Any], ...] = (
             ("N", width), ("K", inner), ("EPS", eps), ("NORM", kind), ("ACT", activation), ("HAS_BIAS", bias),
             ("HAS_RESIDUAL", residual), ("WIDE", wide), ("PDL", chained),
         )  # fmt: skip
         p, n = POINTER[dtype], POINTER[norm_dtype]
-        self.kinds = (p, p, n, p, p, p) if one else (p, p, n, p, p, p, "i32", "i32")
-        self.tiles = (texts.one_row_tiles if one else texts.few_rows_tiles)(width, inner, activation != "")
-        what = [dtype, "1" if one else "few", width, inner, kind, activation, bias, residual, chained]
+        self.kinds = (p, p, n, p, p, p)
+        self.tiles = texts.one_row_tiles(width, inner, activation != "")
+        what = [dtype, width, inner, kind, activation, bias, residual, chained]
         self.key = f"skinny_linear {' '.join(map(str, what))}"
         self._kernels: dict[Tile, Template] = {}
 
     def kernel(self, tile: Tile) -> Template:
         found = self._kernels.get(tile)
         if found is None:
-            last = ("REPEAT", tile.repeat) if self.one else ("STAGES", tile.stages)
-            constants = (*self.constants, ("BN", tile.bn), ("BK", tile.bk), last)
-            name = "one_row" if self.one else "few_rows"
+            constants = (*self.constants, ("BN", tile.bn), ("BK", tile.bk), ("REPEAT", tile.repeat))
             found = self._kernels[tile] = template(
-                texts.TEXT, name, self.kinds, constants, self.device, tile.warps, tile.stages, self.chained
+                texts.TEXT, "one_row", self.kinds, constants, self.device, tile.warps, dependent=self.chained
             )
         return found
 
@@ -87,23 +83,22 @@ class _Plan:
             return self.tiles[0]
         from ..runtime.tune import choose
 
-
         return choose(self.key, self.tiles, run, device=self.device, prepare=self._prepare)
 
 
 _plan = functools.lru_cache(maxsize=4096)(_Plan)
 
 
-def _fits(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+def _fits(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Types, layouts and alignment that the kernels assume."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype or not 1 <= x.shape[0] <= MAX_ROWS:
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype or x.shape[0] != 1:
         return False
     if x.stride(1) != 1 or not weight.is_contiguous() or torch.version.hip:
         return False
-    bits = x.data_ptr() | weight.data_ptr() | (x.stride(0) * 2 if x.shape[0] > 1 else 0) | x.shape[1] * 2
-    for t in others:
+    bits = x.data_ptr() | weight.data_ptr() | x.shape[1] * 2
+    for t in (norm, bias, residual):
         if t is not None:
-            if not t.is_contiguous() or t.dtype not in POINTER:
+            if not t.is_contiguous() or t.dtype is not x.dtype and (t is not norm or t.dtype is not torch.float32):
                 return False
             bits |= t.data_ptr()
     return not bits & 15 and modern(x.device)

@@ -1,9 +1,8 @@
-"""Kernels for y = epilogue(norm(x) Wᵀ) with one to sixteen rows of x, where reading W once is all the work.
+"""Kernels for y = epilogue(norm(x) Wᵀ) with one row of x, where reading W once is all the work.
 
-`one_row` multiplies and adds in float32: each program owns BN rows of W (twice that with a gate) and walks along K.
-`few_rows` pads x to 16 rows and uses the matrix units.  Each program recomputes the row statistics of x, which is small
-and lies in L2.  Results are rounded where separate operators would round: after the norm, after the product, after the
-activation, after the sum.
+`one_row` multiplies and adds in float32: each program owns BN rows of W (twice that with a gate) and walks along K.  It
+computes the row statistics of x itself, which is small and lies in L2.  Results are rounded where separate operators
+would round: after the norm, after the product, after the activation, after the sum.
 
 With PDL a program loads its first tile of W, which no kernel of the chain writes, before it waits for the kernel in
 front of it (programmatic dependent launch).  Every program waits, and only then lets the next kernel start: so
@@ -114,119 +113,16 @@ def one_row(x, w, norm, bias, residual, out,
             y = _activated(y, tl.sum(acc_up, 1), ACT, DT)
         y = _finish(y, rows, rows, rows < N, bias, residual, HAS_BIAS, HAS_RESIDUAL, DT)
         tl.store(out + rows, y, mask=rows < N)
-
-
-@triton.jit
-def few_rows(x, w, norm, bias, residual, out, M, STRIDE,
-             N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
-             HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
-             BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
-    DT: tl.constexpr = out.dtype.element_ty
-    TILES: tl.constexpr = (K + BK - 1) // BK
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    ms = tl.arange(0, 16)
-    cols = tl.arange(0, BK)
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    if WIDE:
-        rows = rows.to(tl.int64)
-    m_ok = (ms < M)[:, None]
-    if NORM != 0:
-        squares = tl.zeros([16, BK], tl.float32)
-        for t in range(TILES):
-            c = t * BK + cols
-            v = tl.load(x + ms[:, None] * STRIDE + c[None, :], mask=m_ok & (c < K)[None, :], other=0.0).to(tl.float32)
-            squares += v * v
-        rstd = (1.0 / tl.sqrt_rn(tl.sum(squares, 1) / K + EPS))[:, None]
-    acc = tl.zeros([16, BN], tl.float32)
-    if ACT != "":
-        acc_up = tl.zeros([16, BN], tl.float32)
-    for t in tl.range(TILES, num_stages=STAGES):
-        c = t * BK + cols
-        ok = (rows < N)[None, :] & (c < K)[:, None]
-        tile = tl.load(w + rows[None, :] * K + c[:, None], mask=ok, other=0.0, eviction_policy="evict_first")
-        if ACT != "":
-            tile_up = tl.load(w + (rows + N)[None, :] * K + c[:, None], mask=ok, other=0.0, eviction_policy="evict_first")
-        v = tl.load(x + ms[:, None] * STRIDE + c[None, :], mask=m_ok & (c < K)[None, :], other=0.0)
-        if NORM != 0:
-            v = _scaled(v.to(tl.float32), rstd, norm, c[None, :], (c < K)[None, :], NORM, DT).to(DT)
-        acc = tl.dot(v, tile, acc)
-        if ACT != "":
-            acc_up = tl.dot(v, tile_up, acc_up)
-    if ACT != "":
-        acc = _activated(acc, acc_up, ACT, DT)
-    ok = m_ok & (rows < N)[None, :]
-    at = ms[:, None] * N + rows[None, :]
-    y = _finish(acc, rows[None, :], at, ok, bias, residual, HAS_BIAS, HAS_RESIDUAL, DT)
-    tl.store(out + at, y, mask=ok)
-
-@triton.jit
-def few_rows_t(x, w, scratch, counters, bias, residual, out, M, STRIDE,
-             N: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr,
-             HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
-             BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr):
-    DT: tl.constexpr = out.dtype.element_ty
-    TILES: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    ms = tl.arange(0, 16)
-    cols = tl.arange(0, BK)
-    block = tl.program_id(0) // SPLIT
-    part = tl.program_id(0) % SPLIT
-    rows = block * BN + tl.arange(0, BN)
-    if WIDE:
-        rows = rows.to(tl.int64)
-    m_ok = (ms < M)[None, :]
-    acc = tl.full([BN, 16], 0.0, tl.float32)
-    acc_up = acc
-    for t in tl.range(0, TILES, num_stages=STAGES):
-        c = (part * TILES + t) * BK + cols
-        ok = (rows < N)[:, None] & (c < K)[None, :]
-        tile = tl.load(w + rows[:, None] * K + c[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
-        v = tl.load(x + ms[None, :] * STRIDE + c[:, None], mask=m_ok & (c < K)[:, None], other=0.0)
-        acc = tl.dot(tile, v, acc)
-        if ACT != "":
-            tile_up = tl.load(w + (rows + N)[:, None] * K + c[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
-            acc_up = tl.dot(tile_up, v, acc_up)
-    last = True
-    if SPLIT > 1:
-        G: tl.constexpr = 1 if ACT == "" else 2
-        here = scratch + ((block * SPLIT + part) * G) * (BN * 16) + tl.arange(0, BN)[:, None] * 16 + ms[None, :]
-        tl.store(here, acc, cache_modifier=".cg")
-        if ACT != "":
-            tl.store(here + BN * 16, acc_up, cache_modifier=".cg")
-        tl.debug_barrier()
-        last = tl.atomic_add(counters + block, 1, sem="acq_rel") == SPLIT - 1
-        if last:
-            tl.store(counters + block, 0)
-            acc = tl.full([BN, 16], 0.0, tl.float32)
-            acc_up = acc
-            for s in range(SPLIT):
-                there = scratch + ((block * SPLIT + s) * G) * (BN * 16) + tl.arange(0, BN)[:, None] * 16 + ms[None, :]
-                acc += tl.load(there, cache_modifier=".cg")
-                if ACT != "":
-                    acc_up += tl.load(there + BN * 16, cache_modifier=".cg")
-    if last:
-        if ACT != "":
-            acc = _activated(acc, acc_up, ACT, DT)
-        ok = m_ok & (rows < N)[:, None]
-        at = ms[None, :] * N + rows[:, None]
-        y = _finish(acc, rows[:, None], at, ok, bias, residual, HAS_BIAS, HAS_RESIDUAL, DT)
-        tl.store(out + at, y, mask=ok)
 '''
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One way to cut the work: rows of W and columns a step, warps; loads in flight (``few_rows``) or row blocks a
-    program does one after the other (``one_row``)."""
+    """One way to cut the work: rows of W and columns a step, warps, row blocks that a program does one after another."""
 
     bn: int
     bk: int
     warps: int
-    stages: int = 1
     repeat: int = 1
 
 
@@ -241,10 +137,3 @@ def one_row_tiles(n: int, k: int, gated: bool) -> tuple[Tile, ...]:
     width = max(128, 1 << (k - 1).bit_length())
     tiles = [replace(t, bk=min(t.bk, width), warps=max(1, t.warps * min(t.bk, width) // t.bk)) for t in order]
     return tuple(dict.fromkeys(tiles))
-
-
-def few_rows_tiles(n: int, k: int, gated: bool) -> tuple[Tile, ...]:
-    """Candidates, the default first."""
-    return (Tile(64, 128, 8, 4) if n >= 64 * 132 else Tile(16, 256, 4, 4),)
-
-
