@@ -96,9 +96,9 @@ def _fits(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, r
     if x.stride(1) != 1 or not weight.is_contiguous() or torch.version.hip:
         return False
     bits = x.data_ptr() | weight.data_ptr() | x.shape[1] * 2
-    for t in (norm, bias, residual):
+    for t, allowed in ((norm, (x.dtype, torch.float32)), (bias, (x.dtype,)), (residual, (x.dtype,))):
         if t is not None:
-            if not t.is_contiguous() or t.dtype is not x.dtype and (t is not norm or t.dtype is not torch.float32):
+            if not t.is_contiguous() or t.dtype not in allowed:
                 return False
             bits |= t.data_ptr()
     return not bits & 15 and modern(x.device)
