@@ -24,7 +24,7 @@ from ..graph import edit
 from ..graph.facts import Facts, device, dtype, is_static_shape, shape, stride, tensor
 from ..ops import decode_attention as op  # noqa: F401  registers the operators
 from .base import Match, Pass, Reassociates, Refuse
-from .skinny_linear import _follows
+from .skinny_linear import _follows, served
 
 aten = torch.ops.aten
 _SDPA = {
@@ -81,8 +81,7 @@ class DecodeAttention(Pass):
         """Every SDPA node on one of the devices."""
         for node in list(facts.gm.graph.nodes):
             if node.op == "call_function" and node.target in _SDPA and isinstance(node.args[0], Node):
-                where = device(node.args[0])
-                if where is not None and where.type in self.devices:
+                if served(device(node.args[0]), self.devices):
                     yield Match({"node": node, "found": []}, (node,))
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:

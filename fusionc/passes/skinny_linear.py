@@ -56,6 +56,15 @@ class Fused:
     residual: Node | None = None
 
 
+def served(where: torch.device | None, devices: Collection[str]) -> bool:
+    """The kernels run on this device: one of ``devices``, and an NVIDIA GPU from sm_80 on if it is a GPU."""
+    if where is None or where.type not in devices:
+        return False
+    if where.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(where) >= (8, 0)
+
+
 class SkinnyLinear(Pass):
     """mm and addmm of up to ``rows`` rows, with their surroundings."""
 
@@ -71,8 +80,7 @@ class SkinnyLinear(Pass):
         """Every mm and addmm on one of the devices."""
         for node in list(facts.gm.graph.nodes):
             if node.op == "call_function" and node.target in (aten.mm.default, aten.addmm.default):
-                where = device(node)
-                if where is not None and where.type in self.devices:
+                if served(device(node), self.devices):
                     yield Match({"mm": node, "fused": []}, (node,))
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:

@@ -13,7 +13,7 @@ from ..codegen.templates.decode_attention import TEXT, ranges
 from ..ops import decode_attention as op
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
-from .skinny import modern
+from .skinny import dependent, generation
 
 _SLAB = 1 << 16  # counters of a device that recorded graphs share: each launch has its own for ever, so replays never meet
 _counters: dict[tuple[int, int], Tensor] = {}
@@ -46,7 +46,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
         None if mask is None else mask.dtype, batch,
         (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
          0 if cos is None or cos.shape[0] == 1 else cos.stride(0), *key.stride()[:3], *value.stride()[:3], *m),
-        chained, q.device,
+        chained and dependent(q.device), q.device,
     )  # fmt: skip
     device = q.device.index
     stream = torch._C._cuda_getCurrentRawStream(device)
@@ -106,7 +106,7 @@ def _fits(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cos: Tenso
         if mask.dtype not in (torch.bool, q.dtype, torch.float32):
             return False
         bits |= mask.data_ptr()
-    return q.shape[1] // key.shape[1] <= 16 and not bits & 15 and modern(q.device)
+    return q.shape[1] // key.shape[1] <= 16 and not bits & 15 and generation(q.device) >= 80
 
 
 def _zeros(count: int, device: torch.device, stream: int) -> Tensor:

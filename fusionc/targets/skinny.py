@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
     out = torch.empty((1, width), dtype=x.dtype, device=x.device)
     kind = 0 if norm is None else 1 if rounds else 2
     plan = _plan(width, inner, x.dtype, norm.dtype if norm is not None else x.dtype, eps, kind, activation,
-                 bias is not None, residual is not None, chained, x.device)  # fmt: skip
+                 bias is not None, residual is not None, chained and dependent(x.device), x.device)  # fmt: skip
     spare = out.data_ptr()
     args: list[int] = [
         x.data_ptr(),
@@ -101,11 +101,16 @@ def _fits(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, r
             if not t.is_contiguous() or t.dtype not in allowed:
                 return False
             bits |= t.data_ptr()
-    return not bits & 15 and modern(x.device)
+    return not bits & 15 and generation(x.device) >= 80
 
 
 @functools.lru_cache(maxsize=64)
-def modern(device: torch.device) -> bool:
-    """Programmatic dependent launch and its instructions exist from sm_90 on."""
+def generation(device: torch.device) -> int:
+    """80 for sm_80, and so on; 0 where there is no NVIDIA GPU."""
     arch = properties(device).arch
-    return arch.startswith("sm_") and int(arch[3:]) >= 90
+    return int(arch[3:]) if arch.startswith("sm_") else 0
+
+
+def dependent(device: torch.device) -> bool:
+    """Programmatic dependent launch and its instructions exist from sm_90 on."""
+    return generation(device) >= 90
