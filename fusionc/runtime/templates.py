@@ -31,12 +31,14 @@ class Template:
 
     ``kinds`` are Triton's names for the types of its run-time arguments, which come first; ``constants`` the others.
     ``dependent`` launches with programmatic dependent launch: the kernel must wait (`gdc_wait`) in every program.
+    ``exact`` keeps the rounding between a product and a sum, also in 16 bits, where the compiler else makes one fma.
     """
 
     def __init__(self, text: str, name: str, kinds: tuple[str, ...], constants: Constants, device: torch.device,
-                 warps: int, stages: int = 1, dependent: bool = False) -> None:  # fmt: skip
+                 warps: int, stages: int = 1, dependent: bool = False, exact: bool = False) -> None:  # fmt: skip
         self.text, self.name, self.kinds, self.constants = text, name, kinds, constants
-        self.device, self.warps, self.stages, self.dependent = device, warps, stages, dependent
+        self.device, self.warps, self.stages = device, warps, stages
+        self.dependent, self.exact = dependent, exact
         self._launch: Callable[..., None] | None = None
         self._lock = threading.Lock()
 
@@ -58,9 +60,8 @@ class Template:
 
         start = time.perf_counter()
         try:
-            built = triton.compile(
-                self._source(), target=gpu, options={"num_warps": self.warps, "num_stages": self.stages}
-            )
+            options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": not self.exact}
+            built = triton.compile(self._source(), target=gpu, options=options)
         except Exception as e:  # whatever the tool says: the caller decides
             raise CompileError(self.name, None, f"{type(e).__name__}: {e}") from e
         registers, spills = _usage(built) if usage else (-1, -1)
@@ -96,6 +97,6 @@ class Template:
 
 @functools.lru_cache(maxsize=1024)
 def template(text: str, name: str, kinds: tuple[str, ...], constants: Constants, device: torch.device,
-             warps: int, stages: int = 1, dependent: bool = False) -> Template:  # fmt: skip
+             warps: int, stages: int = 1, dependent: bool = False, exact: bool = False) -> Template:  # fmt: skip
     """The one `Template` of these arguments."""
-    return Template(text, name, kinds, constants, device, warps, stages, dependent)
+    return Template(text, name, kinds, constants, device, warps, stages, dependent, exact)

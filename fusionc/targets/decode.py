@@ -81,7 +81,7 @@ def _kernel(dtype: torch.dtype, heads: int, groups: int, width: int, length: int
         ("WIDE", wide), ("PDL", chained), ("SPLITS", count),
         ("PADDED", 1 << (count - 1).bit_length()), ("ROWS", rows), ("BS", step),
     )  # fmt: skip
-    return template(TEXT, "decode", kinds, constants, device, 4, 2, chained), count
+    return template(TEXT, "decode", kinds, constants, device, 4, 2, chained, exact=True), count
 
 
 def _mask_strides(mask: Tensor) -> tuple[int, int, int]:

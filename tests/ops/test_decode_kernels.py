@@ -88,16 +88,18 @@ def _attention() -> None:
     from fusionc.targets.decode import _mask_strides
 
     module, dtype = launch.load_module(TEXT, interpret=True), torch.float16
+    module.gdc_wait = module.gdc_launch_dependents = lambda: None  # the interpreter has no inline assembly
     names = "QB QH KNB KNH VNB VNH CB KB KH KS VB VH VS MB MH MS".split()
     #   B  H HKV D   S  update rope mask splits rows position
-    for b, h, g, d, s, up, rope, kind, splits, rows, p in (
+    cases = (
         (1, 8, 2, 16, 96, True, True, 2, 2, 64, 40),
         (2, 4, 4, 32, 70, True, False, 1, 1, 128, 69),
         (1, 6, 2, 16, 200, False, False, 1, 4, 64, 0),
         (1, 4, 1, 64, 130, True, True, 0, 3, 64, 3),
         (1, 4, 2, 16, 96, True, True, 3, 2, 64, 20),  # nothing is visible, with numbers: the softmax of them counts
         (1, 4, 2, 16, 70, True, True, 2, 2, 64, 70),  # a position outside of the cache is not written
-    ):
+    )
+    for number, (b, h, g, d, s, up, rope, kind, splits, rows, p) in enumerate(cases + cases[:2]):
         qkv = torch.randn(b, 1, (h + 2 * g) * d).to(dtype)
         q, k, v = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in qkv.split([h * d, g * d, g * d], -1))
         key, value = torch.randn(b, g, s, d).to(dtype), torch.randn(b, g, s, d).to(dtype)
@@ -116,8 +118,8 @@ def _attention() -> None:
         with interpreter.lock, interpreter.repaired(), launch._interpreting(True):
             module.decode[(b * g * splits, 1, 1)](
                 q, k, v, cos, sin, key, value, index, out if mask is None else mask, out, part, counters, H=h, HKV=g, D=d, S=s,
-                SCALE=scale, UPDATE=up, ROPE=rope, MASK=min(kind, 2), **dict(zip(names, strides)), WIDE=False, PDL=False,
-                SPLITS=splits, PADDED=4, ROWS=rows, BS=64)
+                SCALE=scale, UPDATE=up, ROPE=rope, MASK=min(kind, 2), **dict(zip(names, strides)), WIDE=False,
+                PDL=number >= len(cases), SPLITS=splits, PADDED=4, ROWS=rows, BS=64)
         turn = (cos, sin) if rope else (None, None)
         if up and p < s:
             want = update(q, k, v, *turn, key2, value2, index, mask, scale)
