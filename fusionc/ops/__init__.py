@@ -1,28 +1,35 @@
-"""Custom operators ``fusionc::*``: one file each, with the schema, the reference in ATen, and the shape rule.
+"""Custom operators ``fusionc::*``: a reference on the CPU, fake tensors, gradients, and kernels on a GPU; one file each.
 
-``load`` registers all of them: passes that emit one import its file; a warm start, which runs no pass, calls ``load``
-before it looks an operator up.  Kernels live to the right of here (``codegen.templates``, launched by ``targets``), so
-the implementation for a GPU is fetched by name when it first runs.
+A pass inserts a call of such an operator; a Program read from the cache names it. ``load`` registers it for either.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+_HOMES = {  # operator -> file
+    "decode_attention": "decode_attention",
+    "decode_attention_update": "decode_attention",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "linear_cross_entropy_backward": "linear_cross_entropy",
+    "skinny_linear": "skinny_linear",
+}
 
-@functools.lru_cache(maxsize=1)
-def load() -> None:
-    """Register every operator of this package; repeated calls cost nothing."""
-    for found in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{found.name}")
+
+def load(name: str) -> None:
+    """Register the operators of the file that ``fusionc::<name>`` lives in; unknown names are left to the caller."""
+    home = _HOMES.get(name)
+    if home is not None:
+        importlib.import_module(f"{__name__}.{home}")
 
 
 def late(module: str, name: str) -> Callable[..., Any]:
-    """A function that imports ``fusionc.<module>`` at its first call and then is its ``name``."""
+    """A function that imports ``fusionc.<module>`` at its first call and then is its ``name``.
+
+    Kernels are launched by packages to the right of this one.
+    """
     ready: list[Callable[..., Any]] = []
 
     def call(*args: Any) -> Any:

@@ -31,7 +31,8 @@ def test_kernels(part: str) -> None:
 
 
 def test_fake_shapes() -> None:
-    fusionc.ops.load()
+    fusionc.ops.load("skinny_linear")
+    fusionc.ops.load("decode_attention")
     with torch._subclasses.FakeTensorMode():
         x, w = torch.empty(3, 16, dtype=torch.bfloat16), torch.empty(8, 16, dtype=torch.bfloat16)
         got = torch.ops.fusionc.skinny_linear(x, w, None, 0.0, False, None, "silu", None, False)
@@ -41,7 +42,8 @@ def test_fake_shapes() -> None:
 
 
 def test_operators_are_well_formed() -> None:
-    fusionc.ops.load()
+    fusionc.ops.load("skinny_linear")
+    fusionc.ops.load("decode_attention")
     x, w, n = torch.randn(3, 16), torch.randn(8, 16), torch.rand(16)
     check = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.fusionc.skinny_linear.default, (x, w, n, 1e-5, True, None, "gelu", None, False),
