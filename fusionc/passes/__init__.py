@@ -11,13 +11,17 @@ from typing import Any
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
 from .causal_mask import CausalMask
 from .conv_bn import ConvBatchNorm
+from .counters import Counters
 from .cse import CommonSubexpressions
+from .decode_attention import DecodeAttention
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
 from .linear_cross_entropy import LinearCrossEntropy
 from .manager import named_approximate, run, run_passes, static_inputs
+from .outer_product import OuterProduct
 from .pad_matmul import PadMatmul
 from .reinplace import Reinplace
+from .skinny_linear import SkinnyLinear
 from .strip import Strip
 
 
@@ -39,10 +43,14 @@ PIPELINE: tuple[Step, ...] = (
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
+    Step(30, OuterProduct(), "graph", "before products are merged: this one is none"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
+    Step(43, SkinnyLinear(), "graph", "after q/k/v and gate/up are one product; takes in norms before they are kernels"),
     Step(45, PadMatmul(), "graph", "after siblings were merged: their width together counts"),
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
-    Step(90, Reinplace(), "graph", "last: it gives up the functional form"),
+    Step(90, Reinplace(), "graph", "late: it gives up the functional form"),
+    Step(92, DecodeAttention(), "graph", "takes in the writes into the cache, once they are in place"),
+    Step(94, Counters(), "graph", "after nothing reads a counter through the index that it was"),
 )
 
 

@@ -325,6 +325,36 @@ def _driver() -> Any:
     return fn
 
 
+@functools.lru_cache(maxsize=1)
+def _driver_ex() -> Any:
+    """cuLaunchKernelEx, which takes launch attributes; called like ``_driver``."""
+    import ctypes
+
+    fn = ctypes.PyDLL("libcuda.so.1").cuLaunchKernelEx
+    fn.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    fn.restype = ctypes.c_int
+    return fn
+
+
+def _dependent_launch(threads: int, shared: int) -> Callable[..., int]:
+    """cuLaunchKernel, for grids of one dimension, with programmatic dependent launch: the kernel may start while the
+    one before it in the stream still runs, and waits for its results itself (``griddepcontrol.wait``)."""
+    import ctypes
+    import struct
+
+    attribute = (ctypes.c_char * 72)()  # CUlaunchAttribute: id, 4 bytes of padding, a value of 64 bytes
+    struct.pack_into("=I4xi", attribute, 0, 6, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed
+    config = (ctypes.c_char * 56)()  # CUlaunchConfig: grid, block, shared memory, stream, attributes, their number
+    at, place, launch, pack = ctypes.addressof(config), ctypes.addressof(attribute), _driver_ex(), struct.Struct("=7I4xQQI4x")
+
+    def dependent(function: int, grid: int, y: int, z: int, x: int, _y: int, _z: int, bytes_: int, stream: int,
+                  params: Any, extra: Any, keep: Any = attribute) -> int:  # fmt: skip
+        pack.pack_into(config, 0, grid, 1, 1, threads, 1, 1, shared, stream, place, 1)
+        return launch(at, function, params, extra)
+
+    return dependent
+
+
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: of a thread that has used no CUDA yet, as autograd's may be
 
 
@@ -348,8 +378,12 @@ def _use_context(context: Any) -> bool:
     return bool(context) and ctypes.PyDLL("libcuda.so.1").cuCtxSetCurrent(context) == 0
 
 
-def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Callable[..., None] | None:
+def _cuda_launcher(
+    built: Compiled, kinds: list[str], grid: int | None, dependent: bool = False
+) -> Callable[..., None] | None:
     """A launcher that calls the driver directly, or None where the kernel needs more than a plain launch.
+
+    ``dependent``: with programmatic dependent launch, see ``_dependent_launch``.
 
     Kernels take hidden pointers after their arguments, in a number that depends on Triton's version: it is read from
     the PTX, and they are null because the kernel uses no scratch memory.
@@ -380,6 +414,8 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
     params = (ctypes.c_void_p * max(total, 1))(*[base + 8 * i for i in range(max(total, 1))])
     pack_into, launch = packer.pack_into, _driver()
     function, threads, shared = built.handle.function, 32 * int(meta.num_warps), int(meta.shared)
+    if dependent:
+        launch = _dependent_launch(threads, shared)
 
     context = _current_context()
 

@@ -1,0 +1,170 @@
+"""Attention of one query per sequence over a key/value cache, the new key and value written into it on the way.
+
+A program handles the G query heads of one key/value head and one range of the cache (split-KV, as Flash-Decoding): K and
+V are read once for all G heads.  The last program of a head to finish combines the ranges in their order, so results do
+not depend on which one that is.  Query and new key are rotated (RoPE) in every program, which is a few hundred
+operations; the new row is not read back from memory but put in its place in registers, and one program writes it.
+
+Steps that the mask hides entirely are left out: with -inf always, with a large negative number (PyTorch's stand-in) only
+if the new row is visible, for else the softmax of these numbers counts.  With PDL the first step of each range of a
+cache is read before the kernel in front has finished.
+
+Source: Flash-Decoding (Dao et al. 2023); semaphore as in split-K; rotation as in Llama, with its roundings.
+"""
+
+from __future__ import annotations
+
+TEXT = '''
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _rotated(at, step, d, cos, sin, D: tl.constexpr, ok, DT: tl.constexpr):
+    x = tl.load(at + step + d, mask=ok, other=0.0).to(tl.float32)
+    y = tl.load(at + step + (d + D // 2) % D, mask=ok, other=0.0).to(tl.float32)
+    y = tl.where(d < D // 2, -y, y)
+    a = (x * cos).to(DT).to(tl.float32)
+    b = (y * sin).to(DT).to(tl.float32)
+    return (a + b).to(DT)
+
+
+@triton.jit
+def _step(qv, kt, vt, bias, n_ok, top, total, acc, SCALE: tl.constexpr):
+    score = tl.where(n_ok[None, :], tl.dot(qv, kt) * SCALE + bias, float("-inf"))
+    higher = tl.maximum(top, tl.max(score, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    w = tl.exp(score - base[:, None])
+    shrink = tl.exp(top - base)
+    total = total * shrink + tl.sum(w, 1)
+    acc = acc * shrink[:, None] + tl.dot(w.to(vt.dtype), vt)
+    return higher, total, acc
+
+
+@triton.jit
+def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
+           H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr,
+           UPDATE: tl.constexpr, ROPE: tl.constexpr, MASK: tl.constexpr,
+           QB: tl.constexpr, QH: tl.constexpr, KNB: tl.constexpr, KNH: tl.constexpr, VNB: tl.constexpr,
+           VNH: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr, KH: tl.constexpr, KS: tl.constexpr,
+           VB: tl.constexpr, VH: tl.constexpr, VS: tl.constexpr, MB: tl.constexpr, MH: tl.constexpr,
+           MS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
+           ROWS: tl.constexpr, BS: tl.constexpr):
+    DT: tl.constexpr = out.dtype.element_ty
+    G: tl.constexpr = H // HKV
+    split = tl.program_id(0) % SPLITS
+    head = tl.program_id(0) // SPLITS
+    b = head // HKV
+    hk = head % HKV
+    if WIDE:
+        b = b.to(tl.int64)
+        hk = hk.to(tl.int64)
+    d = tl.arange(0, D)
+    g = tl.arange(0, 16)
+    n = split * ROWS + tl.arange(0, BS)
+    n_ok = n < S
+    at_k = kc + b * KB + hk * KH + d[:, None]
+    at_v = vc + b * VB + hk * VH + d[None, :]
+    EARLY: tl.constexpr = PDL and UPDATE
+    if EARLY:  # nobody in front writes the cache, and the row that this kernel writes is replaced below
+        k_first = tl.load(at_k + n[None, :] * KS, mask=n_ok[None, :], other=0.0)
+        v_first = tl.load(at_v + n[:, None] * VS, mask=n_ok[:, None], other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    g_ok = (g < G)[:, None]
+    q_step = ((hk * G + g) * QH)[:, None]
+    if ROPE:
+        c = tl.load(cos + b * CB + d).to(tl.float32)
+        s = tl.load(sin + b * CB + d).to(tl.float32)
+        qv = _rotated(q + b * QB, q_step, d[None, :], c[None, :], s[None, :], D, g_ok, DT)
+    else:
+        qv = tl.load(q + b * QB + q_step + d[None, :], mask=g_ok, other=0.0)
+    if UPDATE:
+        p = tl.load(pos)
+        v_new = tl.load(vn + b * VNB + hk * VNH + d)
+        if ROPE:
+            k_new = _rotated(kn + b * KNB, hk * KNH, d, c, s, D, d < D, DT)
+        else:
+            k_new = tl.load(kn + b * KNB + hk * KNH + d)
+        inside = (p >= 0) & (p < S)
+        if split == 0:
+            tl.store(kc + b * KB + hk * KH + p * KS + d, k_new, mask=(d < D) & inside)
+            tl.store(vc + b * VB + hk * VH + p * VS + d, v_new, mask=(d < D) & inside)
+    top = tl.full([16], float("-inf"), tl.float32)
+    total = tl.full([16], 0.0, tl.float32)
+    acc = tl.full([16, D], 0.0, tl.float32)
+    for start in range(split * ROWS, tl.minimum(split * ROWS + ROWS, S), BS):
+        n = start + tl.arange(0, BS)
+        n_ok = n < S
+        bias = tl.full([16, BS], 0.0, tl.float32)
+        read = True
+        if MASK != 0:
+            at_mask = mask + b * MB + ((hk * G + g) * MH)[:, None] + n[None, :] * MS
+            if MASK == 1:
+                shown = tl.load(at_mask, mask=g_ok & n_ok[None, :], other=0).to(tl.int32)
+                bias = tl.where(shown != 0, 0.0, float("-inf"))
+            else:
+                bias = tl.load(at_mask, mask=g_ok & n_ok[None, :], other=float("-inf")).to(tl.float32)
+            highest = tl.max(tl.max(bias, 1), 0)
+            read = highest > -60000.0
+            if MASK == 2:
+                if (highest <= -60000.0) & (highest > float("-inf")):
+                    read = True
+                    if UPDATE:
+                        at_p = tl.load(mask + b * MB + (hk * G + g) * MH + p * MS, mask=(g < G) & inside, other=-60000.0)
+                        at_p = tl.where(g < G, at_p.to(tl.float32), 0.0)
+                        read = tl.min(at_p, 0) <= -60000.0
+        if read:
+            if EARLY:
+                if start == split * ROWS:
+                    kt = k_first
+                    vt = v_first
+                else:
+                    kt = tl.load(at_k + n[None, :] * KS, mask=n_ok[None, :], other=0.0)
+                    vt = tl.load(at_v + n[:, None] * VS, mask=n_ok[:, None], other=0.0)
+            else:
+                kt = tl.load(at_k + n[None, :] * KS, mask=n_ok[None, :], other=0.0)
+                vt = tl.load(at_v + n[:, None] * VS, mask=n_ok[:, None], other=0.0)
+            if UPDATE:
+                kt = tl.where((n == p)[None, :], k_new[:, None], kt)
+                vt = tl.where((n == p)[:, None], v_new[None, :], vt)
+            top, total, acc = _step(qv, kt, vt, bias, n_ok, top, total, acc, SCALE)
+    to = out + (b * H + hk * G + g)[:, None] * D + d[None, :]
+    if SPLITS == 1:
+        tl.store(to, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(DT), mask=g_ok)
+    else:
+        # of each range: 16 x D sums, 16 maxima, 16 totals
+        here = part + (head * SPLITS + split) * (16 * D + 32)
+        cell = g[:, None] * D + d[None, :]
+        tl.store(here + cell, acc, mask=g_ok, cache_modifier=".cg")
+        tl.store(here + 16 * D + g, top, cache_modifier=".cg")
+        tl.store(here + 16 * D + 16 + g, total, cache_modifier=".cg")
+        tl.debug_barrier()  # all threads have stored before one of them counts
+        if tl.atomic_add(counters + head, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(counters + head, 0)
+            whole = part + head * SPLITS * (16 * D + 32)
+            r = tl.arange(0, PADDED)
+            row = whole + r[:, None] * (16 * D + 32) + 16 * D + g[None, :]
+            tops = tl.load(row, mask=(r < SPLITS)[:, None], other=float("-inf"), cache_modifier=".cg")
+            totals = tl.load(row + 16, mask=(r < SPLITS)[:, None], other=0.0, cache_modifier=".cg")
+            top = tl.max(tops, 0)
+            top = tl.where(top == float("-inf"), 0.0, top)
+            total = tl.sum(tl.exp(tops - top[None, :]) * totals, 0)
+            acc = tl.full([16, D], 0.0, tl.float32)
+            for i in tl.static_range(SPLITS):  # loads that do not wait for each other
+                at = whole + i * (16 * D + 32)
+                share = tl.exp(tl.load(at + 16 * D + g, cache_modifier=".cg") - top)
+                acc += tl.load(at + cell, mask=g_ok, other=0.0, cache_modifier=".cg") * share[:, None]
+            tl.store(to, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(DT), mask=g_ok)
+'''
+
+
+def ranges(heads: int, length: int, processors: int) -> tuple[int, int, int]:
+    """(number of ranges, rows of each, rows of a step) for ``heads`` key/value heads in all and a cache of ``length``."""
+    step = 64
+    blocks = -(-length // step)
+    count = max(1, min(blocks, 4 * processors // max(heads, 1), 32))  # a few programs a processor hide each other's waits
+    rows = -(-blocks // count) * step
+    return -(-length // rows), rows, step

@@ -1,0 +1,139 @@
+"""Kernels for y = epilogue(norm(x) Wᵀ) with one row of x, where reading W once is all the work.
+
+`one_row` multiplies and adds in float32: each program owns BN rows of W (twice that with a gate) and walks along K.  It
+computes the row statistics of x itself, which is small and lies in L2.  Results are rounded where separate operators
+would round: after the norm, after the product, after the activation, after the sum.
+
+With PDL a program loads its first tile of W, which no kernel of the chain writes, before it waits for the kernel in
+front of it (programmatic dependent launch).  Every program waits, and only then lets the next kernel start: so
+whatever the next kernel reads before its own wait was complete unless this kernel wrote it.
+
+Source: CUDA programming guide, "Programmatic dependent launch"; tile sizes measured on an H200 (NOTES.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+TEXT = '''
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _activated(gate, up, ACT: tl.constexpr, DT: tl.constexpr):
+    g = gate.to(DT).to(tl.float32)
+    if ACT == "silu":
+        a = g / (1.0 + tl.exp(-g))
+    elif ACT == "gelu":
+        a = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    else:  # gelu with tanh
+        t = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        a = 0.5 * g * (2.0 - 2.0 / (tl.exp(2.0 * t) + 1.0))
+    return a.to(DT).to(tl.float32) * up.to(DT).to(tl.float32)
+
+
+@triton.jit
+def _scaled(x, rstd, norm, cols, ok, NORM: tl.constexpr, DT: tl.constexpr):
+    w = tl.load(norm + cols, mask=ok, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    h = x * rstd
+    if NORM == 1:  # the normalised x is rounded before it is multiplied with the weight
+        h = h.to(DT).to(tl.float32)
+    return (h * w).to(DT).to(tl.float32)
+
+
+@triton.jit
+def _finish(y, rows, at, ok, bias, residual, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, DT: tl.constexpr):
+    if HAS_BIAS:
+        y = y + tl.load(bias + rows, mask=ok, other=0.0).to(tl.float32)
+    y = y.to(DT)
+    if HAS_RESIDUAL:
+        y = (y.to(tl.float32) + tl.load(residual + at, mask=ok, other=0.0).to(tl.float32)).to(DT)
+    return y
+
+
+@triton.jit
+def one_row(x, w, norm, bias, residual, out,
+            N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
+            HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+            BN: tl.constexpr, BK: tl.constexpr, REPEAT: tl.constexpr):
+    DT: tl.constexpr = out.dtype.element_ty
+    TILES: tl.constexpr = (K + BK - 1) // BK
+    cols = tl.arange(0, BK)
+    rows = tl.program_id(0) * (BN * REPEAT) + tl.arange(0, BN)
+    if WIDE:
+        rows = rows.to(tl.int64)
+    ok = (rows < N)[:, None] & (cols < K)[None, :]
+    first = tl.load(w + rows[:, None] * K + cols[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
+    if ACT != "":
+        first_up = tl.load(w + (rows + N)[:, None] * K + cols[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    xv = tl.load(x + cols, mask=cols < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if NORM != 0:
+        if TILES == 1:
+            total = tl.sum(xv * xv, 0)
+        else:
+            squares = xv * xv
+            for t in range(1, TILES):
+                c = t * BK + cols
+                v = tl.load(x + c, mask=c < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+                squares += v * v
+            total = tl.sum(squares, 0)
+        rstd = 1.0 / tl.sqrt_rn(total / K + EPS)
+        xv = _scaled(xv, rstd, norm, cols, cols < K, NORM, DT)
+    for r in tl.static_range(REPEAT):
+        if r > 0:
+            rows += BN
+            ok = (rows < N)[:, None] & (cols < K)[None, :]
+            first = tl.load(w + rows[:, None] * K + cols[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
+            if ACT != "":
+                first_up = tl.load(w + (rows + N)[:, None] * K + cols[None, :], mask=ok, other=0.0,
+                                   eviction_policy="evict_first")
+        acc = first.to(tl.float32) * xv[None, :]
+        if ACT != "":
+            acc_up = first_up.to(tl.float32) * xv[None, :]
+        for t in range(1, TILES):
+            c = t * BK + cols
+            ok = (rows < N)[:, None] & (c < K)[None, :]
+            tile = tl.load(w + rows[:, None] * K + c[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
+            if ACT != "":
+                tile_up = tl.load(w + (rows + N)[:, None] * K + c[None, :], mask=ok, other=0.0,
+                                  eviction_policy="evict_first")
+            v = tl.load(x + c, mask=c < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            if NORM != 0:
+                v = _scaled(v, rstd, norm, c, c < K, NORM, DT)
+            acc += tile.to(tl.float32) * v[None, :]
+            if ACT != "":
+                acc_up += tile_up.to(tl.float32) * v[None, :]
+        y = tl.sum(acc, 1)
+        if ACT != "":
+            y = _activated(y, tl.sum(acc_up, 1), ACT, DT)
+        y = _finish(y, rows, rows, rows < N, bias, residual, HAS_BIAS, HAS_RESIDUAL, DT)
+        tl.store(out + rows, y, mask=rows < N)
+'''
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One way to cut the work: rows of W and columns a step, warps, row blocks that a program does one after another."""
+
+    bn: int
+    bk: int
+    warps: int
+    repeat: int = 1
+
+
+def one_row_tiles(n: int, k: int, gated: bool) -> tuple[Tile, ...]:
+    """Candidates, the default (by what was the fastest on an H200) first."""
+    if k >= 8192:
+        order = [Tile(1, 2048, 2, repeat=2) if n <= 2048 else Tile(2, 2048, 8, repeat=2), Tile(4, 1024, 4)]
+    elif gated and k <= 2048:
+        order = [Tile(4, 512, 2), Tile(4, 1024, 4)]
+    else:
+        order = [Tile(4, 1024, 4), Tile(4, 512, 4)]
+    width = max(128, 1 << (k - 1).bit_length())
+    tiles = [replace(t, bk=min(t.bk, width), warps=max(1, t.warps * min(t.bk, width) // t.bk)) for t in order]
+    return tuple(dict.fromkeys(tiles))

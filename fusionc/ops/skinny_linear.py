@@ -1,0 +1,60 @@
+"""``fusionc::skinny_linear``: a linear layer of a few rows with what stands around it, y = epilogue(norm(x) Wᵀ).
+
+x [M, K] (any row stride), weight [N, K] or with an activation [2 N, K] (gate rows above up rows).
+
+norm        RMSNorm over K with weight ``norm`` [K]: norm(x) = x · rsqrt(mean(x²) + eps) in float32; ``rounds`` says
+            whether it is rounded to x's dtype before it is multiplied with the weight (as Llama does) or only after
+bias        [N], added before the product is rounded
+activation  "" or silu, gelu, gelu_tanh: y = activation(gate) · up, each rounded as separate operators would
+residual    [M, N], added last
+chained     launch on a GPU so that reading the weight may start before the kernel in front has finished: legal only
+            where a kernel of the same Program stands in front and nothing in the Program writes the weight
+
+Returns [M, N], contiguous, in x's dtype.  The kernel takes one row of 16 bits; the rest, and a CPU, is computed by ATen.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import late
+
+_library = torch.library.Library("fusionc", "FRAGMENT")
+_library.define(
+    "skinny_linear(Tensor x, Tensor weight, Tensor? norm, float eps, bool rounds, Tensor? bias, str activation, "
+    "Tensor? residual, bool chained) -> Tensor"
+)
+
+
+def reference(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
+              activation: str, residual: Tensor | None, chained: bool = False) -> Tensor:  # fmt: skip
+    """The operator in ATen, rounding by rounding."""
+    dtype = x.dtype
+    if norm is not None:
+        h = x.to(torch.promote_types(dtype, torch.float32))
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+        x = norm * h.to(dtype) if rounds else (h * norm).to(dtype)
+    y = F.linear(x, weight, bias)
+    if activation:
+        gate, up = y.chunk(2, -1)
+        if activation == "silu":
+            gate = F.silu(gate)
+        else:
+            gate = F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+        y = gate * up
+    if residual is not None:
+        y = residual + y
+    return y.contiguous()
+
+
+def _shape(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
+           activation: str, residual: Tensor | None, chained: bool) -> Tensor:  # fmt: skip
+    width = weight.shape[0] // 2 if activation else weight.shape[0]
+    return x.new_empty((x.shape[0], width))
+
+
+_library.impl("skinny_linear", reference, "CPU")
+_library.impl("skinny_linear", late("targets.skinny", "linear"), "CUDA")
+torch.library.register_fake("fusionc::skinny_linear", _shape, lib=_library)

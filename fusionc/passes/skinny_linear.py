@@ -1,0 +1,356 @@
+"""A linear layer of a few rows takes in the norm before it and the gate or the residual sum after it.
+
+Math       add(r, mm(rmsnorm(x), Wᵀ)),  silu(mm(x, W₁ᵀ)) · mm(x, W₂ᵀ),  …   →   fusionc::skinny_linear(x, W, …)
+Exactness  reassociates: products are summed in another order; every other rounding stays where it is
+Legality   inference on a GPU; bfloat16 or float16; x [M, K] with M known and small; W a parameter stored [N, K], not written
+           by the graph; what lies inside has no other reader; nothing is written between
+Cost       one launch instead of two to four, which is most of the time of a small layer at M = 1; the norm is computed
+           again in every program
+Source     GPT-fast and TensorRT-LLM decode with fused matrix–vector kernels; measured in NOTES.md
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph import edit
+from ..graph.facts import Facts, device, dtype, is_static_shape, shape, stride, tensor
+from ..ops import skinny_linear as op  # noqa: F401  registers the operator
+from .base import Match, Pass, Reassociates, Refuse
+
+aten = torch.ops.aten
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim,
+          aten.squeeze.dims, aten.squeeze.default, aten.alias.default, aten.detach.default}
+_TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
+_COPIES = {aten._to_copy.default}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm found in front: of ``x`` with ``weight`` [K]; ``result`` is the node that holds it."""
+
+    x: Node
+    weight: Node
+    eps: float
+    rounds: bool
+    result: Node
+
+
+@dataclass
+class Fused:
+    """What one operator will do: ``last`` is the node that it replaces."""
+
+    mm: Node
+    x: Node  # [M, K]
+    weight: Node  # [N, K]
+    bias: Node | None
+    last: Node
+    norm: Norm | None = None
+    activation: str = ""
+    residual: Node | None = None
+
+
+def served(where: torch.device | None, devices: Collection[str]) -> bool:
+    """The kernels run on this device: one of ``devices``, and an NVIDIA GPU from sm_80 on if it is a GPU."""
+    if where is None or where.type not in devices:
+        return False
+    if where.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(where) >= (8, 0)
+
+
+class SkinnyLinear(Pass):
+    """mm and addmm of up to ``rows`` rows, with their surroundings."""
+
+    name = "skinny_linear"
+    atomic = True
+    exactness = Reassociates(rtol=1e-5)
+
+    # for more than one row the library is faster than all kernels that were tried
+    def __init__(self, rows: int = 1, devices: Collection[str] = ("cuda",)) -> None:
+        self.rows, self.devices = rows, tuple(devices)
+
+    def find(self, facts: Facts) -> Iterator[Match]:
+        """Every mm and addmm on one of the devices."""
+        for node in list(facts.gm.graph.nodes):
+            if node.op == "call_function" and node.target in (aten.mm.default, aten.addmm.default):
+                if served(device(node), self.devices):
+                    yield Match({"mm": node, "fused": []}, (node,))
+
+    def check(self, match: Match, facts: Facts) -> Refuse | None:
+        """See Legality. Leaves what to do in ``match.fused``."""
+        mm: Node = match.mm
+        base = self._product(mm, facts)
+        if isinstance(base, Refuse):
+            return base
+        base.norm = self._norm(base, facts)
+        _epilogue(base)
+        if any(mm < writer < base.last for writers in facts.writers.values() for writer in writers):
+            return Refuse("memory is written between the product and what follows it", mm)
+        match.fused.append(base)
+        return None
+
+    def _product(self, mm: Node, facts: Facts) -> Fused | Refuse:
+        """The bare product, or why it stays with the library."""
+        x, right = mm.args[-2:]
+        sizes = shape(x)
+        if facts.stage != "inference":
+            return Refuse("training keeps what lies between", mm)
+        if mm.kwargs or not isinstance(x, Node) or not isinstance(right, Node) or sizes is None:
+            return Refuse("addmm scales its bias or product", mm)
+        if not is_static_shape(x) or not 1 <= sizes[0] <= self.rows:
+            return Refuse(f"it has more than {self.rows} rows", mm)
+        if dtype(mm) not in (torch.bfloat16, torch.float16):
+            return Refuse("it is neither bfloat16 nor float16", mm)
+        weight = right.args[0] if right.op == "call_function" and right.target in _TRANSPOSES else None
+        if not isinstance(weight, Node) or weight.op != "placeholder" or len(shape(weight) or ()) != 2:
+            return Refuse("its weight is computed in the graph or stored [K, N]", mm)
+        derived = weight.name.startswith("derived_") and weight not in facts.static
+        if not derived and not facts.constant(weight):
+            return Refuse("its weight is not a parameter", mm)
+        if shape(weight) != (shape(mm)[1], sizes[1]) or stride(weight) != (sizes[1], 1):  # type: ignore[index]
+            return Refuse("its weight is computed in the graph or stored [K, N]", mm)
+        if sizes[1] % 8 or (stride(x) or (0, 0))[1] != 1 or sizes[0] > 1 and stride(x)[0] % 8:  # type: ignore[index]
+            return Refuse("its rows are not multiples of 16 bytes", mm)
+        bias = None
+        if mm.target is aten.addmm.default:
+            bias = mm.args[0]
+            if not isinstance(bias, Node) or shape(bias) != (shape(weight)[0],) or stride(bias) != (1,):  # type: ignore[index]
+                return Refuse("its bias is not one vector of its width", mm)
+        return Fused(mm, x, weight, bias, mm)
+
+    def _norm(self, base: Fused, facts: Facts) -> Norm | None:
+        """The norm in front, if every reader of it is a product that can take it in."""
+        norm = _rms_norm(_peel(base.x), dtype(base.mm))
+        if norm is None or shape(norm.x)[-1] != shape(base.x)[1]:  # type: ignore[index]
+            return None
+        stack = [norm.result]
+        while stack:
+            for user in stack.pop().users:
+                if _is(user, *_VIEWS):
+                    stack.append(user)
+                    continue
+                product = _is(user, aten.mm.default, aten.addmm.default)
+                if not product or user is not base.mm and not isinstance(self._product(user, facts), Fused):
+                    return None
+        return norm
+
+    def replace(self, match: Match, facts: Facts) -> None:
+        """One call where the last node of it was."""
+        (fused,) = match.fused
+        graph, last = facts.gm.graph, fused.last
+        rows, width = shape(fused.x)[0], shape(fused.weight)[0]  # type: ignore[index]
+        like, sizes = tensor(last), shape(last)
+        assert like is not None and sizes is not None
+        width //= 2 if fused.activation else 1
+        values = edit.FakeViews(like, (rows, width))
+        view = values.view(sizes, like.stride())
+        norm = fused.norm
+        origin = [fused.mm, last] if last is not fused.mm else [last]
+        flat = norm.x if norm is not None else fused.x
+        inner = shape(fused.x)[1]  # type: ignore[index]
+        with graph.inserting_before(last):
+            x = _flat(graph, flat, (rows, inner), origin)
+            residual = None if fused.residual is None else _flat(graph, fused.residual, (rows, width), origin)
+            chained = _follows(x, residual)
+            new = edit.insert(
+                graph, torch.ops.fusionc.skinny_linear.default,
+                (x, fused.weight, norm.weight if norm else None, norm.eps if norm else 0.0, bool(norm and norm.rounds),
+                 fused.bias, fused.activation, residual, chained),
+                origin=origin, val=values.whole)
+            if sizes != (rows, width):
+                new = edit.insert(graph, aten.view.default, (new, list(sizes)), origin=origin, val=view)
+        last.replace_all_uses_with(new)
+        edit.erase_dead([last])
+
+
+def _flat(graph: Any, node: Node, sizes: tuple[int, int], origin: list[Node]) -> Node:
+    """The node seen as [M, K]."""
+    if shape(node) == sizes:
+        return node
+    return edit.insert(graph, aten.view.default, (node, list(sizes)), origin=origin)
+
+
+def _follows(*starts: Node | None) -> bool:
+    """Another call of ours stands in front: its kernel waited for all before the Program, so weights are complete."""
+    stack, seen = [s for s in starts if s is not None], set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "fusionc" and \
+                node.target._opname in CHAINS:
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+CHAINS = {"skinny_linear", "decode_attention", "decode_attention_update"}  # operators that always launch a kernel
+
+
+# -- what stands in front ---------------------------------------------------------------------------------------------
+
+
+def _peel(node: Any) -> Any:
+    """Through views that keep the order of elements."""
+    while isinstance(node, Node) and node.op == "call_function" and node.target in _VIEWS:
+        node = node.args[0]
+    return node
+
+
+def _is(node: Any, *targets: Any) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def _cast(node: Any, to: torch.dtype | None) -> Node | None:
+    """What ``node`` is a cast of, if it is a cast to ``to`` and nothing else."""
+    if _is(node, *_COPIES) and set(node.kwargs) <= {"dtype"} and dtype(node) is to and isinstance(node.args[0], Node):
+        return node.args[0]
+    return None
+
+
+def _rms_norm(node: Any, to: torch.dtype | None) -> Norm | None:
+    """RMSNorm over the last axis with a weight, rounded to ``to`` before or after the weight."""
+    if not isinstance(node, Node) or dtype(node) is not to:
+        return None
+    rounds = _is(node, aten.mul.Tensor)
+    product = node if rounds else _cast(node, to)
+    if not _is(product, aten.mul.Tensor):
+        return None
+    for weight, other in (product.args[:2], product.args[1::-1]):  # type: ignore[union-attr]
+        h = _cast(other, to) if rounds else other
+        sizes, width = shape(weight), (shape(node) or (None,))[-1]
+        if not isinstance(h, Node) or not isinstance(weight, Node) or sizes != (width,) or stride(weight) != (1,):
+            continue
+        if rounds and dtype(weight) is not to or dtype(weight) not in (to, torch.float32):
+            continue
+        found = _normalised(h, to)
+        if found is not None:
+            return Norm(found[0], weight, found[1], rounds, node)
+    return None
+
+
+def _normalised(h: Node, to: torch.dtype | None) -> tuple[Node, float] | None:
+    """(x, eps) if h = x₃₂ · rsqrt(mean(x₃₂²) + eps) with x₃₂ a cast of a contiguous x of dtype ``to``."""
+    if not _is(h, aten.mul.Tensor):
+        return None
+    for wide, scale in (h.args[:2], h.args[1::-1]):
+        x = _cast(wide, torch.float32)
+        if x is None or dtype(x) is not to or not _is(scale, aten.rsqrt.default) or not _contiguous(x):
+            continue
+        total = scale.args[0]
+        if not _is(total, aten.add.Tensor) or not isinstance(total.args[1], float) or total.kwargs:
+            continue
+        mean, eps = total.args[:2]
+        last = len(shape(x) or ()) - 1
+        if not _is(mean, aten.mean.dim) or mean.kwargs or len(mean.args) != 3 or mean.args[2] is not True:
+            continue
+        if list(mean.args[1]) not in ([-1], [last]):
+            continue
+        square = mean.args[0]
+        if _is(square, aten.pow.Tensor_Scalar) and square.args == (wide, 2) or \
+                _is(square, aten.mul.Tensor) and square.args == (wide, wide):
+            return x, eps
+    return None
+
+
+def _contiguous(node: Any) -> bool:
+    found = tensor(node)
+    return found is not None and is_static_shape(node) and found.is_contiguous()
+
+
+# -- what follows -----------------------------------------------------------------------------------------------------
+
+
+def _epilogue(base: Fused) -> None:
+    """Extend ``base`` by a gate, or by a residual sum."""
+    gated = _gate(base.mm)
+    if gated is not None:
+        base.last, base.activation = gated
+        return
+    end = _tail(base.mm)
+    user = _only_user(end)
+    if not _is(user, aten.add.Tensor) or user.kwargs:  # type: ignore[union-attr]
+        return
+    a, b = user.args[:2]  # type: ignore[union-attr]
+    residual = b if a is end else a
+    if residual is end or not isinstance(residual, Node) or dtype(residual) is not dtype(end):
+        return
+    if shape(residual) == shape(end) == shape(user) and _contiguous(residual) and _contiguous(user):
+        base.last, base.residual = user, residual  # type: ignore[assignment]
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _tail(node: Node) -> Node:
+    """The last of the order-keeping views that are each other's only readers."""
+    while True:
+        user = _only_user(node)
+        if user is None or not _is(user, *_VIEWS) or not _contiguous(user):
+            return node
+        node = user
+
+
+def _halves(mm: Node) -> tuple[Node, Node] | None:
+    """The two halves of the product's columns, if it is read in no other way."""
+    end = mm if len(mm.users) == 2 else _tail(mm)
+    width = shape(mm)[1]  # type: ignore[index]
+    if width % 2:
+        return None
+    users = list(end.users)
+    last = len(shape(end) or ()) - 1
+    if len(users) == 1 and _is(users[0], aten.split.Tensor) and users[0].args[1] == width // 2:
+        if (users[0].args[2] if len(users[0].args) > 2 else 0) not in (-1, last):
+            return None
+        parts: dict[Any, Node] = {u.args[1]: u for u in users[0].users if u.target is operator.getitem}
+        return (parts[0], parts[1]) if len(parts) == 2 == len(users[0].users) else None
+    if len(users) != 2 or not all(_is(u, aten.slice.Tensor) and len(u.args) == 4 for u in users):
+        return None
+    cuts = {u.args[2]: u for u in users if u.args[1] in (-1, last)}
+    if set(cuts) != {0, width // 2}:
+        return None
+    gate, up = cuts[0], cuts[width // 2]
+    if shape(gate) != shape(up) or shape(gate)[-1] != width // 2:  # type: ignore[index]
+        return None
+    return gate, up
+
+
+def _gate(mm: Node) -> tuple[Node, str] | None:
+    """(node, activation) if the product is read as activation(left half) · right half."""
+    halves = _halves(mm)
+    if halves is None:
+        return None
+    gate, up = _views(halves[0]), _views(halves[1])
+    act = _only_user(gate)
+    word = ""
+    if _is(act, aten.silu.default):
+        word = "silu"
+    elif _is(act, aten.gelu.default):
+        word = "gelu_tanh" if act.kwargs.get("approximate") == "tanh" else "gelu"  # type: ignore[union-attr]
+    if not word:
+        return None
+    end = _tail(act)  # type: ignore[arg-type]
+    product = _only_user(end)
+    if not _is(product, aten.mul.Tensor) or set(product.args[:2]) != {end, up} or _only_user(up) is not product:  # type: ignore[union-attr]
+        return None
+    if not _contiguous(product) or shape(product) != shape(end) or shape(product) != shape(up):
+        return None
+    return product, word  # type: ignore[return-value]
+
+
+def _views(node: Node) -> Node:
+    """Like ``_tail``, for a part whose rows are apart."""
+    while True:
+        user = _only_user(node)
+        if user is None or not _is(user, *_VIEWS) or (shape(user) or (0,))[-1] != (shape(node) or (1,))[-1]:
+            return node
+        node = user

@@ -1,0 +1,102 @@
+"""Kernels of `codegen.templates`: compiled once for a set of constants, then launched through the driver.
+
+What `TritonKernel` is for generated kernels.  Operators (`fusionc.ops`) use it:
+
+    kernel = template(TEXT, "one_row", ("*bf16", "*bf16", "i32"), (("N", 4096), ("PDL", True)), device, warps=4)
+    kernel.launch(grid, stream, x.data_ptr(), y.data_ptr(), rows)
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import CompileError
+from .launch import Compiled, _cuda_launcher, _usage, load_module
+
+Constants = tuple[tuple[str, Any], ...]
+POINTER = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.int8: "*i8", torch.uint8: "*u8",
+}  # fmt: skip
+
+
+class Template:
+    """One kernel of a template text for given argument types and constants, on one device.
+
+    ``kinds`` are Triton's names for the types of its run-time arguments, which come first; ``constants`` the others.
+    ``dependent`` launches with programmatic dependent launch: the kernel must wait (`gdc_wait`) in every program.
+    ``exact`` keeps the rounding between a product and a sum, also in 16 bits, where the compiler else makes one fma.
+    """
+
+    def __init__(self, text: str, name: str, kinds: tuple[str, ...], constants: Constants, device: torch.device,
+                 warps: int, stages: int = 1, dependent: bool = False, exact: bool = False) -> None:  # fmt: skip
+        self.text, self.name, self.kinds, self.constants = text, name, kinds, constants
+        self.device, self.warps, self.stages = device, warps, stages
+        self.dependent, self.exact = dependent, exact
+        self._launch: Callable[..., None] | None = None
+        self._lock = threading.Lock()
+
+    def _source(self) -> Any:
+        from triton.compiler import ASTSource
+
+        fn = getattr(load_module(self.text), self.name)
+        names = list(fn.arg_names)
+        signature = dict(zip(names, self.kinds))
+        signature.update({n: "constexpr" for n, _ in self.constants})
+        if len(signature) != len(names):
+            raise ValueError(f"kernel {self.name} takes {names}, was given {list(signature)}")
+        attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(self.kinds) if kind.startswith("*")}
+        return ASTSource(fn=fn, signature=signature, constexprs=dict(self.constants), attrs=attrs)
+
+    def build(self, gpu: Any, usage: bool = False) -> Compiled:
+        """Compile for a target of Triton's (``GPUTarget``).  Raises CompileError."""
+        import triton
+
+        start = time.perf_counter()
+        try:
+            options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": not self.exact}
+            built = triton.compile(self._source(), target=gpu, options=options)
+        except Exception as e:  # whatever the tool says: the caller decides
+            raise CompileError(self.name, None, f"{type(e).__name__}: {e}") from e
+        registers, spills = _usage(built) if usage else (-1, -1)
+        seconds = time.perf_counter() - start
+        shared = int(built.metadata.shared)
+        return Compiled(self.name, str(gpu.arch), dict(built.asm), registers, spills, shared, seconds, {}, built)
+
+    def prepare(self) -> Callable[..., None]:
+        """The launcher, compiled on first use; raises CompileError."""
+        with self._lock:
+            if self._launch is None:
+                from triton.runtime import driver
+
+                with torch.cuda.device(self.device):
+                    built = self.build(driver.active.get_current_target())
+                    try:
+                        built.handle._init_handles()
+                    except Exception as e:
+                        raise CompileError(self.name, None, f"the binary cannot be loaded: {e}") from e
+                    launch = _cuda_launcher(built, list(self.kinds), None, self.dependent)
+                if launch is None:
+                    raise CompileError(self.name, None, "the kernel needs more than a plain launch")
+                self._launch = launch
+            return self._launch
+
+    def launch(self, grid: int, stream: int, *args: int | float) -> None:
+        """Launch ``grid`` programs; pointers are integers that are multiples of 16.  Raises CompileError on first use."""
+        run = self._launch
+        if run is None:
+            run = self.prepare()
+        run(grid, stream, *args)
+
+
+@functools.lru_cache(maxsize=1024)
+def template(text: str, name: str, kinds: tuple[str, ...], constants: Constants, device: torch.device,
+             warps: int, stages: int = 1, dependent: bool = False, exact: bool = False) -> Template:  # fmt: skip
+    """The one `Template` of these arguments."""
+    return Template(text, name, kinds, constants, device, warps, stages, dependent, exact)

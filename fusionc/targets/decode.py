@@ -1,0 +1,131 @@
+"""`fusionc::decode_attention` and `fusionc::decode_attention_update` on a GPU: ranges of the cache, scratch, launch."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codegen.templates.decode_attention import TEXT, ranges
+from ..ops import decode_attention as op
+from ..runtime.device import properties
+from ..runtime.templates import POINTER, Template, template
+from .skinny import dependent, generation
+
+_SLAB = 1 << 16  # counters of a device that recorded graphs share: each launch has its own for ever, so replays never meet
+_counters: dict[tuple[int, int], Tensor] = {}
+_slabs: dict[int, tuple[Tensor, int]] = {}
+_lock = threading.Lock()
+
+
+def decode_attention(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, chained: bool) -> Tensor:
+    """See `ops.decode_attention`."""
+    if not _fits(q, key, value, mask, None, None, q, q):
+        return op.attention(q, key, value, mask, scale)
+    return _run(q, q, q, None, None, key, value, None, mask, scale, chained)
+
+
+def decode_attention_update(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key: Tensor,
+                            value: Tensor, index: Tensor, mask: Tensor | None, scale: float, chained: bool) -> Tensor:
+    """See `ops.decode_attention`."""
+    if not _fits(q, key, value, mask, cos, sin, k, v) or index.dtype is not torch.int64 or index.numel() != 1:
+        return op.update(q, k, v, cos, sin, key, value, index, mask, scale)
+    return _run(q, k, v, cos, sin, key, value, index, mask, scale, chained)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key: Tensor, value: Tensor,
+         index: Tensor | None, mask: Tensor | None, scale: float, chained: bool) -> Tensor:  # fmt: skip
+    batch, heads, _, width = q.shape
+    groups, length = key.shape[1], key.shape[2]
+    m = (0, 0, 0) if mask is None else _mask_strides(mask)
+    kernel, count = _kernel(
+        q.dtype, heads, groups, width, length, scale, index is not None, cos is not None,
+        None if mask is None else mask.dtype, batch,
+        (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+         0 if cos is None or cos.shape[0] == 1 else cos.stride(0), *key.stride()[:3], *value.stride()[:3], *m),
+        chained and dependent(q.device), q.device,
+    )  # fmt: skip
+    device = q.device.index
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    out = torch.empty((batch, 1, heads, width), dtype=q.dtype, device=q.device)
+    spare = out.data_ptr()
+    part, counters = out, out
+    if count > 1:
+        part = torch.empty(batch * groups * count * (16 * width + 32), dtype=torch.float32, device=q.device)
+        counters = _zeros(batch * groups, q.device, stream)
+    kernel.launch(
+        batch * groups * count, stream, q.data_ptr(), k.data_ptr(), v.data_ptr(),
+        spare if cos is None else cos.data_ptr(), spare if sin is None else sin.data_ptr(), key.data_ptr(),
+        value.data_ptr(), spare if index is None else index.data_ptr(), spare if mask is None else mask.data_ptr(),
+        spare, part.data_ptr(), counters.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(dtype: torch.dtype, heads: int, groups: int, width: int, length: int, scale: float, update: bool, rope: bool,
+            mask: torch.dtype | None, batch: int, strides: tuple[int, ...], chained: bool,
+            device: torch.device) -> tuple[Template, int]:  # fmt: skip
+    """The kernel and its number of ranges."""
+    count, rows, step = ranges(batch * groups, length, properties(device).processors)
+    p = POINTER[dtype]
+    kinds = (p, p, p, p, p, p, p, "*i64", p if mask is None else POINTER[mask], p, "*fp32", "*i32")
+    names = "QB QH KNB KNH VNB VNH CB KB KH KS VB VH VS MB MH MS".split()
+    wide = max(batch * strides[7], batch * strides[10], length * max(strides[9], strides[12])) >= 1 << 30
+    constants: tuple[tuple[str, Any], ...] = (
+        ("H", heads), ("HKV", groups), ("D", width), ("S", length), ("SCALE", scale), ("UPDATE", update),
+        ("ROPE", rope), ("MASK", 0 if mask is None else 1 if mask is torch.bool else 2), *zip(names, strides),
+        ("WIDE", wide), ("PDL", chained), ("SPLITS", count),
+        ("PADDED", 1 << (count - 1).bit_length()), ("ROWS", rows), ("BS", step),
+    )  # fmt: skip
+    return template(TEXT, "decode", kinds, constants, device, 4, 2, chained, exact=True), count
+
+
+def _mask_strides(mask: Tensor) -> tuple[int, int, int]:
+    return (0 if mask.shape[0] == 1 else mask.stride(0), 0 if mask.shape[1] == 1 else mask.stride(1), mask.stride(3))
+
+
+def _fits(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+          k: Tensor, v: Tensor) -> bool:  # fmt: skip
+    """Types, layouts and alignment that the kernel assumes."""
+    width = q.shape[3]
+    if q.dtype not in (torch.bfloat16, torch.float16) or width not in (16, 32, 64, 128, 256) or torch.version.hip:
+        return False
+    bits = 0
+    for t in (q, key, value, k, v, cos, sin):
+        if t is not None:
+            if t.dtype is not q.dtype or t.stride(3) != 1 or t.shape[3] != width:
+                return False
+            bits |= t.data_ptr()
+            for size, step in zip(t.shape[:3], t.stride()[:3]):
+                bits |= step * 2 if size > 1 else 0
+    if mask is not None:
+        if mask.dtype not in (torch.bool, q.dtype, torch.float32):
+            return False
+        bits |= mask.data_ptr()
+    return q.shape[1] // key.shape[1] <= 16 and not bits & 15 and generation(q.device) >= 80
+
+
+def _zeros(count: int, device: torch.device, stream: int) -> Tensor:
+    """Counters that are 0 now, and that the kernel leaves at 0.
+
+    Kernels of one stream run one after the other and share theirs.  A recorded graph may be replayed on any stream, so
+    each recorded launch gets counters that nothing else uses.
+    """
+    index = device.index
+    with _lock:
+        if torch.cuda.is_current_stream_capturing():
+            found = _slabs.get(index)
+            if found is None or found[1] + count > _SLAB:
+                return torch.zeros(count, dtype=torch.int32, device=device)  # recorded too: set to 0 at each replay
+            _slabs[index] = (found[0], found[1] + -(-count // 4) * 4)
+            return found[0][found[1] :]
+        if index not in _slabs:
+            _slabs[index] = (torch.zeros(_SLAB, dtype=torch.int32, device=device), 0)
+        mine = _counters.get((index, stream))
+        if mine is None or mine.numel() < count:
+            mine = _counters[index, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        return mine

@@ -1,0 +1,116 @@
+"""`fusionc::skinny_linear` on a GPU: which kernel, which tile, and the launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codegen.templates import skinny_linear as texts
+from ..codegen.templates.skinny_linear import Tile
+from ..ops.skinny_linear import reference
+from ..runtime.device import properties
+from ..runtime.templates import POINTER, Template, template
+
+
+def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
+           activation: str, residual: Tensor | None, chained: bool) -> Tensor:  # fmt: skip
+    """The operator's implementation for CUDA; ATen where the kernels do not apply.  See `ops.skinny_linear`."""
+    inner = x.shape[1]
+    if not _fits(x, weight, norm, bias, residual):
+        return reference(x, weight, norm, eps, rounds, bias, activation, residual)
+    width = weight.shape[0] // 2 if activation else weight.shape[0]
+    out = torch.empty((1, width), dtype=x.dtype, device=x.device)
+    kind = 0 if norm is None else 1 if rounds else 2
+    plan = _plan(width, inner, x.dtype, norm.dtype if norm is not None else x.dtype, eps, kind, activation,
+                 bias is not None, residual is not None, chained and dependent(x.device), x.device)  # fmt: skip
+    spare = out.data_ptr()
+    args: list[int] = [
+        x.data_ptr(),
+        weight.data_ptr(),
+        spare if norm is None else norm.data_ptr(),
+        spare if bias is None else bias.data_ptr(),
+        spare if residual is None else residual.data_ptr(),
+        spare,
+    ]
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+
+    def run(tile: Tile) -> None:
+        plan.kernel(tile).launch(plan.grid(tile), stream, *args)
+
+    run(plan.choose(run))
+    return out
+
+
+class _Plan:
+    """Everything about one shape of the operator but the tile."""
+
+    def __init__(self, width: int, inner: int, dtype: torch.dtype, norm_dtype: torch.dtype, eps: float,
+                 kind: int, activation: str, bias: bool, residual: bool, chained: bool, device: torch.device) -> None:
+        self.width, self.device, self.chained = width, device, chained
+        wide = width * (2 if activation else 1) * inner >= 1 << 31
+        self.constants: tuple[tuple[str, Any], ...] = (
+            ("N", width), ("K", inner), ("EPS", eps), ("NORM", kind), ("ACT", activation), ("HAS_BIAS", bias),
+            ("HAS_RESIDUAL", residual), ("WIDE", wide), ("PDL", chained),
+        )  # fmt: skip
+        p, n = POINTER[dtype], POINTER[norm_dtype]
+        self.kinds = (p, p, n, p, p, p)
+        self.tiles = texts.one_row_tiles(width, inner, activation != "")
+        what = [dtype, width, inner, kind, activation, bias, residual, chained]
+        self.key = f"skinny_linear {' '.join(map(str, what))}"
+        self._kernels: dict[Tile, Template] = {}
+
+    def kernel(self, tile: Tile) -> Template:
+        found = self._kernels.get(tile)
+        if found is None:
+            constants = (*self.constants, ("BN", tile.bn), ("BK", tile.bk), ("REPEAT", tile.repeat))
+            found = self._kernels[tile] = template(
+                texts.TEXT, "one_row", self.kinds, constants, self.device, tile.warps, dependent=self.chained
+            )
+        return found
+
+    def grid(self, tile: Tile) -> int:
+        return -(-self.width // (tile.bn * tile.repeat))
+
+    def _prepare(self, tile: Tile) -> None:
+        self.kernel(tile).prepare()
+
+    def choose(self, run: Callable[[Tile], None]) -> Tile:
+        if len(self.tiles) == 1:
+            return self.tiles[0]
+        from ..runtime.tune import choose
+
+        return choose(self.key, self.tiles, run, device=self.device, prepare=self._prepare)
+
+
+_plan = functools.lru_cache(maxsize=4096)(_Plan)
+
+
+def _fits(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Types, layouts and alignment that the kernels assume."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype or x.shape[0] != 1:
+        return False
+    if x.stride(1) != 1 or not weight.is_contiguous() or torch.version.hip:
+        return False
+    bits = x.data_ptr() | weight.data_ptr() | x.shape[1] * 2
+    for t, allowed in ((norm, (x.dtype, torch.float32)), (bias, (x.dtype,)), (residual, (x.dtype,))):
+        if t is not None:
+            if not t.is_contiguous() or t.dtype not in allowed:
+                return False
+            bits |= t.data_ptr()
+    return not bits & 15 and generation(x.device) >= 80
+
+
+@functools.lru_cache(maxsize=64)
+def generation(device: torch.device) -> int:
+    """80 for sm_80, and so on; 0 where there is no NVIDIA GPU."""
+    arch = properties(device).arch
+    return int(arch[3:]) if arch.startswith("sm_") else 0
+
+
+def dependent(device: torch.device) -> bool:
+    """Programmatic dependent launch and its instructions exist from sm_90 on."""
+    return generation(device) >= 90

@@ -1,0 +1,136 @@
+"""The kernels of `skinny_linear` and `decode_attention` in Triton's interpreter against the operators in ATen.
+
+In a process of its own: parts of Triton's library are made for the interpreter only when it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusionc.ops
+
+pytestmark = pytest.mark.interpret
+HERE = Path(__file__).resolve()
+
+
+def run(part: str) -> None:
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(HERE), part], capture_output=True, text=True, env=env, cwd=HERE.parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("part", ["linear", "attention"])
+def test_kernels(part: str) -> None:
+    run(part)
+
+
+def test_fake_shapes() -> None:
+    fusionc.ops.load("skinny_linear")
+    fusionc.ops.load("decode_attention")
+    with torch._subclasses.FakeTensorMode():
+        x, w = torch.empty(3, 16, dtype=torch.bfloat16), torch.empty(8, 16, dtype=torch.bfloat16)
+        got = torch.ops.fusionc.skinny_linear(x, w, None, 0.0, False, None, "silu", None, False)
+        assert got.shape == (3, 4) and got.dtype is torch.bfloat16
+        q, k = torch.empty(2, 8, 1, 16), torch.empty(2, 4, 32, 16)
+        assert torch.ops.fusionc.decode_attention(q, k, k, None, 1.0, False).shape == (2, 1, 8, 16)
+
+
+def test_operators_are_well_formed() -> None:
+    fusionc.ops.load("skinny_linear")
+    fusionc.ops.load("decode_attention")
+    x, w, n = torch.randn(3, 16), torch.randn(8, 16), torch.rand(16)
+    check = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.fusionc.skinny_linear.default, (x, w, n, 1e-5, True, None, "gelu", None, False),
+                          test_utils=check)
+    q, k, cache = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 8, 16)
+    cos, index = torch.rand(1, 1, 1, 16), torch.tensor(3)
+    torch.library.opcheck(torch.ops.fusionc.decode_attention_update.default,
+                          (q, k, k, cos, cos, cache, cache.clone(), index, None, 0.25, False), test_utils=check)
+
+
+def _linear() -> None:
+    from fusionc.codegen.templates.skinny_linear import TEXT
+    from fusionc.ops.skinny_linear import reference
+    from fusionc.runtime import interpreter, launch
+
+    module = launch.load_module(TEXT, interpret=True)
+    half, brain = torch.float16, torch.bfloat16
+    #     dtype  M  N   K   norm activation bias residual BN  BK  repeat
+    for dtype, m, n, k, norm, act, bias, residual, bn, bk, repeat in (
+        (half, 1, 10, 48, 1, "", False, True, 4, 64, 1),
+        (brain, 1, 10, 100, 2, "silu", False, False, 4, 32, 2),
+        (brain, 1, 7, 64, 0, "gelu", True, False, 2, 64, 1),
+        (half, 1, 9, 33, 1, "gelu_tanh", False, False, 2, 16, 3),
+    ):
+        x, w = torch.randn(m, k).to(dtype), (torch.randn(n * (2 if act else 1), k) * k**-0.5).to(dtype)
+        nw = (1 + 0.1 * torch.randn(k)).to(dtype) if norm else None
+        b = torch.randn(n).to(dtype) if bias and not act else None
+        r = torch.randn(m, n).to(dtype) if residual else None
+        out = torch.full((m, n), float("nan"), dtype=dtype)
+        constants = {"N": n, "K": k, "EPS": 1e-5, "NORM": norm, "ACT": act, "HAS_BIAS": b is not None,
+                     "HAS_RESIDUAL": residual, "WIDE": False, "PDL": False, "BN": bn, "BK": bk}
+        args = [out if t is None else t for t in (x, w, nw, b, r)]
+        with interpreter.lock, interpreter.repaired(), launch._interpreting(True):
+            module.one_row[(-(-n // (bn * repeat)), 1, 1)](*args, out, REPEAT=repeat, **constants)
+        want = reference(*(None if t is None else t.float() for t in (x, w)), None if nw is None else nw.float(), 1e-5,
+                         norm == 1, None if b is None else b.float(), act, None if r is None else r.float())
+        torch.testing.assert_close(out.float(), want, rtol=3e-2, atol=3e-2)
+
+
+def _attention() -> None:
+    from fusionc.codegen.templates.decode_attention import TEXT
+    from fusionc.ops.decode_attention import attention, rotated, update
+    from fusionc.runtime import interpreter, launch
+    from fusionc.targets.decode import _mask_strides
+
+    module, dtype = launch.load_module(TEXT, interpret=True), torch.float16
+    module.gdc_wait = module.gdc_launch_dependents = lambda: None  # the interpreter has no inline assembly
+    names = "QB QH KNB KNH VNB VNH CB KB KH KS VB VH VS MB MH MS".split()
+    #   B  H HKV D   S  update rope mask splits rows position
+    cases = (
+        (1, 8, 2, 16, 96, True, True, 2, 2, 64, 40),
+        (2, 4, 4, 32, 70, True, False, 1, 1, 128, 69),
+        (1, 6, 2, 16, 200, False, False, 1, 4, 64, 0),
+        (1, 4, 1, 64, 130, True, True, 0, 3, 64, 3),
+        (1, 4, 2, 16, 96, True, True, 3, 2, 64, 20),  # nothing is visible, with numbers: the softmax of them counts
+        (1, 4, 2, 16, 70, True, True, 2, 2, 64, 70),  # a position outside of the cache is not written
+    )
+    for number, (b, h, g, d, s, up, rope, kind, splits, rows, p) in enumerate(cases + cases[:2]):
+        qkv = torch.randn(b, 1, (h + 2 * g) * d).to(dtype)
+        q, k, v = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in qkv.split([h * d, g * d, g * d], -1))
+        key, value = torch.randn(b, g, s, d).to(dtype), torch.randn(b, g, s, d).to(dtype)
+        key2, value2 = key.clone(), value.clone()
+        angle = torch.randn(1, 1, 1, d // 2).repeat(1, 1, 1, 2)
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        visible = (torch.arange(s) <= p).view(1, 1, 1, s) if p else torch.rand(1, 1, 1, s) > 0.3
+        mask = {0: None, 1: visible.expand(b, 1, 1, s), 2: torch.where(visible, 0.0, -65504.0).to(dtype),
+                3: torch.full((1, 1, 1, s), -65504.0).to(dtype)}[kind]
+        index, scale = torch.tensor([p]), d**-0.5
+        out = torch.full((b, 1, h, d), float("nan"), dtype=dtype)
+        part = torch.full((b * g * splits * (16 * d + 32),), float("nan"))
+        counters = torch.zeros(b * g, dtype=torch.int32)
+        strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), 0, *key.stride()[:3],
+                   *value.stride()[:3], *((0, 0, 0) if mask is None else _mask_strides(mask)))
+        with interpreter.lock, interpreter.repaired(), launch._interpreting(True):
+            module.decode[(b * g * splits, 1, 1)](
+                q, k, v, cos, sin, key, value, index, out if mask is None else mask, out, part, counters, H=h, HKV=g, D=d, S=s,
+                SCALE=scale, UPDATE=up, ROPE=rope, MASK=min(kind, 2), **dict(zip(names, strides)), WIDE=False,
+                PDL=number >= len(cases), SPLITS=splits, PADDED=4, ROWS=rows, BS=64)
+        turn = (cos, sin) if rope else (None, None)
+        if up and p < s:
+            want = update(q, k, v, *turn, key2, value2, index, mask, scale)
+        else:
+            want = attention(rotated(q, cos, sin) if rope else q, key2, value2, mask, scale)
+        torch.testing.assert_close(out, want, rtol=1e-2, atol=2e-3)
+        assert torch.equal(key, key2) and torch.equal(value, value2) and not counters.any()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    {"linear": _linear, "attention": _attention}[sys.argv[1]]()

@@ -1,0 +1,160 @@
+"""Linear layers of a few rows: norm, gate and residual taken in, each refusal, what must stay apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusionc.graph.text import parse
+from fusionc.passes.skinny_linear import SkinnyLinear
+from tests.passes.helpers import apply, call, check_values, inputs_for, refusals, rewritten
+
+PASS = SkinnyLinear(rows=16, devices=("cpu",))
+NORM = """%w32: f32[1, 2, 16] = aten._to_copy(%x, dtype=torch.float32)
+%sq: f32[1, 2, 16] = aten.pow.Tensor_Scalar(%w32, 2)
+%mean: f32[1, 2, 1] = aten.mean.dim(%sq, [-1], True)
+%eps: f32[1, 2, 1] = aten.add(%mean, 1e-05)
+%r: f32[1, 2, 1] = aten.rsqrt(%eps)
+%h: f32[1, 2, 16] = aten.mul(%w32, %r)
+%h16: bf16[1, 2, 16] = aten._to_copy(%h, dtype=torch.bfloat16)
+%n: bf16[1, 2, 16] = aten.mul(%nw, %h16)
+%n2: bf16[2, 16] = aten.view(%n, [2, 16])
+"""
+GATED = f"""
+%x: bf16[1, 2, 16] = input
+%nw: bf16[16] = input  # static
+%w: bf16[32, 16] = input  # static
+%d: bf16[16, 16] = input  # static
+{NORM}%t: bf16[16, 32]{{1, 16}} = aten.t(%w)
+%m: bf16[2, 32] = aten.mm(%n2, %t)
+%g: bf16[2, 16]{{32, 1}} = aten.slice(%m, 1, 0, 16)
+%u: bf16[2, 16]{{32, 1}} = aten.slice(%m, 1, 16, 32)
+%g3: bf16[1, 2, 16]{{64, 32, 1}} = aten._unsafe_view(%g, [1, 2, 16])
+%s: bf16[1, 2, 16] = aten.silu(%g3)
+%u3: bf16[1, 2, 16]{{64, 32, 1}} = aten._unsafe_view(%u, [1, 2, 16])
+%p: bf16[1, 2, 16] = aten.mul(%s, %u3)
+%p2: bf16[2, 16] = aten.view(%p, [2, 16])
+%td: bf16[16, 16]{{1, 16}} = aten.t(%d)
+%m2: bf16[2, 16] = aten.mm(%p2, %td)
+%m3: bf16[1, 2, 16] = aten._unsafe_view(%m2, [1, 2, 16])
+%y: bf16[1, 2, 16] = aten.add(%x, %m3)
+return (%y)
+"""
+
+
+def close(text: str, item: SkinnyLinear = PASS) -> None:
+    """Same values but for the order of sums (bfloat16)."""
+    old = parse(text)
+    new, _ = apply(item, text)
+    inputs = inputs_for(old)
+    torch.testing.assert_close(call(new, inputs)[0], call(old, inputs)[0], rtol=2e-2, atol=2e-2)
+
+
+def test_norm_gate_and_residual() -> None:
+    assert rewritten(PASS, GATED) == """
+%x: bf16[1, 2, 16] = input
+%nw: bf16[16] = input  # static
+%w: bf16[32, 16] = input  # static
+%d: bf16[16, 16] = input  # static
+%view: bf16[2, 16] = aten.view(%x, [2, 16])
+%skinny_linear: bf16[2, 16] = fusionc.skinny_linear(%view, %w, %nw, 1e-05, True, None, "silu", None, False)
+%view_1: bf16[1, 2, 16] = aten.view(%skinny_linear, [1, 2, 16])
+%p2: bf16[2, 16] = aten.view(%view_1, [2, 16])
+%view_2: bf16[2, 16] = aten.view(%x, [2, 16])
+%skinny_linear_1: bf16[2, 16] = fusionc.skinny_linear(%p2, %d, None, 0.0, False, None, "", %view_2, True)
+%view_3: bf16[1, 2, 16] = aten.view(%skinny_linear_1, [1, 2, 16])
+return (%view_3)
+"""
+    check_values(PASS, GATED, fired=2)
+    close(GATED.replace("aten.silu(%g3)", 'aten.gelu(%g3, approximate="tanh")'))
+
+
+def test_weight_of_the_norm_in_float32() -> None:
+    text = GATED.replace("%nw: bf16[16]", "%nw: f32[16]").replace(
+        "%h16: bf16[1, 2, 16] = aten._to_copy(%h, dtype=torch.bfloat16)\n%n: bf16[1, 2, 16] = aten.mul(%nw, %h16)",
+        "%h16: f32[1, 2, 16] = aten.mul(%h, %nw)\n%n: bf16[1, 2, 16] = aten._to_copy(%h16, dtype=torch.bfloat16)")
+    assert "%nw, 1e-05, False" in rewritten(PASS, text)
+    close(text)
+
+
+def test_bias() -> None:
+    text = """
+%x: bf16[3, 16] = input
+%b: bf16[8] = input  # static
+%w: bf16[8, 16] = input  # static
+%t: bf16[16, 8]{1, 16} = aten.t(%w)
+%y: bf16[3, 8] = aten.addmm(%b, %x, %t)
+return (%y)
+"""
+    assert "fusionc.skinny_linear(%x, %w, None, 0.0, False, %b" in rewritten(PASS, text)
+    close(text)
+
+
+def test_norm_with_another_reader_stays() -> None:
+    text = GATED.replace("return (%y)", "return (%y, %n)")
+    assert "%skinny_linear: bf16[2, 16] = fusionc.skinny_linear(%n2, %w, None" in rewritten(PASS, text)
+    close(text)
+
+
+def test_residual_with_another_reader_of_the_product_stays() -> None:
+    text = GATED.replace("return (%y)", "return (%y, %m3)")
+    assert "%y: bf16[1, 2, 16] = aten.add(%x, " in rewritten(PASS, text)
+    close(text)
+
+
+def test_gate_whose_product_is_read_elsewhere_stays() -> None:
+    text = GATED.replace("return (%y)", "return (%y, %m)")
+    assert "aten.silu" in rewritten(PASS, text)
+    close(text)
+
+
+PLAIN = """
+%x: bf16[4, 16] = input
+%w: bf16[8, 16] = input  # static
+%t: bf16[16, 8]{1, 16} = aten.t(%w)
+%y: bf16[4, 8] = aten.mm(%x, %t)
+return (%y)
+"""
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (PLAIN.replace("[4, ", "[17, "), "it has more than 16 rows (y)"),
+        (PLAIN.replace("bf16", "f32"), "it is neither bfloat16 nor float16 (y)"),
+        (PLAIN.replace("  # static", ""), "its weight is not a parameter (y)"),
+        (PLAIN.replace("%w: bf16[8, 16]", "%w: bf16[16, 8]").replace("{1, 16}", "").replace("aten.t(%w)", "aten.clone(%w)"),
+         "its weight is computed in the graph or stored [K, N] (y)"),
+        (PLAIN.replace("16", "12").replace("bf12", "bf16"), "its rows are not multiples of 16 bytes (y)"),
+        (PLAIN.replace("return (%y)", "%v: bf16[8, 16] = aten.copy_(%w, %o)\nreturn (%y)").replace(
+            "%w:", "%o: bf16[8, 16] = input\n%w:"), "its weight is not a parameter (y)"),
+        (PLAIN.replace("%y: bf16[4, 8] = aten.mm(%x, %t)", "%y: bf16[4, 8] = aten.addmm(%b, %x, %t)").replace(
+            "%w:", "%b: bf16[4, 8] = input\n%w:"), "its bias is not one vector of its width (y)"),
+        (PLAIN.replace("%y: bf16[4, 8] = aten.mm(%x, %t)", "%y: bf16[4, 8] = aten.addmm(%b, %x, %t, alpha=2)").replace(
+            "%w:", "%b: bf16[8] = input\n%w:"), "addmm scales its bias or product (y)"),
+    ],
+)  # fmt: skip
+def test_refusals(text: str, reason: str) -> None:
+    assert refusals(PASS, text) == [reason]
+
+
+def test_refuses_training() -> None:
+    assert refusals(PASS, PLAIN, stage="forward") == ["training keeps what lies between (y)"]
+
+
+def test_refuses_a_write_between() -> None:
+    text = """
+%x: bf16[4, 16] = input
+%w: bf16[8, 16] = input  # static
+%r: bf16[4, 8] = input
+%t: bf16[16, 8]{1, 16} = aten.t(%w)
+%y: bf16[4, 8] = aten.mm(%x, %t)
+%c: bf16[4, 16] = aten.copy_(%x, %x)
+%z: bf16[4, 8] = aten.add(%r, %y)
+return (%z)
+"""
+    assert refusals(PASS, text) == ["memory is written between the product and what follows it (y)"]
+
+
+def test_other_devices_are_left_alone() -> None:
+    assert apply(SkinnyLinear(), PLAIN)[1].fired == 0
