@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import ops
 from ..ir.expr import FloorDiv, Index, Mod, Size, floordiv, index, mod
 from . import program as prog
 
@@ -100,6 +101,8 @@ def bind(described: Any) -> Any:
             found = _OPERATOR.fullmatch(name)
             if found is None or found.group(1) not in NAMESPACES or found.group(2) in _DENIED:
                 raise Invalid("not the name of an operator that a program may call")
+            if found.group(1) == "fusionc":
+                ops.load(found.group(2))
             packet = getattr(getattr(torch.ops, found.group(1)), found.group(2), None)
             overload = getattr(packet, found.group(3) or "default", None)
             if not isinstance(overload, torch._ops.OpOverload):

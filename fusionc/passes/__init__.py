@@ -13,6 +13,7 @@ from .conv_bn import ConvBatchNorm
 from .cse import CommonSubexpressions
 from .horizontal_matmul import HorizontalMatmul
 from .manager import named_approximate, run, run_passes, static_inputs
+from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .strip import Strip
 
@@ -29,6 +30,7 @@ class Step:
 
 PIPELINE: tuple[Step, ...] = (
     Step(1, ConvBatchNorm(), "model", "while a convolution and its BatchNorm are still single calls with real weights"),
+    Step(3, PlainAttention(), "model", "while softmax and products are single calls, and before AOTAutograd derives them"),
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
@@ -52,5 +54,5 @@ def pipeline(level: str, config: Any = None) -> list[tuple[int, Pass]]:
     return found
 
 
-__all__ = ["PIPELINE", "Approximate", "Exact", "Exactness", "Match", "Pass", "Reassociates", "Refuse", "Step",
+__all__ = ["PIPELINE", "Approximate", "Exact", "Exactness", "Match", "Pass", "PlainAttention", "Reassociates", "Refuse", "Step",
            "pipeline", "run", "run_passes", "static_inputs"]
