@@ -323,6 +323,25 @@ def _driver() -> Any:
     return fn
 
 
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: of a thread that has used no CUDA yet, as autograd's may be
+
+
+def _current_context() -> Any:
+    """The CUDA context of this thread, in which the kernel was loaded."""
+    import ctypes
+
+    context = ctypes.c_void_p()
+    ctypes.PyDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
+    return context
+
+
+def _use_context(context: Any) -> bool:
+    """Give this thread that context."""
+    import ctypes
+
+    return bool(context) and ctypes.PyDLL("libcuda.so.1").cuCtxSetCurrent(context) == 0
+
+
 def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Callable[..., None] | None:
     """A launcher that calls the driver directly, or None where the kernel needs more than a plain launch.
 
@@ -356,8 +375,13 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
     pack_into, launch = packer.pack_into, _driver()
     function, threads, shared = built.handle.function, 32 * int(meta.num_warps), int(meta.shared)
 
-    def failed(code: int) -> None:  # (refers to `built`, which keeps the binary loaded)
-        raise RuntimeError(f"launching kernel {built.name} failed: CUDA driver error {code}")
+    context = _current_context()
+
+    def failed(code: int, grid: int, stream: int) -> None:  # (refers to `built`, which keeps the binary loaded)
+        if code == _NO_CONTEXT and _use_context(context):
+            code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+        if code:
+            raise RuntimeError(f"launching kernel {built.name} failed: CUDA driver error {code}")
 
     if grid is not None:
 
@@ -365,7 +389,7 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
             pack_into(values, 0, *args)
             code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
             if code:
-                failed(code)
+                failed(code, grid, stream)
 
         return fixed
 
@@ -373,7 +397,7 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
         pack_into(values, 0, *args)
         code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
         if code:
-            failed(code)
+            failed(code, grid, stream)
 
     return variable
 
