@@ -6,18 +6,17 @@ interpreter, for tests; the operator itself uses its reference there.
 
 from __future__ import annotations
 
-import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..codegen.templates import attention as template
-from . import interpreter
-from .launch import _interpreting, _loading, load_module
+from . import interpreter, launch, tune
+from .launch import Compiled, load_module
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Tile:
     stages: int
 
 
-_SMALL = (Tile(16, 16, 4, 1),)
+_SMALL = Tile(16, 16, 4, 1)
 # By padded head size (the larger of q's and v's): first the default.
 _FORWARD = {
     64: (Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 3)),
@@ -50,123 +49,176 @@ _BACKWARD_KV = {
 _OPERAND = {64: (Tile(64, 64, 4, 2),), 128: (Tile(32, 64, 4, 2),), 256: (Tile(32, 32, 4, 1),)}
 
 
+_NAMES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32", "torch.float64": "fp64",
+          "torch.bool": "i1", "torch.uint8": "u8"}  # fmt: skip
+
+
 def axes_of(x: Tensor) -> str:
     """The axes of "bhqk" that an operand varies with."""
     return "".join(a for a, n in zip("bhqk", x.shape) if n != 1)
 
 
-class _Call:
-    """Arguments that all kernels of one call share."""
+def constants(d: int, e: int, group: int, queries: int, keys: int, tile: Tile) -> dict[str, int | bool]:
+    """The compile-time arguments of a kernel."""
+    return {"GROUP": group, "D": d, "E": e, "DP": _padded(d), "EP": _padded(e), "EVEN_Q": queries % tile.queries == 0,
+            "EVEN_K": keys % tile.keys == 0, "BM": tile.queries, "BN": tile.keys}  # fmt: skip
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], score: str):
-        self.q, self.k, self.v = (_rows(x) for x in (q, k, v))
-        self.score, self.operands = score, operands
+
+def ast_source(fn: Any, kinds: Sequence[str], divisible: Sequence[bool], fixed: dict[str, int | bool]) -> Any:
+    """What Triton compiles: run-time arguments of these kinds first, then the constants."""
+    from triton.compiler import ASTSource
+
+    names = fn.arg_names
+    signature = {n: kinds[i] if i < len(kinds) else "constexpr" for i, n in enumerate(names)}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, on in enumerate(divisible) if on}
+    return ASTSource(fn=fn, signature=signature, constexprs=fixed, attrs=attrs)
+
+
+class _Prepared:
+    """One kernel for one set of shapes and strides: its numbers, and a launcher for each tile that was tried."""
+
+    def __init__(self, name: str, score: str, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor],
+                 strided: Sequence[Tensor], pointers: Sequence[Tensor], which: int | None) -> None:  # fmt: skip
+        self.name, self.device = name, q.device
         self.axes = tuple(axes_of(x) for x in operands)
-        self.batch, self.heads, self.queries, self.width = q.shape
-        self.shared, self.keys, self.depth = v.shape[1:]
-        self.padded = max(16, _power(self.width)), max(16, _power(self.depth))
-        taken: list[Any] = []
+        self.batch, self.heads, self.queries, width = q.shape
+        self.shared, self.keys, depth = v.shape[1:]
+        self.shape = width, depth, self.heads // self.shared, self.queries, self.keys
+        self.which = self.axes[which] if which is not None else ""
+        numbers = [n for x in strided for n in x.stride()[:3]]
         for i in template.used(score, len(operands)):
-            x = operands[i]
-            taken += [x, *[n for n, a in zip(x.stride(), "bhqk") if a in self.axes[i]]]
-        self.taken = taken
+            numbers += [n for n, a in zip(operands[i].stride(), "bhqk") if a in self.axes[i]]
+        numbers += [self.batch] * (which is not None and {"q", "k"} <= set(self.which))
+        self.numbers = (*numbers, self.heads, self.queries, self.keys)
+        self.kinds = [*[f"*{_NAMES.get(str(x.dtype)) or 'i' + str(8 * x.itemsize)}" for x in pointers],
+                      *["i32" if abs(n) < 1 << 31 else "i64" for n in self.numbers]]  # fmt: skip
+        self.divisible = [*[x.data_ptr() % 16 == 0 for x in pointers], *[n % 16 == 0 for n in self.numbers]]
+        size = max(_padded(width), _padded(depth))
+        table = {"forward": _FORWARD, "backward_q": _BACKWARD_Q, "backward_kv": _BACKWARD_KV}.get(name, _OPERAND)
+        self.tiles = table[next(n for n in (64, 128, 256) if size <= n)]
+        words = [str(tuple(x.shape)) for x in (q, k, v)] + [str(q.dtype), *self.axes, score]
+        self.key = f"attention {name} {' '.join(words)}"
+        self.module = load_module(template.source(score, self.axes, which), interpret=q.device.type != "cuda")
+        self.launchers: dict[Tile, Callable[..., None]] = {}
 
-    def strides(self, *tensors: Tensor) -> list[int]:
-        return [n for x in (*tensors, self.q, self.k, self.v) for n in x.stride()[:3]]
+    def grid(self, tile: Tile) -> int:
+        """Number of programs."""
+        rows, columns = -(-self.queries // tile.queries), -(-self.keys // tile.keys)
+        if self.name == "backward_kv":
+            return columns * self.batch * self.shared
+        if {"q", "k"} <= set(self.which):
+            return rows * columns * (self.batch if "b" in self.which else 1) * (self.heads if "h" in self.which else 1)
+        return (columns if "k" in self.which else rows) * self.batch * self.heads
 
-    def module(self, which: int | None = None) -> ModuleType:
-        return _module(self.score, self.axes, which, self.q.device.type != "cuda")
+    def launcher(self, tile: Tile) -> Callable[..., None]:
+        """``f(stream, *pointers, *numbers)``, compiled at the first call."""
+        found = self.launchers.get(tile)
+        if found is None:
+            import triton
 
-    def launch(self, name: str, table: dict[int, tuple[Tile, ...]], grid: Callable[[Tile], tuple[int, ...]],
-               arguments: Sequence[Any], which: int | None = None) -> None:  # fmt: skip
-        """Run kernel ``name`` with the tile that is fastest here."""
-        fn = getattr(self.module(which), name)
-        sizes = [*self.taken, self.heads, self.queries, self.keys]
-        shape = {"GROUP": self.heads // self.shared, "D": self.width, "E": self.depth, "DP": self.padded[0],
-                 "EP": self.padded[1]}  # fmt: skip
+            started = time.perf_counter()
+            fixed = constants(*self.shape, tile)
+            with torch.cuda.device(self.device):
+                source = ast_source(getattr(self.module, self.name), self.kinds, self.divisible, fixed)
+                built = triton.compile(source, options={"num_warps": tile.warps, "num_stages": tile.stages})
+                built._init_handles()
+                compiled = Compiled(self.name, "", dict(built.asm), built.n_regs, built.n_spills, built.metadata.shared,
+                                    time.perf_counter() - started, {}, built)  # fmt: skip
+                grid = self.grid(tile)
+                found = launch._cuda_launcher(compiled, self.kinds, grid) or _slow(built, grid, list(fixed.values()))
+            self.launchers[tile] = found
+        return found
 
-        def options(tile: Tile) -> dict[str, Any]:
-            return {**shape, "EVEN_Q": self.queries % tile.queries == 0, "EVEN_K": self.keys % tile.keys == 0,
-                    "BM": tile.queries, "BN": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}  # fmt: skip
-
-        def run(tile: Tile) -> None:
-            fn[grid(tile)](*arguments, *sizes, **options(tile))
-
-        def prepare(tile: Tile) -> None:
-            fn.warmup(*arguments, *sizes, grid=grid(tile), **options(tile))
-
-        if self.q.device.type != "cuda":
-            with interpreter.lock, _loading, interpreter.repaired(), _interpreting(True):
-                run(_SMALL[0])
-            return
-        candidates = table[next(n for n in (64, 128, 256) if max(self.padded) <= n)]
-        words = f"{tuple(self.q.shape)} {tuple(self.k.shape)} {self.depth} {self.q.dtype} {self.axes} {self.score}"
-        run(_choose(f"attention {name} {words}", candidates, run, self.q.device, prepare))
+    def interpret(self, tensors: Sequence[Tensor]) -> None:
+        """Run in Triton's interpreter."""
+        with interpreter.lock, launch._loading, interpreter.repaired(), launch._interpreting(True):
+            fn = getattr(self.module, self.name)
+            fn[(self.grid(_SMALL),)](*tensors, *self.numbers, **constants(*self.shape, _SMALL))
 
 
-def _choose(key: str, candidates: Sequence[Tile], run: Callable[[Tile], None], device: torch.device,
-            prepare: Callable[[Tile], None]) -> Tile:  # fmt: skip
-    from .tune import choose
+def _slow(built: Any, grid: int, fixed: Sequence[Any]) -> Callable[..., None]:
+    """Through Triton's own launcher, where a direct launch is not possible."""
 
-    return choose(key, candidates, run, device=device, prepare=prepare)
+    def call(stream: int, *args: Any) -> None:
+        built.run(grid, 1, 1, stream, built.function, built.packed_metadata, None, None, None, *args, *fixed)
+
+    return call
+
+
+_prepared: dict[Any, _Prepared] = {}
+
+
+def _run(name: str, score: str, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], strided: Sequence[Tensor],
+         pointers: Sequence[Tensor], which: int | None = None) -> None:  # fmt: skip
+    """Launch a kernel with the tile that is fastest here. Its arguments: ``pointers``, the operands it uses, numbers."""
+    given = (*strided, *operands)
+    key = (name, score, which, q.device,
+           *[(x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in given])  # fmt: skip
+    p = _prepared.get(key)
+    tensors = [*pointers, *[operands[i] for i in template.used(score, len(operands))]]
+    if p is None:
+        if len(_prepared) >= 1024:
+            _prepared.clear()
+        p = _prepared[key] = _Prepared(name, score, q, k, v, operands, strided, tensors, which)
+    if q.device.type != "cuda":
+        return p.interpret(tensors)
+    arguments = [x.data_ptr() for x in tensors]
+    stream = torch._C._cuda_getCurrentRawStream(q.device.index)
+    numbers, launchers = p.numbers, p.launchers
+
+    def run(tile: Tile) -> None:
+        (launchers.get(tile) or p.launcher(tile))(stream, *arguments, *numbers)
+
+    run(tune.choose(p.key, p.tiles, run, device=q.device, prepare=p.launcher))
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-@functools.lru_cache(maxsize=256)
-def _module(score: str, axes: tuple[str, ...], which: int | None, interpret: bool) -> ModuleType:
-    return load_module(template.source(score, axes, which), interpret=interpret)
+def _padded(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], score: str) -> tuple[Tensor, Tensor]:
     """``fusionc::attention`` on a GPU; see ``ops/attention.py``."""
-    c = _Call(q, k, v, operands, score)
-    out = q.new_empty((c.batch, c.heads, c.queries, c.depth))
-    lse = q.new_empty((c.batch, c.heads, 2, c.queries), dtype=torch.float32)
-    if out.numel() == 0 or c.keys == 0:
-        return out.fill_(float("nan")), lse.fill_(float("nan"))
-    c.launch("forward", _FORWARD, lambda t: (-(-c.queries // t.queries), c.batch * c.heads),
-             [c.q, c.k, c.v, out, lse, *c.strides()])  # fmt: skip
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    batch, heads, queries, _ = q.shape
+    out = q.new_empty((batch, heads, queries, v.shape[-1]))
+    lse = q.new_empty((batch, heads, 2, queries), dtype=torch.float32)
+    if out.numel() == 0 or k.shape[2] == 0:
+        return out.zero_(), lse.zero_()  # as a product over nothing
+    _run("forward", score, q, k, v, operands, (q, k, v), (q, k, v, out, lse))
     return out, lse
 
 
 def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        operands: Sequence[Tensor], score: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, contiguous, and δ."""
-    c, grad = _Call(q, k, v, operands, score), _rows(grad)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = q.new_empty(q.shape[:3], dtype=torch.float32)
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), delta.zero_()
-    out, lse = out.contiguous(), lse.contiguous()
-    c.launch("backward_q", _BACKWARD_Q, lambda t: (-(-c.queries // t.queries), c.batch * c.heads),
-             [grad, c.q, c.k, c.v, out, lse, delta, dq, *c.strides(grad)])  # fmt: skip
-    c.launch("backward_kv", _BACKWARD_KV, lambda t: (-(-c.keys // t.keys), c.batch * c.shared),
-             [grad, c.q, c.k, c.v, lse, delta, dk, dv, *c.strides(grad)])  # fmt: skip
+    grad, q, k, v, out, lse = _rows(grad), _rows(q), _rows(k), _rows(v), out.contiguous(), lse.contiguous()
+    strided = grad, q, k, v
+    _run("backward_q", score, q, k, v, operands, strided, (*strided, out, lse, delta, dq))
+    _run("backward_kv", score, q, k, v, operands, strided, (*strided, lse, delta, dk, dv))
     return dq, dk, dv, delta
 
 
 def attention_operand_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
                                operands: Sequence[Tensor], score: str, which: int) -> Tensor:  # fmt: skip
     """Gradient of one operand, contiguous, in its dtype."""
-    c, grad, x = _Call(q, k, v, operands, score), _rows(grad), operands[which]
-    arguments = [grad, c.q, c.k, c.v, lse.contiguous(), delta.contiguous()]
-    name, axes = f"operand{which}", c.axes[which]
-    if "q" in axes and "k" in axes:
-        made = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        count = (c.batch if "b" in axes else 1) * (c.heads if "h" in axes else 1)
-        c.launch(name, _OPERAND, lambda t: (-(-c.queries // t.queries), -(-c.keys // t.keys), count),
-                 [*arguments, made, *c.strides(grad), c.batch], which)  # fmt: skip
+    x, axes, name = operands[which], axes_of(operands[which]), f"operand{which}"
+    tile = "q" in axes and "k" in axes
+    rows = k.shape[2] if "k" in axes else q.shape[2]
+    made = torch.empty(x.shape, dtype=x.dtype, device=x.device) if tile else q.new_empty((*q.shape[:2], rows), dtype=torch.float32)
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    strided = _rows(grad), _rows(q), _rows(k), _rows(v)
+    pointers = (*strided, lse.contiguous(), delta.contiguous(), made)
+    _run(name, score, *strided[1:], operands, strided, pointers, which)
+    if tile:
         return made
-    rows = c.keys if "k" in axes else c.queries
-    parts = q.new_empty((c.batch, c.heads, rows), dtype=torch.float32)
-    c.launch(name, _OPERAND, lambda t: (-(-rows // (t.keys if "k" in axes else t.queries)), c.batch * c.heads),
-             [*arguments, parts, *c.strides(grad)], which)  # fmt: skip
-    parts = parts[:, :, None, :] if "k" in axes else parts[..., None]
+    parts = made[:, :, None, :] if "k" in axes else made[..., None]
     return parts.sum_to_size(x.shape).to(x.dtype).contiguous()

@@ -99,9 +99,13 @@ class _Text:
             *_function("gradient_inside", gradient(inside, S), ["t", *arguments]),
         ]
 
-    def parameters(self) -> str:
-        """Operand pointers and their strides along the axes they vary in."""
-        return "".join(f"X{i}, " + "".join(f"x{i}{a}, " for a in self.axes[i]) for i in self.used)
+    def head(self, name: str, pointers: str, last: str = "") -> list[str]:
+        """First lines of a kernel: pointers, then strides (three of each tensor named in lower case, and those of the
+        operands along the axes they vary with), sizes, and constants."""
+        operands = "".join(f", X{i}" for i in self.used)
+        strides = "".join(f"s{x}b, s{x}h, s{x}n, " for x in ("g", "q", "k", "v") if x != "g" or pointers.startswith("G"))
+        strides += "".join(f"x{i}{a}, " for i in self.used for a in self.axes[i])
+        return ["@triton.jit", f"def {name}({pointers}{operands}, {strides}{last}", f"        {_SIZES}):"]
 
     def loads(self, when: str, rows: str, edge: bool = False) -> list[str]:
         """Loads of the operands that change with ``when``: "head", "row" or "step"; ``rows`` is the axis of tile rows."""
@@ -175,8 +179,9 @@ _SIZES = """H, QN, KN, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DP
         EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr"""
 
 
-def _head(name: str, tensors: str, text: _Text) -> list[str]:
-    return ["@triton.jit", f"def {name}({tensors}, {text.parameters()}", f"        {_SIZES}):"]
+def _programs(size: str, tile: str) -> list[str]:
+    """Programs count through the tiles of one axis, then through pairs of batch and head."""
+    return [f"tiles = ({size} + {tile} - 1) // {tile}", "turn = tl.program_id(0) % tiles", "pair = tl.program_id(0) // tiles"]
 
 
 def _tile(name: str, pointer: str, position: str, stride: str, columns: str, width: str, padded: str, mask: str) -> str:
@@ -190,8 +195,8 @@ def _tile(name: str, pointer: str, position: str, stride: str, columns: str, wid
 _D, _E = ("d", "D", "DP"), ("e", "E", "EP")
 _ROW = "EVEN_Q | (rows < QN)"
 _QUERY_START = [
-    "b = (tl.program_id(1) // H).to(tl.int64)",
-    "h = (tl.program_id(1) % H).to(tl.int64)",
+    "b = (pair // H).to(tl.int64)",
+    "h = (pair % H).to(tl.int64)",
     "rows = start + tl.arange(0, BM)",
     "cols = tl.arange(0, BN)",
     "d = tl.arange(0, DP)",
@@ -234,10 +239,11 @@ def _forward(text: _Text) -> list[str]:
         ]
 
     edge = body("edge")
-    lines = _head("forward", "Q, K, V, OUT, LSE, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn", text)
+    lines = text.head("forward", "Q, K, V, OUT, LSE")
     guard = ["need = tl.reduce(m, 0, least) < %r" % text.limit, *_skipped("BN", "KN", edge)] if text.guarded else []
     return lines + _indent(
         [
+            *_programs("QN", "BM"),
             _order(text.band.upper is not None),
             *_QUERY_START,
             *text.loads("head", "q"),
@@ -249,9 +255,9 @@ def _forward(text: _Text) -> list[str]:
             *_loops(text, text.band, "BN", body("inside"), edge, "EVEN_K"),
             *guard,
             "acc = acc / l[:, None]",
-            "place = tl.program_id(1).to(tl.int64) * QN + rows",
-            f"tl.store(LSE + place + tl.program_id(1).to(tl.int64) * QN, {'m' if text.guarded else 'm + tl.log2(l)'}, mask={_ROW})",
-            f"tl.store(LSE + place + (tl.program_id(1) + 1).to(tl.int64) * QN, {'tl.log2(l)' if text.guarded else '0.0 * l'}, mask={_ROW})",
+            "place = pair.to(tl.int64) * QN + rows",
+            f"tl.store(LSE + place + pair.to(tl.int64) * QN, {'m' if text.guarded else 'm + tl.log2(l)'}, mask={_ROW})",
+            f"tl.store(LSE + place + (pair + 1).to(tl.int64) * QN, {'tl.log2(l)' if text.guarded else '0.0 * l'}, mask={_ROW})",
             "tl.store(OUT + place[:, None] * E + e[None, :], acc.to(OUT.dtype.element_ty),",
             f"         mask=({_ROW})[:, None] & ((E == EP) | (e < E))[None, :])",
         ],
@@ -261,7 +267,7 @@ def _forward(text: _Text) -> list[str]:
 
 def _order(reverse: bool) -> str:
     """First row of this program's tile; rows with the most work go first."""
-    return f"start = {'(tl.num_programs(0) - 1 - tl.program_id(0))' if reverse else 'tl.program_id(0)'} * BM"
+    return f"start = {'(tiles - 1 - turn)' if reverse else 'turn'} * BM"
 
 
 def _backward_q(text: _Text) -> list[str]:
@@ -276,19 +282,19 @@ def _backward_q(text: _Text) -> list[str]:
         ]
 
     edge = body("edge")
-    tensors = "G, Q, K, V, OUT, LSE, DELTA, DQ, sgb, sgh, sgn, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn"
     guard = [f"need = tl.reduce(lse, 0, least) < {text.limit!r}", *_skipped("BN", "KN", edge)] if text.guarded else []
-    return _head("backward_q", tensors, text) + _indent(
+    return text.head("backward_q", "G, Q, K, V, OUT, LSE, DELTA, DQ") + _indent(
         [
+            *_programs("QN", "BM"),
             _order(text.band.upper is not None),
             *_QUERY_START,
             _tile("grad", "G + b * sgb + h * sgh", "rows", "sgn", *_E, _ROW),
-            "place = tl.program_id(1).to(tl.int64) * QN + rows",
+            "place = pair.to(tl.int64) * QN + rows",
             "out = tl.load(OUT + place[:, None] * E + e[None, :],",
             f"              mask=({_ROW})[:, None] & ((E == EP) | (e < E))[None, :], other=0.0)",
             "delta = tl.reduce(grad.to(tl.float32) * out.to(tl.float32), 1, plus)",
             f"tl.store(DELTA + place, delta, mask={_ROW})",
-            "sums = LSE + place + tl.program_id(1).to(tl.int64) * QN",
+            "sums = LSE + place + pair.to(tl.int64) * QN",
             f"lse = tl.load(sums, mask={_ROW}, other=float('inf'))",
             *([f"rest = tl.load(sums + QN, mask={_ROW}, other=0.0)"] if text.guarded else []),
             *text.loads("head", "q"),
@@ -365,12 +371,12 @@ def _backward_kv(text: _Text) -> list[str]:
         ],
         1,
     )
-    tensors = "G, Q, K, V, LSE, DELTA, DK, DV, sgb, sgh, sgn, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn"
-    return _head("backward_kv", tensors, text) + _indent(
+    return text.head("backward_kv", "G, Q, K, V, LSE, DELTA, DK, DV") + _indent(
         [
-            "start = tl.program_id(0) * BN",
-            "b = (tl.program_id(1) // (H // GROUP)).to(tl.int64)",
-            "shared = (tl.program_id(1) % (H // GROUP)).to(tl.int64)",
+            *_programs("KN", "BN"),
+            "start = turn * BN",
+            "b = (pair // (H // GROUP)).to(tl.int64)",
+            "shared = (pair % (H // GROUP)).to(tl.int64)",
             *_KEY_START,
             _tile("k", "K + b * skb + shared * skh", "rows", "skn", *_D, _KEY),
             _tile("v", "V + b * svb + shared * svh", "rows", "svn", *_E, _KEY),
@@ -379,7 +385,7 @@ def _backward_kv(text: _Text) -> list[str]:
             *_ranges(band, "BN", "BM", "QN", "EVEN_Q"),
             "for g in range(GROUP):",
             *looped,
-            "home = tl.program_id(1).to(tl.int64) * KN + rows",
+            "home = pair.to(tl.int64) * KN + rows",
             "tl.store(DK + home[:, None] * D + d[None, :], dk.to(DK.dtype.element_ty),",
             f"         mask=({_KEY})[:, None] & ((D == DP) | (d < D))[None, :])",
             "tl.store(DV + home[:, None] * E + e[None, :], dv.to(DV.dtype.element_ty),",
@@ -422,7 +428,6 @@ def _operand(text: _Text, which: int) -> list[str]:
     ]  # fmt: skip
     slope = f"slope{which}(dz, s, qi, ki{text.xs})"
     valid = f"tl.where((EVEN_K | (ki < KN)) & (EVEN_Q | (qi < QN)), {slope}, 0.0)"
-    tensors = "G, Q, K, V, LSE, DELTA, DX, sgb, sgh, sgn, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn"
     band = _flipped(text.band)
     inner = [*_key_tiles(text, "edge"), f"acc += {valid}"]
     load_kv = [
@@ -434,15 +439,16 @@ def _operand(text: _Text, which: int) -> list[str]:
     if tile:
         axes = text.axes[which]
         lines = [
-            "n = tl.program_id(0) * BM",
-            "start = tl.program_id(1) * BN",
+            *_programs("QN", "BM"),
+            "n = turn * BM",
+            "start = pair % ((KN + BN - 1) // BN) * BN",
             *_KEY_START,
-            f"mine = tl.program_id(2)  # of {axes}",
+            f"mine = pair // ((KN + BN - 1) // BN)  # of {axes}",
             *_outside(text),
             f"nb = {'1' if 'b' in axes else 'NB'}",
             f"nh = {'1' if 'h' in axes else 'H'}",
             "acc = tl.full([BN, BM], 0.0, tl.float32)",
-            "for turn in range(0, tl.where(outside, 0, nb * nh)):",
+            "for step in range(0, tl.where(outside, 0, nb * nh)):",
             f"    b = ({_mine(axes, 'b')}).to(tl.int64)",
             f"    h = ({_mine(axes, 'h')}).to(tl.int64)",
             *_indent([*load_kv, *inner], 1),
@@ -450,33 +456,35 @@ def _operand(text: _Text, which: int) -> list[str]:
             "place = (mine.to(tl.int64) * QN + qi) * KN + ki",
             "tl.store(DX + place, acc.to(DX.dtype.element_ty), mask=(qi < QN) & (ki < KN))",
         ]
-        tensors += ", NB"
     elif by_key:
         lines = [
-            "start = tl.program_id(0) * BN",
-            "b = (tl.program_id(1) // H).to(tl.int64)",
-            "h = (tl.program_id(1) % H).to(tl.int64)",
+            *_programs("KN", "BN"),
+            "start = turn * BN",
+            "b = (pair // H).to(tl.int64)",
+            "h = (pair % H).to(tl.int64)",
             *_KEY_START,
             *load_kv,
             "acc = tl.full([BN, BM], 0.0, tl.float32)",
             *([*_ranges(band, "BN", "BM", "QN", "EVEN_Q")] if not text.guarded else ["low = 0", "high = QN"]),
             "for n in range(low, high, BM):",
             *_indent(inner, 1),
-            "tl.store(DX + tl.program_id(1).to(tl.int64) * KN + rows, tl.reduce(acc, 1, plus), mask=rows < KN)",
+            "tl.store(DX + pair.to(tl.int64) * KN + rows, tl.reduce(acc, 1, plus), mask=rows < KN)",
         ]
     else:
         lines = [
-            "n = tl.program_id(0) * BM",
-            "b = (tl.program_id(1) // H).to(tl.int64)",
-            "h = (tl.program_id(1) % H).to(tl.int64)",
+            *_programs("QN", "BM"),
+            "n = turn * BM",
+            "b = (pair // H).to(tl.int64)",
+            "h = (pair % H).to(tl.int64)",
             "acc = tl.full([BN, BM], 0.0, tl.float32)",
             *_query_span(text),
             "for start in range(low, high, BN):",
             *_indent([*_KEY_START, *load_kv, *inner], 1),
             "qs = n + tl.arange(0, BM)",
-            "tl.store(DX + tl.program_id(1).to(tl.int64) * QN + qs, tl.reduce(acc, 0, plus), mask=qs < QN)",
+            "tl.store(DX + pair.to(tl.int64) * QN + qs, tl.reduce(acc, 0, plus), mask=qs < QN)",
         ]
-    return functions + _head(f"operand{which}", tensors, text) + _indent(lines, 1) + [""]
+    head = text.head(f"operand{which}", "G, Q, K, V, LSE, DELTA, DX", "NB, " if tile else "")
+    return functions + head + _indent(lines, 1) + [""]
 
 
 def _outside(text: _Text) -> list[str]:
@@ -494,7 +502,7 @@ def _mine(axes: str, axis: str) -> str:
     both = "b" in axes and "h" in axes
     if axis in axes:
         return ("mine // H" if axis == "b" else "mine % H") if both else "mine"
-    turn = "(mine * 0 + turn)"  # a tensor, also where the loop counts in plain numbers
+    turn = "(mine * 0 + step)"  # a tensor, also where the loop counts in plain numbers
     return turn if ("h" if axis == "b" else "b") in axes else f"{turn} // H" if axis == "b" else f"{turn} % H"
 
 
@@ -522,6 +530,7 @@ def source(score: str, axes: tuple[str, ...], which: int | None = None) -> str:
     return "\n".join([*head, *_COMBINE, *text.functions(), *kernels])
 
 
+@functools.lru_cache(maxsize=256)
 def used(score: str, count: int) -> list[int]:
     """Numbers of the operands that the kernels take, in order."""
     found = {x.value for x in parse(score).leaves if x.op == "load"}
