@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .score import LOG2E, Q, K, S, T, Term, as_float, evaluate, gradient, load, parse
+from .score import LOG2E, K, Q, S, T, Term, as_float, evaluate, gradient, load, parse
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, str score) -> (Tensor, Tensor)")

@@ -464,8 +464,7 @@ def _compare_band(op: str, a: Term, b: Term) -> tuple[int | None, int | None] | 
         form = _affine(a.args[0])
         if form is not None and form[:2] in ((-1, 1), (1, -1)):
             shift = form[2] if form[1] == 1 else -form[2]
-            width = _floor(b.value, op == "lt")
-            return -width - shift, width - shift
+            return -_floor(b.value + shift, op == "lt"), _floor(b.value - shift, op == "lt")
         return None
     first, second = _affine(a), _affine(b)
     if first is None or second is None:

@@ -116,7 +116,7 @@ class PlainAttention(Pass):
         found = self._shapes(first, second, term, rank, final)
         found.nodes = [*reader.consumed, softmax, *between]
         _private(found.nodes, final)
-        used = sorted({x.value for x in found.term.leaves if x.op == "load"})
+        used = sorted({int(x.value) for x in found.term.leaves if x.op == "load"})
         found.operands = [reader.operands[i] for i in used]
         found.term = _renumbered(found.term, {i: n for n, i in enumerate(used)})
         if len(used) > 16:
@@ -247,7 +247,7 @@ def _raw(first: Product, reader: Reader, rank: int) -> Term:
 
 def _origin(node: Any) -> Any:
     """The first product, looked for along first (or any) tensor arguments; the Reader proves the way."""
-    stack, seen = [node], set()
+    stack, seen = [node], set[Any]()
     while stack and len(seen) < 64:
         x = stack.pop()
         if not isinstance(x, Node) or x in seen or x.op not in ("call_function", "call_method"):

@@ -20,7 +20,7 @@ from ..ops.score import INF, K, Q, Term, Unsupported, as_bool, as_float, const, 
 NAMES = {
     "add": "add", "iadd": "add", "sub": "sub", "subtract": "sub", "isub": "sub", "rsub": "rsub", "mul": "mul", "imul": "mul",
     "multiply": "mul", "div": "div", "truediv": "div", "itruediv": "div", "divide": "div", "true_divide": "div",
-    "neg": "neg", "negative": "neg", "abs": "abs", "absolute": "abs", "minimum": "min", "maximum": "max", 
+    "neg": "neg", "negative": "neg", "abs": "abs", "absolute": "abs", "minimum": "min", "maximum": "max",
     "clamp": "clamp", "clip": "clamp", "tanh": "tanh", "exp": "exp", "log": "log", "log1p": "log1p", "sqrt": "sqrt",
     "sigmoid": "sigmoid", "square": "square", "pow": "pow", "where": "where", "masked_fill": "masked_fill", "lt": "lt",
     "less": "lt", "le": "le", "less_equal": "le", "gt": "gt", "greater": "gt", "ge": "ge", "greater_equal": "ge",

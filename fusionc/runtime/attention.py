@@ -161,7 +161,8 @@ def _run(name: str, score: str, q: Tensor, k: Tensor, v: Tensor, operands: Seque
             _prepared.clear()
         p = _prepared[key] = _Prepared(name, score, q, k, v, operands, strided, tensors, which)
     if q.device.type != "cuda":
-        return p.interpret(tensors)
+        p.interpret(tensors)
+        return
     arguments = [x.data_ptr() for x in tensors]
     stream = torch._C._cuda_getCurrentRawStream(q.device.index)
     numbers, launchers = p.numbers, p.launchers
@@ -212,9 +213,9 @@ def attention_operand_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, ls
     x, axes, name = operands[which], axes_of(operands[which]), f"operand{which}"
     tile = "q" in axes and "k" in axes
     rows = k.shape[2] if "k" in axes else q.shape[2]
-    made = torch.empty(x.shape, dtype=x.dtype, device=x.device) if tile else q.new_empty((*q.shape[:2], rows), dtype=torch.float32)
+    made = x.new_empty(x.shape) if tile else q.new_empty((*q.shape[:2], rows), dtype=torch.float32)
     if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        return x.new_zeros(x.shape)
     strided = _rows(grad), _rows(q), _rows(k), _rows(v)
     pointers = (*strided, lse.contiguous(), delta.contiguous(), made)
     _run(name, score, *strided[1:], operands, strided, pointers, which)

@@ -82,7 +82,7 @@ class _Text:
 
     def __init__(self, term: Term, axes: Sequence[str]):
         self.term, self.axes, self.band = term, list(axes), live(term)
-        self.kinds = {x.value: x.kind for x in term.leaves if x.op == "load"}
+        self.kinds = {int(x.value): x.kind for x in term.leaves if x.op == "load"}
         self.used = [i for i in range(len(axes)) if i in self.kinds]
         self.xs = "".join(f", x{i}" for i in self.used)
         fill = max(self.band.fill * LOG2E, -3.4e38)
@@ -240,7 +240,7 @@ def _forward(text: _Text) -> list[str]:
 
     edge = body("edge")
     lines = text.head("forward", "Q, K, V, OUT, LSE")
-    guard = ["need = tl.reduce(m, 0, least) < %r" % text.limit, *_skipped("BN", "KN", edge)] if text.guarded else []
+    guard = [f"need = tl.reduce(m, 0, least) < {text.limit!r}", *_skipped("BN", "KN", edge)] if text.guarded else []
     return lines + _indent(
         [
             *_programs("QN", "BM"),
@@ -521,7 +521,7 @@ def source(score: str, axes: tuple[str, ...], which: int | None = None) -> str:
     ValueError for a text that is no expression, ``ops.score.Unsupported`` if it has no derivative.
     """
     text = _Text(as_float(parse(score)), axes)
-    if text.term.leaves - {S, Q, K} - {load(i, kind) for i, kind in text.kinds.items()} or T in text.term.leaves:
+    if text.term.leaves - {S, Q, K} - {x for x in text.term.leaves if x.op == "load"} or T in text.term.leaves:
         raise ValueError("a score expression of unknown operands")
     if any(i >= len(axes) for i in text.kinds):
         raise ValueError("a score expression names more operands than there are")
@@ -533,5 +533,5 @@ def source(score: str, axes: tuple[str, ...], which: int | None = None) -> str:
 @functools.lru_cache(maxsize=256)
 def used(score: str, count: int) -> list[int]:
     """Numbers of the operands that the kernels take, in order."""
-    found = {x.value for x in parse(score).leaves if x.op == "load"}
+    found = {int(x.value) for x in parse(score).leaves if x.op == "load"}
     return [i for i in range(count) if i in found]
