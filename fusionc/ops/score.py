@@ -94,7 +94,7 @@ def as_bool(x: Term) -> Term:
     """x != 0."""
     if x.kind == "b":
         return x
-    return const(bool(x.value)) if x.op == "const" else Term("ne", (x, const(0) if x.kind == "i" else const(0.0)), 0, "b")
+    return make("ne", x, const(0) if x.kind == "i" else const(0.0))
 
 
 def _nonnegative(x: Term) -> bool:
@@ -195,6 +195,8 @@ def _simplified(op: str, args: tuple[Term, ...], kind: str) -> Term:
                     return _where(c, make("add", y, u), v)
                 if _is(u, -INF) and v.op == "const":
                     return _where(c, u, make("add", y, v))
+    if op in ("ge", "lt") and _nonnegative(a) and b.op == "const" and b.value <= 0:
+        return const(op == "ge")
     if op == "mul":
         for x, y in ((a, b), (b, a)):
             if _is(x, 1):
@@ -424,6 +426,10 @@ def _live(x: Term) -> Live | None:
                     inside = _where(rest, inside, dead) if positive else _where(rest, dead, inside)
                 fill = max(float(dead.value), inner.fill) if inner.bounded else float(dead.value)
                 return _both(Live(lower, upper, fill, x), inner, inside, fill)
+    if x.op == "mul" and x.args[1].op == "const" and x.args[1].value > 0:
+        inner = _live(x.args[0])
+        if inner is not None:
+            return Live(inner.lower, inner.upper, inner.fill * x.args[1].value, make("mul", inner.inside, x.args[1]))
     if x.op == "add":
         a, b = x.args
         first, second = _live(a), _live(b)

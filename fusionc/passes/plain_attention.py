@@ -266,7 +266,8 @@ def _softmax(node: Any) -> tuple[Node | None, list[Node]]:
         name = name_of(node)
         if name == "softmax":
             return node, between
-        if name not in _PASSING and not name.startswith("dropout"):
+        same_view = name in ("view", "reshape") and same_sizes(shape(node), shape(argument(node, 0, "input")))
+        if name not in _PASSING and not name.startswith("dropout") and not same_view:
             break
         value = tensor(node)
         if value is None or not value.dtype.is_floating_point:

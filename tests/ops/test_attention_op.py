@@ -47,6 +47,7 @@ def test_one_form_for_many_spellings() -> None:
     inverted = make("mul", make("sub", const(1.0), make("float", load(0, "b"))), const(-1e4))
     assert str(inverted) == "(where xb0 -0.0 -10000.0)"
     assert make("eq", make("float", load(0, "b")), const(0)) == make("not", load(0, "b"))
+    assert make("ge", Q, const(0)) == const(True)
     with pytest.raises(Unsupported):
         make("mod", S, const(2.0))
     with pytest.raises(Unsupported):
@@ -63,6 +64,7 @@ BOUNDS = [
     ("(where (or (le k q) (eq k (add q 5))) s -inf)", (None, 5), "(where (or (le k q) (eq k (add q 5))) s -inf)"),
     ("(add s (where (le k q) 0.0 -3e+38))", (None, 0), "s"),
     ("(add s (where (le k q) 0.0 -1000000000.0))", (None, None), "(add s (where (le k q) 0.0 -1000000000.0))"),
+    ("(mul (where (le k q) s -1000000.0) 0.5)", (None, 0), "(mul s 0.5)"),
     ("(tanh (where (le k q) s -inf))", (None, None), "(tanh (where (le k q) s -inf))"),
     ("(where (le k q) s -5.0)", (None, None), "(where (le k q) s -5.0)"),
     ("(where xb0 (where (le k q) s -inf) -100000.0)", (None, 0), "(where xb0 s -100000.0)"),
