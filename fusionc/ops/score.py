@@ -427,9 +427,9 @@ def _live(x: Term) -> Live | None:
                 fill = max(float(dead.value), inner.fill) if inner.bounded else float(dead.value)
                 return _both(Live(lower, upper, fill, x), inner, inside, fill)
     if x.op == "mul" and x.args[1].op == "const" and x.args[1].value > 0:
-        inner = _live(x.args[0])
-        if inner is not None:
-            return Live(inner.lower, inner.upper, inner.fill * x.args[1].value, make("mul", inner.inside, x.args[1]))
+        part, c = _live(x.args[0]), x.args[1]
+        if part is not None:
+            return Live(part.lower, part.upper, part.fill * c.value, make("mul", part.inside, c))
     if x.op == "add":
         a, b = x.args
         first, second = _live(a), _live(b)

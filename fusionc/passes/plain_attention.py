@@ -29,7 +29,7 @@ from ..graph import edit
 from ..graph.facts import Facts, device, dtype, same, same_sizes, shape, stride, tensor
 from ..ops.score import S, Term, Unsupported, as_float, const, gradient, live, make
 from .base import Match, Pass, Reassociates, Refuse
-from .plain_scores import Reader, argument, name_of, number
+from .plain_scores import MERGED, Reader, argument, name_of, number
 
 _PRODUCTS = ("matmul", "bmm", "einsum")
 _PASSING = ("to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone")
@@ -57,10 +57,12 @@ class Found:
     q: Node
     k: Node
     v: Node
-    heads: tuple[Any, Any]
+    orders: tuple[Any, Any]
     swapped: bool
     group: int = 1
     plain: tuple[Node, Node] | None = None  # k and v with repeated heads
+    heads: tuple[Any, Any] | None = None  # batch and heads of tensors that hold them in one dimension
+    sizes: tuple[Any, ...] = ()  # of the scores
     nodes: list[Node] = field(default_factory=list)
 
 
@@ -106,14 +108,16 @@ class PlainAttention(Pass):
         dim = argument(softmax, 1, "dim")
         if not isinstance(scores, Node) or dim not in (-1, rank - 1) or not 2 <= rank <= 4:
             raise Unsupported("the softmax is not over the last of two to four axes")
-        if second.orders is not None and len(shape(final) or ()) != rank:
-            raise Unsupported("the second product has another rank than the scores")
         first = product(_origin(scores))
         if first is None:
             raise Unsupported("the scores are no product of two tensors")
-        reader = Reader(facts, first.node, rank, final)
-        term = as_float(reader.scores(scores, softmax, _raw(first, reader, rank)))
-        found = self._shapes(first, second, term, rank, final)
+        reader = Reader(facts, first.node, final)
+        if not same_sizes(reader.canonical(shape(scores) or ()), reader.canonical(shape(first.node) or ())):
+            raise Unsupported("the scores are reshaped")
+        if any(p.orders is not None and len(shape(p.node) or ()) != reader.rank for p in (first, second)):
+            raise Unsupported("a product has another rank than the scores")
+        term = as_float(reader.scores(scores, softmax, _raw(first, reader, reader.rank)))
+        found = self._shapes(first, second, term, reader, final)
         found.nodes = [*reader.consumed, softmax, *between]
         _private(found.nodes, final)
         used = sorted({int(x.value) for x in found.term.leaves if x.op == "load"})
@@ -128,7 +132,7 @@ class PlainAttention(Pass):
             reader.unwritten(reader.operands[i][0], reader.read_at[i], final)
         return found
 
-    def _shapes(self, first: Product, second: Product, term: Term, rank: int, final: Node) -> Found:
+    def _shapes(self, first: Product, second: Product, term: Term, reader: Reader, final: Node) -> Found:
         q, k, swapped, factor = first.left, first.right, first.swapped, 1.0
         if first.orders is None:
             q, factor = _unscaled(q)
@@ -143,15 +147,15 @@ class PlainAttention(Pass):
             raise Unsupported(f"types are mixed or not 16-bit floats: {', '.join(sorted(map(str, kinds)))}")
         if factor != 1.0:
             term = _substituted(term, make("mul", S, const(factor)))
-        found = Found(term, [], q, k, v, (first.orders, second.orders), swapped)
-        sizes = shape(first.node) or ()
+        sizes = reader.canonical(shape(first.node) or ())
+        found = Found(term, [], q, k, v, (first.orders, second.orders), swapped, heads=reader.heads, sizes=sizes)
         d, e = (shape(first.left) or ())[-1], (shape(final) or ())[-1]
         if first.orders is not None:
             d = (shape(q) or ())[first.orders[0][-1]]
         if second.orders is not None:
             e = (shape(v) or ())[second.orders[1][-1]]
             _fits(second, sizes, e, final)
-        elif not same_sizes((shape(final) or ())[:-1], sizes[:-1]):
+        elif not same_sizes(reader.canonical(shape(final) or ())[:-1], sizes[:-1]):
             raise Unsupported("the values have more batches than the scores")
         if not all(isinstance(n, int) and 1 < n <= _LARGEST for n in (d, e)):
             raise Unsupported(f"head sizes {d} and {e} are not numbers up to {_LARGEST}")
@@ -159,7 +163,7 @@ class PlainAttention(Pass):
         work = (rows if isinstance(rows, int) else 4096) * (columns if isinstance(columns, int) else 4096)
         if work < self.smallest or (isinstance(rows, int) and rows < 16):
             raise Unsupported("it is so small that the library's products are as fast")
-        if rank == 4 and swapped and first.orders is None and second.orders is None:
+        if len(sizes) == 4 and swapped and first.orders is None and second.orders is None:
             (k1, g1), (v1, g2) = _unrepeated(k), _unrepeated(v)
             if g1 == g2 > 1:
                 found.plain, found.k, found.v, found.group = (k, v), k1, v1, g1
@@ -170,7 +174,7 @@ class PlainAttention(Pass):
         (found,) = match.found
         final, graph = match.second.node, facts.gm.graph
         with graph.inserting_before(final):
-            new = _emit(graph, found, shape(match.softmax) or (), final)
+            new = _emit(graph, found, found.sizes, final)
         edit.replace(final, new)
         for node in sorted(set(found.nodes), reverse=True):
             if not node._erased and not node.users and node.op in ("call_function", "call_method"):
@@ -266,8 +270,8 @@ def _softmax(node: Any) -> tuple[Node | None, list[Node]]:
         name = name_of(node)
         if name == "softmax":
             return node, between
-        same_view = name in ("view", "reshape") and same_sizes(shape(node), shape(argument(node, 0, "input")))
-        if name not in _PASSING and not name.startswith("dropout") and not same_view:
+        regrouped = name in ("view", "reshape") and _regrouped(shape(node) or (), shape(argument(node, 0, "input")) or ())
+        if name not in _PASSING and not name.startswith("dropout") and not regrouped:
             break
         value = tensor(node)
         if value is None or not value.dtype.is_floating_point:
@@ -275,6 +279,13 @@ def _softmax(node: Any) -> tuple[Node | None, list[Node]]:
         between.append(node)
         node = argument(node, 0, "input")
     return None, between
+
+
+def _regrouped(after: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    """Same sizes, or batch and heads merged or split."""
+    if len(after) == len(before):
+        return same_sizes(after, before)
+    return {len(after), len(before)} == {3, 4} and same_sizes(after[-2:], before[-2:])
 
 
 def _dropping(node: Node) -> bool:
@@ -377,6 +388,8 @@ def _emit(graph: Graph, found: Found, sizes: tuple[Any, ...], final: Node) -> No
         """As [B, H, rows, width], batches as many as the scores have."""
         if order is not None and order != tuple(range(rank)):
             x = call(torch.permute, x, order)
+        if found.heads is not None and len(shape(x) or ()) == 3 and not same((shape(x) or ())[0], 1):
+            x = call(torch.unflatten, x, 0, found.heads)
         for _ in range(4 - len(shape(x) or ())):
             x = call(torch.unsqueeze, x, 0)
         have, want = shape(x) or (), [1] * (4 - rank) + list(sizes[:-2])
@@ -384,7 +397,7 @@ def _emit(graph: Graph, found: Found, sizes: tuple[Any, ...], final: Node) -> No
             want[1] = have[1]
         return x if same_sizes(have[:2], want) else call(torch.Tensor.expand, x, *want, -1, -1)
 
-    first, second = found.heads
+    first, second = found.orders
     plain = _library(found, sizes)
     k, v = (found.plain or (found.k, found.v)) if plain is not None else (found.k, found.v)
     q4 = lifted(found.q, first and first[0], True)
@@ -401,13 +414,15 @@ def _emit(graph: Graph, found: Found, sizes: tuple[Any, ...], final: Node) -> No
         out = call(torch.nn.functional.scaled_dot_product_attention, q4, k4, v4, is_causal=causal, scale=scale)
     else:
         ops.load("attention")
-        operands = [_operand(call, node, axes, rank) for node, axes in found.operands]
+        operands = [_operand(call, node, axes, rank, found.heads) for node, axes in found.operands]
         both = call(torch.ops.fusionc.attention.default, q4, k4, v4, operands, str(found.term))
         out = call(operator.getitem, both, 0)
     for _ in range(4 - rank):
         out = call(torch.squeeze, out, 0)
     if second is not None and second[2] != tuple(range(rank)):
         out = call(torch.permute, out, second[2])
+    if len(shape(final) or ()) == 3 and rank == 4:
+        out = call(torch.flatten, out, 0, 1)
     wanted = stride(final)
     value = tensor(final)
     if wanted is not None and value is not None and value.is_contiguous() and not _contiguous(out):
@@ -434,8 +449,11 @@ def _library(found: Found, sizes: tuple[Any, ...]) -> tuple[float, bool] | None:
     return (scale, True) if causal else None
 
 
-def _operand(call: Any, node: Node, axes: tuple[int | None, ...], rank: int) -> Node:
+def _operand(call: Any, node: Node, axes: tuple[int | None, ...], rank: int, heads: tuple[Any, Any] | None) -> Node:
     """The tensor as [B|1, H|1, Q|1, K|1]."""
+    if MERGED in axes:
+        at = axes.index(MERGED)
+        node, axes = call(torch.unflatten, node, at, heads), (*axes[:at], 0, 1, *axes[at + 1 :])
     for position in reversed(range(len(axes))):
         if axes[position] is None:
             node = call(torch.squeeze, node, position)

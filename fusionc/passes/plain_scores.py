@@ -8,13 +8,13 @@ key; other tensors are operands, computed outside as they were. In-place operato
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ..graph.facts import Facts, dtype, same, shape, tensor, value
+from ..graph.facts import Facts, dtype, same, same_sizes, shape, tensor, value
 from ..ops.score import INF, K, Q, Term, Unsupported, as_bool, as_float, const, load, make
 
 NAMES = {
@@ -69,17 +69,27 @@ def number(x: Any) -> float | int | None:
     return x if isinstance(x, (int, float)) and not isinstance(x, bool) else None
 
 
+MERGED = -1  # the axis of a dimension that holds batch and head together
+
+
 class Reader:
     """Reads one chain. ``operands`` are the tensors that are loaded, each with the score axis of each of its dimensions;
     ``consumed`` are the nodes that depend on the scores."""
 
-    def __init__(self, facts: Facts, product: Node, rank: int, final: Node):
-        self.facts, self.product, self.rank, self.final = facts, product, rank, final
+    def __init__(self, facts: Facts, product: Node, final: Node):
+        self.facts, self.product, self.final = facts, product, final
         self.operands: list[tuple[Node, Axes]] = []
         self.read_at: list[Node] = []  # who reads each operand
         self.consumed: list[Node] = []
         self.raw: Term | None = None
         self.tainted = self._descendants(product)
+        self.rank = len(shape(product) or ())
+        self.heads: tuple[Any, Any] | None = None  # batch and heads, where some tensors hold them in one dimension
+        if self.rank == 3:
+            rows = (shape(product) or ())[1:]
+            split = [shape(n) or () for n in self.tainted if len(shape(n) or ()) == 4]
+            if split and same_sizes(split[0][2:], rows):
+                self.rank, self.heads = 4, split[0][:2]
         self._memo: dict[tuple[Node, Axes, bool], Term] = {}
         self._path: list[Node] = []
         self._count = 0
@@ -97,15 +107,24 @@ class Reader:
         """The expression of what the softmax ``at`` reads; ``raw`` is the first product's."""
         self.raw = raw
         self._path.append(at)
-        found = self.read(self._current(node, at), tuple(range(self.rank)))
+        found = self.read(self._current(node, at), self.own_axes(node))
         if self.product not in self.consumed:
             raise Unsupported("the scores are no product of two tensors")
         return found
 
+    def own_axes(self, node: Node) -> Axes:
+        """The axes of scores."""
+        rank = len(shape(node) or ())
+        return (MERGED, 2, 3) if rank == 3 and self.rank == 4 else tuple(range(rank))
+
+    def canonical(self, sizes: Sequence[Any]) -> tuple[Any, ...]:
+        """Sizes of scores, queries or values with batch and heads apart."""
+        return (*self.heads, *sizes[1:]) if self.heads is not None and len(sizes) == 3 else tuple(sizes)
+
     def aligned(self, node: Node, like: Node) -> Term:
         """A tensor that is broadcast against the product."""
         self._path.append(like)
-        return self.read(node, self._axes_of(node, tuple(range(len(shape(like) or ())))))
+        return self.read(node, self._axes_of(node, self.own_axes(like)))
 
     # -- values
     def read(self, node: Any, axes: Axes, pure: bool = False) -> Term:
@@ -130,7 +149,7 @@ class Reader:
     def _read(self, node: Node, axes: Axes, pure: bool) -> Term:
         if node in self.tainted:
             if node is self.product:
-                if axes != tuple(range(self.rank)):
+                if axes != self.own_axes(node):
                     raise Unsupported("the scores are read transposed or reshaped")
                 self.consumed.append(node)
                 assert self.raw is not None
@@ -360,6 +379,10 @@ def _sizes(node: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 def _by_ones(node: Node, axes: Axes) -> Axes:
     """unsqueeze, squeeze, view, reshape: only axes of size 1 come and go."""
     before, after = _sizes(node)
+    if MERGED in axes and axes.index(MERGED) == 0 and len(before) == len(after) + 1 and same_sizes(before[2:], after[1:]):
+        return (0, 1, *axes[1:])
+    if axes[:2] == (0, 1) and len(before) == len(after) - 1 and same_sizes(before[1:], after[2:]):
+        return (MERGED, *axes[2:])
     kept = [(n, a) for n, a in zip(after, axes) if not same(n, 1)]
     wanted = [n for n in before if not same(n, 1)]
     if len(kept) != len(wanted) or not all(same(n, m) for (n, _), m in zip(kept, wanted)):

@@ -130,6 +130,15 @@ def three_axes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(torch.baddbmm(-(i - i[:, None]).abs()[None] / 3, q, k.transpose(1, 2), alpha=0.3).softmax(-1), v)
 
 
+def merged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # as Bloom writes it
+    slopes = (torch.arange(B * H, dtype=q.dtype) / 9)[:, None, None] * torch.arange(N)[None, None]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    scores = slopes.baddbmm(q, k.mT, beta=1.0, alpha=0.3).view(B, H, N, N)
+    mask = torch.full((N, N), -1e30, dtype=q.dtype).triu(1)
+    probabilities = F.softmax(scores + mask, -1).view(B * H, N, N)
+    return torch.bmm(probabilities, v).view(B, H, N, D).transpose(1, 2).flatten(2)
+
+
 def kerple(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
     d = torch.arange(N)[:, None] - torch.arange(N)
     bias = -a[:H, None, None] * torch.log1p(a[H:, None, None].square() * d.clamp(min=0))
@@ -145,7 +154,7 @@ def test_alibi() -> None:
     assert call == ("(where (gt (sub k q) 0) -inf (add (mul s 0.3535533905932738) (mul xf0 (sub (float k) (float q)))))")
 
 
-@pytest.mark.parametrize("f", [softcap, window, three_axes])
+@pytest.mark.parametrize("f", [softcap, window, three_axes, merged])
 def test_masks_and_caps(f: Any) -> None:
     assert len(found(f, *qkv()).calls) == 1
 
