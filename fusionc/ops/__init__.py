@@ -5,13 +5,8 @@ A pass inserts a call of such an operator; a Program read from the cache names i
 
 from __future__ import annotations
 
-import importlib
-
-_HOMES = {"attention": "attention", "attention_backward": "attention"}  # operator -> file
-
 
 def load(name: str) -> None:
     """Register the operators of the file that ``fusionc::<name>`` lives in; unknown names are left to the caller."""
-    home = _HOMES.get(name)
-    if home is not None:
-        importlib.import_module(f"{__name__}.{home}")
+    if name in ("attention", "attention_backward", "attention_operand_backward"):
+        from . import attention  # noqa: F401

@@ -101,7 +101,7 @@ class PlainAttention(Pass):
         if on is None or on.type not in self.devices:
             raise Unsupported("it is not on a GPU, where the kernels are")
         for node in between:
-            if name_of(node) == "dropout" and _dropping(node):
+            if name_of(node).startswith("dropout") and _dropping(node):
                 raise Unsupported("dropout is active")
         scores = argument(softmax, 0, "input")
         rank = len(shape(scores) or ())

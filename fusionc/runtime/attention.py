@@ -30,6 +30,7 @@ class Tile:
 
 
 _SMALL = Tile(16, 16, 4, 1)
+_FALLBACK = Tile(32, 32, 4, 1)  # fits where the others ask for too much shared memory
 # By padded head size (the larger of q's and v's): first the default.
 _FORWARD = {
     64: (Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 3)),
@@ -96,6 +97,10 @@ class _Prepared:
         size = max(_padded(width), _padded(depth))
         table = {"forward": _FORWARD, "backward_q": _BACKWARD_Q, "backward_kv": _BACKWARD_KV}.get(name, _OPERAND)
         self.tiles = table[next(n for n in (64, 128, 256) if size <= n)]
+        if self.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self.device)
+            if getattr(properties, "shared_memory_per_block_optin", 0) < 200_000:  # smaller than Hopper's
+                self.tiles = (*self.tiles, _FALLBACK)
         words = [str(tuple(x.shape)) for x in (q, k, v)] + [str(q.dtype), *self.axes, score]
         self.key = f"attention {name} {' '.join(words)}"
         self.module = load_module(template.source(score, self.axes, which), interpret=q.device.type != "cuda")
