@@ -66,12 +66,18 @@ def constants(d: int, e: int, group: int, queries: int, keys: int, tile: Tile) -
 
 
 def ast_source(fn: Any, kinds: Sequence[str], divisible: Sequence[bool], fixed: dict[str, int | bool]) -> Any:
-    """What Triton compiles: run-time arguments of these kinds first, then the constants."""
+    """What Triton compiles: run-time arguments of these kinds in order, and constants by name."""
     from triton.compiler import ASTSource
 
-    names = fn.arg_names
-    signature = {n: kinds[i] if i < len(kinds) else "constexpr" for i, n in enumerate(names)}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, on in enumerate(divisible) if on}
+    given = iter(zip(kinds, divisible, strict=True))
+    signature, attrs = {}, {}
+    for i, name in enumerate(fn.arg_names):
+        if name in fixed:
+            signature[name] = "constexpr"
+            continue
+        signature[name], on = next(given)
+        if on:
+            attrs[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=fn, signature=signature, constexprs=fixed, attrs=attrs)
 
 
@@ -90,7 +96,13 @@ class _Prepared:
         for i in template.used(score, len(operands)):
             numbers += [n for n, a in zip(operands[i].stride(), "bhqk") if a in self.axes[i]]
         numbers += [self.batch] * (which is not None and {"q", "k"} <= set(self.which))
-        self.numbers = (*numbers, self.heads, self.queries, self.keys)
+        numbers += [self.heads, self.queries, self.keys]
+        self.module = load_module(template.source(score, self.axes, which), interpret=q.device.type != "cuda")
+        self.all = tuple(numbers)
+        # Strides of 1 are constants, so that a tile of a bias is read in whole lines.
+        names = getattr(self.module, name).arg_names[len(pointers) :] if q.device.type == "cuda" else []
+        self.ones = {n: 1 for n, x in zip(names, numbers) if x == 1 and n[0] in "sx"}
+        self.numbers = tuple(x for n, x in zip(names, numbers) if n not in self.ones)
         self.kinds = [*[f"*{_NAMES.get(str(x.dtype)) or 'i' + str(8 * x.itemsize)}" for x in pointers],
                       *["i32" if abs(n) < 1 << 31 else "i64" for n in self.numbers]]  # fmt: skip
         self.divisible = [*[x.data_ptr() % 16 == 0 for x in pointers], *[n % 16 == 0 for n in self.numbers]]
@@ -103,7 +115,6 @@ class _Prepared:
                 self.tiles = (*self.tiles, _FALLBACK)
         words = [str(tuple(x.shape)) for x in (q, k, v)] + [str(q.dtype), *self.axes, score]
         self.key = f"attention {name} {' '.join(words)}"
-        self.module = load_module(template.source(score, self.axes, which), interpret=q.device.type != "cuda")
         self.launchers: dict[Tile, Callable[..., None]] = {}
 
     def grid(self, tile: Tile) -> int:
@@ -124,13 +135,13 @@ class _Prepared:
             started = time.perf_counter()
             fixed = constants(*self.shape, tile)
             with torch.cuda.device(self.device):
-                source = ast_source(getattr(self.module, self.name), self.kinds, self.divisible, fixed)
+                source = ast_source(getattr(self.module, self.name), self.kinds, self.divisible, {**self.ones, **fixed})
                 built = triton.compile(source, options={"num_warps": tile.warps, "num_stages": tile.stages})
                 built._init_handles()
                 compiled = Compiled(self.name, "", dict(built.asm), built.n_regs, built.n_spills, built.metadata.shared,
                                     time.perf_counter() - started, {}, built)  # fmt: skip
                 grid = self.grid(tile)
-                found = launch._cuda_launcher(compiled, self.kinds, grid) or _slow(built, grid, list(fixed.values()))
+                found = launch._cuda_launcher(compiled, self.kinds, grid) or self._slow(built, grid, fixed)
             self.launchers[tile] = found
         return found
 
@@ -138,16 +149,18 @@ class _Prepared:
         """Run in Triton's interpreter."""
         with interpreter.lock, launch._loading, interpreter.repaired(), launch._interpreting(True):
             fn = getattr(self.module, self.name)
-            fn[(self.grid(_SMALL),)](*tensors, *self.numbers, **constants(*self.shape, _SMALL))
+            fn[(self.grid(_SMALL),)](*tensors, *self.all, **constants(*self.shape, _SMALL))
 
+    def _slow(self, built: Any, grid: int, fixed: dict[str, int | bool]) -> Callable[..., None]:
+        """Through Triton's own launcher, where a direct launch is not possible."""
+        pointers = len(self.kinds) - len(self.numbers)
+        rest = *self.all, *fixed.values()
 
-def _slow(built: Any, grid: int, fixed: Sequence[Any]) -> Callable[..., None]:
-    """Through Triton's own launcher, where a direct launch is not possible."""
+        def call(stream: int, *args: Any) -> None:
+            head = None, None, None, *args[:pointers], *rest
+            built.run(grid, 1, 1, stream, built.function, built.packed_metadata, *head)
 
-    def call(stream: int, *args: Any) -> None:
-        built.run(grid, 1, 1, stream, built.function, built.packed_metadata, None, None, None, *args, *fixed)
-
-    return call
+        return call
 
 
 _prepared: dict[Any, _Prepared] = {}
@@ -166,16 +179,22 @@ def _run(name: str, score: str, q: Tensor, k: Tensor, v: Tensor, operands: Seque
             _prepared.clear()
         p = _prepared[key] = _Prepared(name, score, q, k, v, operands, strided, tensors, which)
     if q.device.type != "cuda":
-        p.interpret(tensors)
-        return
+        return p.interpret(tensors)
+    if torch.cuda.current_device() != q.device.index:
+        with torch.cuda.device(q.device):
+            return _start(p, tensors)
+    return _start(p, tensors)
+
+
+def _start(p: _Prepared, tensors: Sequence[Tensor]) -> None:
     arguments = [x.data_ptr() for x in tensors]
-    stream = torch._C._cuda_getCurrentRawStream(q.device.index)
+    stream = torch._C._cuda_getCurrentRawStream(p.device.index)
     numbers, launchers = p.numbers, p.launchers
 
     def run(tile: Tile) -> None:
         (launchers.get(tile) or p.launcher(tile))(stream, *arguments, *numbers)
 
-    run(tune.choose(p.key, p.tiles, run, device=q.device, prepare=p.launcher))
+    run(tune.choose(p.key, p.tiles, run, device=p.device, prepare=p.launcher))
 
 
 def _rows(x: Tensor) -> Tensor:

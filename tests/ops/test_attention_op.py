@@ -223,7 +223,6 @@ def test_built_for_hopper(size: int, name: str) -> None:
     from fusionc.runtime.launch import _usage, load_module
 
     fn = getattr(load_module(template.source(ALIBI, ("h",))), name)
-    fixed = device.constants(size, size, 1, 2048, 2048, device.Tile(64, 64, 4, 2))
     tables = {"forward": device._FORWARD, "backward_q": device._BACKWARD_Q, "backward_kv": device._BACKWARD_KV}
     tile = tables[name][size][0]
     fixed = device.constants(size, size, 1, 2048, 2048, tile)
