@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import warn_once
 from .score import LOG2E, K, Q, S, T, Term, as_float, evaluate, gradient, load, parse
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
@@ -115,11 +116,21 @@ def _fake_operand(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, de
     return operands[which].new_empty(operands[which].shape)
 
 
-def _on_gpu(name: str) -> Any:
-    """The launcher of the kernels, imported at the first call: a compilation that only inserts calls needs none."""
+def _on_gpu(name: str, reference: Any) -> Any:
+    """The launcher of the kernels, imported at the first call: a compilation that only inserts calls needs none.
+
+    A kernel that does not build on some GPU costs memory and time, with one warning, not the answer.
+    """
 
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module("fusionc.runtime.attention"), name)(*args)
+        try:
+            return getattr(importlib.import_module("fusionc.runtime.attention"), name)(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # noqa: BLE001 - whatever Triton or the driver say
+            warn_once(f"{name}:{type(e).__name__}", f"fusionc's kernel of {name} does not run here ({type(e).__name__}: "
+                      f"{e}); the scores are computed in memory instead. Please report this")  # fmt: skip
+            return reference(*args)
 
     return call
 
@@ -143,6 +154,6 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 for _name, _cpu, _meta in (("attention", _reference, _fake), ("attention_backward", _reference_backward, _fake_backward),
                            ("attention_operand_backward", _reference_operand, _fake_operand)):  # fmt: skip
     _LIBRARY.impl(_name, _cpu, "CPU")
-    _LIBRARY.impl(_name, _on_gpu(_name), "CUDA")
+    _LIBRARY.impl(_name, _on_gpu(_name, _cpu), "CUDA")
     torch.library.register_fake(f"fusionc::{_name}", _meta, lib=_LIBRARY)
 torch.library.register_autograd("fusionc::attention", _backward, setup_context=_keep, lib=_LIBRARY)

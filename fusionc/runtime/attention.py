@@ -169,11 +169,11 @@ _prepared: dict[Any, _Prepared] = {}
 def _run(name: str, score: str, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], strided: Sequence[Tensor],
          pointers: Sequence[Tensor], which: int | None = None) -> None:  # fmt: skip
     """Launch a kernel with the tile that is fastest here. Its arguments: ``pointers``, the operands it uses, numbers."""
-    given = (*strided, *operands)
-    key = (name, score, which, q.device,
-           *[(x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in given])  # fmt: skip
-    p = _prepared.get(key)
     tensors = [*pointers, *[operands[i] for i in template.used(score, len(operands))]]
+    arguments = [x.data_ptr() for x in tensors]
+    key = (name, score, which, q.device, *[(x.dtype, x.shape, x.stride()) for x in (*strided, *operands)],
+           *[a % 16 == 0 for a in arguments])  # fmt: skip
+    p = _prepared.get(key)
     if p is None:
         if len(_prepared) >= 1024:
             _prepared.clear()
@@ -182,12 +182,11 @@ def _run(name: str, score: str, q: Tensor, k: Tensor, v: Tensor, operands: Seque
         return p.interpret(tensors)
     if torch.cuda.current_device() != q.device.index:
         with torch.cuda.device(q.device):
-            return _start(p, tensors)
-    return _start(p, tensors)
+            return _start(p, arguments)
+    return _start(p, arguments)
 
 
-def _start(p: _Prepared, tensors: Sequence[Tensor]) -> None:
-    arguments = [x.data_ptr() for x in tensors]
+def _start(p: _Prepared, arguments: Sequence[int]) -> None:
     stream = torch._C._cuda_getCurrentRawStream(p.device.index)
     numbers, launchers = p.numbers, p.launchers
 
