@@ -63,7 +63,8 @@ class Found:
     plain: tuple[Node, Node] | None = None  # k and v with repeated heads
     heads: tuple[Any, Any] | None = None  # batch and heads of tensors that hold them in one dimension
     sizes: tuple[Any, ...] = ()  # of the scores
-    nodes: list[Node] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)  # that depend on the scores
+    spare: list[Node] = field(default_factory=list)  # that may have lost their only user
 
 
 class PlainAttention(Pass):
@@ -120,6 +121,8 @@ class PlainAttention(Pass):
         found = self._shapes(first, second, term, reader, final)
         found.nodes = [*reader.consumed, softmax, *between]
         _private(found.nodes, final)
+        found.spare = [*reader.folded, *_peeled(first.left, found.q), *_peeled(first.right, found.k),
+                       *_peeled(second.right, found.v)]  # fmt: skip
         used = sorted({int(x.value) for x in found.term.leaves if x.op == "load"})
         found.operands = [reader.operands[i] for i in used]
         found.term = _renumbered(found.term, {i: n for n, i in enumerate(used)})
@@ -179,6 +182,7 @@ class PlainAttention(Pass):
         for node in sorted(set(found.nodes), reverse=True):
             if not node._erased and not node.users and node.op in ("call_function", "call_method"):
                 graph.erase_node(node)
+        edit.erase_dead(node for node in dict.fromkeys(found.spare) if not node._erased)
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
@@ -358,6 +362,15 @@ def _unrepeated(node: Node) -> tuple[Node, int]:
              and same_sizes(wide, (*base[:2], group, *base[2:])) and isinstance(base[1], int)
              and same_sizes(sizes, (base[0], base[1] * group, *base[2:])))  # fmt: skip
     return (origin, group) if right else (node, 1)
+
+
+def _peeled(node: Any, end: Node) -> list[Node]:
+    """Nodes on the way from an operand of a product to the tensor that is read instead."""
+    out: list[Node] = []
+    while isinstance(node, Node) and node is not end and len(out) < 8 and node.op in ("call_function", "call_method"):
+        out.append(node)
+        node = next((a for a in node.args if isinstance(a, Node)), None)
+    return out if node is end else []
 
 
 def _substituted(term: Term, s: Term) -> Term:

@@ -74,13 +74,14 @@ MERGED = -1  # the axis of a dimension that holds batch and head together
 
 class Reader:
     """Reads one chain. ``operands`` are the tensors that are loaded, each with the score axis of each of its dimensions;
-    ``consumed`` are the nodes that depend on the scores."""
+    ``consumed`` are the nodes that depend on the scores, ``folded`` others that became part of the expression."""
 
     def __init__(self, facts: Facts, product: Node, final: Node):
         self.facts, self.product, self.final = facts, product, final
         self.operands: list[tuple[Node, Axes]] = []
         self.read_at: list[Node] = []  # who reads each operand
         self.consumed: list[Node] = []
+        self.folded: list[Node] = []
         self.raw: Term | None = None
         self.tainted = self._descendants(product)
         self.rank = len(shape(product) or ())
@@ -168,9 +169,12 @@ class Reader:
     def _within(self, node: Node, axes: Axes, pure: bool) -> Term:
         self._path.append(node)
         try:
-            return self._operator(node, axes, pure)
+            found = self._operator(node, axes, pure)
         finally:
             self._path.pop()
+        if node not in self.tainted:
+            self.folded.append(node)
+        return found
 
     def _operand(self, node: Node, axes: Axes) -> Term:
         kind = tensor(node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import Any
 
 import pytest
@@ -234,3 +235,5 @@ def test_built_for_hopper(size: int, name: str) -> None:
                            options={"num_warps": tile.warps, "num_stages": tile.stages})  # fmt: skip
     _, spills = _usage(built)
     assert spills <= 128 and "wgmma.mma_async" in built.asm["ptx"]
+    parameters = re.findall(r"\.param \.(u64 \.ptr|\w+)", built.asm["ptx"].split(".entry")[1].split(")")[0])
+    assert [p.endswith("ptr") for p in parameters[: len(kinds)]] == [k.startswith("*") for k in kinds]
