@@ -271,3 +271,62 @@ def test_memory_written_elsewhere_does_not_matter() -> None:
         return attend((q @ cache.mT * 0.3).masked_fill(mask, -1e9), v)
 
     assert len(found(f, *qkv()).calls) == 1
+
+
+def _random_chain(seed: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Scores through a random chain of masks, biases and caps, in random spellings; every row keeps its diagonal."""
+    import random
+
+    pick = random.Random(seed)
+    masks = [
+        lambda i, j, keep: j > i,
+        lambda i, j, keep: (i - j).abs() > 5,
+        lambda i, j, keep: torch.ones(N, N, dtype=torch.bool).triu(2),
+        lambda i, j, keep: ~torch.ones(N, N, dtype=torch.bool).tril(3),
+        lambda i, j, keep: (~keep[:, None, None, :]) & (i != j),
+        lambda i, j, keep: (j >= i + 3) | (j < i - 7),
+        lambda i, j, keep: (i // 4 != j // 4) | (j > i),
+        lambda i, j, keep: torch.logical_and(j > i, ~keep[:, None, None, :]),
+    ]
+    fills = (float("-inf"), -1e9, torch.finfo(torch.float32).min)
+
+    def mask(s: Tensor, i: Tensor, j: Tensor, keep: Tensor, bias: Tensor, kind: int, which: int, fill: float) -> Tensor:
+        dead = masks[which](i, j, keep)
+        if kind == 0:
+            return s.masked_fill(dead, fill)
+        if kind == 1:
+            return torch.where(dead.logical_not(), s, fill)
+        if kind == 2:
+            return s + torch.zeros(N, N, dtype=s.dtype).masked_fill(dead, fill)
+        s.masked_fill_(dead, fill)
+        return s
+
+    steps: list[Callable[..., Tensor]] = []
+    for _ in range(pick.randint(1, 4)):
+        kind, which, fill = pick.randrange(4), pick.randrange(len(masks)), pick.choice(fills)
+        steps.append(pick.choice([
+            lambda s, i, j, keep, bias: s * 0.5,
+            lambda s, i, j, keep, bias: s / 3 + 1,
+            lambda s, i, j, keep, bias: 4 * torch.tanh(s / 4),
+            lambda s, i, j, keep, bias: s + bias,
+            lambda s, i, j, keep, bias: s.add_(bias[:, :, :1]),
+            lambda s, i, j, keep, bias: s - bias[:, :1, :, :1] * (i - j).abs(),
+            lambda s, i, j, keep, bias: torch.minimum(s, bias[0, :, 0, 0][:, None, None] + 2.5),
+        ] + 3 * [lambda s, i, j, keep, bias, k=kind, w=which, f=fill: mask(s, i, j, keep, bias, k, w, f)]))  # fmt: skip
+
+    def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
+        i, j = torch.arange(N)[:, None], torch.arange(N)[None]
+        s = q @ k.transpose(2, 3) * 0.4
+        for step in steps:
+            s = step(s, i, j, keep, bias)
+        return F.softmax(s, dim=-1) @ v
+
+    rng = torch.Generator().manual_seed(seed)
+    bias = torch.randn(1, H, N, N, generator=rng, dtype=torch.float64)
+    return f, [*qkv(), bias, torch.rand(B, N, generator=rng) > 0.3]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_chains(seed: int) -> None:
+    f, given = _random_chain(seed)
+    found(f, *given)
