@@ -19,9 +19,9 @@ from torch.fx import GraphModule, Node
 from . import artifacts, errors, program_cache, rescue
 from .codegen import program as prog
 from .config import Config
+from .ir.alike import Alike
 from .ir.build import Builder, Built
-from .ir.expr import Index, Size, index
-from .ir.lowering.registry import DTYPE_NAME
+from .ir.expr import Index, Size
 from .ir.simplify import simplify
 from .ir.sizes import Unsupported, free_sizes, size_index, sizes_index, strides_index
 from .record import CallRecord, GraphRecord, GroupRecord
@@ -52,6 +52,7 @@ class Context:
     sources: dict[str, str] = field(default_factory=dict)  # symbol -> generated text
     loops: dict[str, str] = field(default_factory=dict)  # symbol -> loop IR, once linked
     program: prog.Program | None = None  # once linked
+    alike: Alike = field(default_factory=Alike)
 
 
 def device_of(gm: GraphModule) -> torch.device:
@@ -93,7 +94,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     found = slot.load(name)
     if found is not None:
         return found
-    gm, record.passes = run_passes(gm, "graph", config, example_inputs, stage=stage)
+    gm, record.passes = run_passes(gm, "graph", config, example_inputs, stage=stage, recompile=False)
     derived = gm.meta.get("fusionc_derived") or []
     record.timings["passes"] = time.perf_counter() - started
     if config.dump:
@@ -127,6 +128,8 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
 
 def boxed_eager(gm: GraphModule) -> Callable[[list[Any]], Any]:
     """The graph run node by node in ATen, with the calling convention of a Program."""
+
+    gm.recompile()  # passes have edited the graph and left its code as it was
 
     def call(args: list[Any]) -> Any:
         mine = list(args)
@@ -183,7 +186,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     alone: set[Node] = set()
     for _ in range(12):
         clock = time.perf_counter()
-        grouper = Grouper(cx.gm.graph, cx.device, never, alone)
+        grouper = Grouper(cx.gm.graph, cx.device, never, alone, cx.alike)
         units = grouper.run()
         cx.record.timings["group"] = cx.record.timings.get("group", 0.0) + time.perf_counter() - clock
         clock = time.perf_counter()
@@ -268,6 +271,29 @@ def _build_kernels(
 
 
 def _build_one(cx: Context, grouper: Grouper, group: Group, wanted: list[Node]) -> Built:
+    """The kernel of one group: built, or that of an earlier group that is alike (of 24 equal layers, 23 are)."""
+    key, nodes = cx.alike.key(
+        group.nodes,
+        group.loops,
+        group.axis,
+        group.index,
+        group.axis_index,
+        grouper.inline,
+        grouper.lowered.__contains__,
+        wanted,
+        cx.device.type,
+    )
+    known = cx.alike.found.get(key)
+    if known is None:
+        built = _build_new(cx, grouper, group, wanted)
+        seats = {n: k for k, n in enumerate(nodes)}
+        cx.alike.found[key] = (built.kernel, [seats[n] for n in built.inputs])
+        return built
+    kernel, inputs = known
+    return Built(kernel, tuple([nodes[k] for k in inputs]), tuple(wanted))
+
+
+def _build_new(cx: Context, grouper: Grouper, group: Group, wanted: list[Node]) -> Built:
     builder = Builder(
         group.nodes,
         group.loops,
@@ -652,4 +678,4 @@ def ctypes_function(address: int, buffers: int, sizes: int) -> Callable[..., int
     return prototype(address)
 
 
-__all__ = ["DTYPE_NAME", "compile_graph", "index"]
+__all__ = ["compile_graph"]

@@ -7,8 +7,9 @@ names.  Nothing of the user's reaches the text but integers; names go through `c
 
 from __future__ import annotations
 
+import functools
 import linecache
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..ir.expr import Expr, FloorDiv, Index, Mod, Size
 from .names import comment
 
 
+@functools.lru_cache(maxsize=1 << 14)  # expressions are interned, and layers use the same sizes
 def size_text(e: Expr) -> str:
     """A size expression as Python text over variables named like its Size symbols."""
     if isinstance(e, Size):
@@ -38,7 +40,8 @@ def size_text(e: Expr) -> str:
     return " + ".join(sorted(parts))
 
 
-def tuple_text(xs: Sequence[Expr]) -> str:
+@functools.lru_cache(maxsize=1 << 14)
+def tuple_text(xs: tuple[Expr, ...]) -> str:
     inner = ", ".join(size_text(x) for x in xs)
     return f"({inner},)" if len(xs) == 1 else f"({inner})"
 

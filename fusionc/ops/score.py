@@ -434,7 +434,7 @@ def _live(x: Term) -> Live | None:
         a, b = x.args
         first, second = _live(a), _live(b)
         fills = [part.fill for part in (first, second) if part is not None and part.bounded]
-        if fills and max(fills) <= -1e30:  # whatever is added to it in float32 leaves it far below any score
+        if fills and max(fills) <= -65504:  # float16's lowest number; at most half of it is taken back by what is added
             first, second = first or Live(None, None, -INF, a), second or Live(None, None, -INF, b)
             return _both(first, second, make("add", first.inside, second.inside), max(fills) / 2)
     return None

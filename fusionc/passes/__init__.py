@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
+from .causal_mask import CausalMask
 from .conv_bn import ConvBatchNorm
 from .cse import CommonSubexpressions
+from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
 from .manager import named_approximate, run, run_passes, static_inputs
 from .plain_attention import PlainAttention
@@ -30,7 +32,9 @@ class Step:
 
 PIPELINE: tuple[Step, ...] = (
     Step(1, ConvBatchNorm(), "model", "while a convolution and its BatchNorm are still single calls with real weights"),
-    Step(3, PlainAttention(), "model", "while softmax and products are single calls, and before AOTAutograd derives them"),
+    Step(2, PlainAttention(), "model", "before AOTAutograd derives it; library calls that it makes go on to the next two"),
+    Step(3, CausalMask(), "model", "while attention is one call and its mask a few named operators"),
+    Step(4, GroupedHeads(), "model", "kernels that group heads take no mask"),
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),

@@ -21,6 +21,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from ..ir.alike import Alike
 from ..ir.expr import ONE, ZERO, Index, Var, index, substitute
 from ..ir.lowering.registry import DTYPE_NAME, LOWERINGS, Lowering, shape_of
 from ..ir.ops import FLOAT_ONLY
@@ -127,9 +128,15 @@ class Grouper:
     """Build units (groups and calls, in executable order) from an ATen graph with `meta["val"]` on every node."""
 
     def __init__(
-        self, graph: Graph, device: torch.device, never: dict[Node, str] | None = None, alone: set[Node] | None = None
+        self,
+        graph: Graph,
+        device: torch.device,
+        never: dict[Node, str] | None = None,
+        alone: set[Node] | None = None,
+        alike: Alike | None = None,
     ):
         self.graph = graph
+        self.alike = alike or Alike()
         self.device = device
         self.never = never or {}  # nodes to leave to ATen, with the reason
         self.alone = alone or set()  # nodes whose group turned out wrong: one kernel each
@@ -161,18 +168,28 @@ class Grouper:
                     continue
                 self.reason[node] = self._why_not(node)
                 continue
-            try:
-                self._check(node, low)
-            except Unsupported as e:
-                self.reason[node] = str(e)
-            else:
+            key = self.alike.node_key(node)
+            if key not in self.alike.checked:
+                self.alike.checked[key] = self._refusal(node, low)
+            why = self.alike.checked[key]
+            if why is None:
                 self.lowered[node] = low
+            else:
+                self.reason[node] = why
 
     @staticmethod
     def _why_not(node: Node) -> str:
         name = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
         ours = getattr(node.target, "namespace", "") == "fusionc"
         return "" if ours or name in LIBRARY or node.target is operator.getitem else "no lowering"
+
+    def _refusal(self, node: Node, low: Lowering) -> str | None:
+        """Why this node cannot be lowered, or None."""
+        try:
+            self._check(node, low)
+        except Unsupported as e:
+            return str(e)
+        return None
 
     def _check(self, node: Node, low: Lowering) -> None:
         vals = node.meta["val"]
