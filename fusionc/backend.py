@@ -51,8 +51,10 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     from .artifacts import graph_label
+    from .runtime import tune
     from .warm import Warm
 
+    tune.configure(config.tune, config.cache)
     title = f"g{next(_numbers)}_{graph_label(gm)}"
     example_inputs = list(example_inputs)
     warm = Warm(gm, example_inputs, config, title)
@@ -165,7 +167,9 @@ def decompositions() -> dict[Any, Any]:
         hardshrink softshrink celu selu xlogy heaviside
         hypot deg2rad rad2deg nan_to_num dot mv soft_margin_loss l1_loss addr std_mean var_mean
         slice_backward select_backward diagonal_backward masked_fill_ norm sinc expand_copy
-        special_entr special_log_ndtr frac stack t_copy addcmul_ rot90""".split()
+        special_entr special_log_ndtr frac stack t_copy addcmul_ rot90
+        reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pixel_shuffle
+        pixel_unshuffle""".split()
     packets = [getattr(aten, n) for n in names if hasattr(aten, n)]
     table = get_decompositions([p for p in packets if any(getattr(p, o) in decomposition_table for o in p.overloads())])
     table.pop(aten.var_mean.correction, None)

@@ -71,6 +71,32 @@ class Alloc:
 
 
 @dataclass(frozen=True)
+class Carve:
+    """Several small uninitialised buffers in one allocation, each with a storage offset and a version of its own.
+
+    ``whole`` is the size of the allocation.  With ``rows`` the buffers are runs of rows of it (one operator makes them
+    all), else ``places`` has (size, stride, first element) of each.
+    """
+
+    names: tuple[str, ...]
+    whole: tuple[int, ...]
+    rows: tuple[int, ...]
+    places: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def text(self, p: Program) -> list[str]:
+        strides = [1]
+        for n in reversed(self.whole[1:]):
+            strides.insert(0, strides[0] * n)
+        args = f"{self.whole!r}, {tuple(strides)!r}, dtype={p.constant(str(self.dtype)[6:], self.dtype)}"
+        if self.device.type != "cpu":
+            args += f", device={p.constant('device', self.device)}"
+        how = f"split(empty({args}), {self.rows!r})" if self.rows else f"carve(empty({args}), {self.places!r})"
+        return [f"{', '.join(self.names)} = {how}"]
+
+
+@dataclass(frozen=True)
 class Launch:
     """One generated kernel on buffers, then the run-time sizes it takes."""
 
@@ -162,7 +188,17 @@ class Assign:
         return [f"{self.name} = {self.value}"]
 
 
-Step = Alloc | Launch | Call | Expect | View | Free | Assign
+@dataclass(frozen=True)
+class Wrote:
+    """Arguments that kernels wrote in place: autograd and caches of weights see it by their version."""
+
+    names: tuple[str, ...]
+
+    def text(self, p: Program) -> list[str]:
+        return [f"wrote(({', '.join(self.names)},))"]
+
+
+Step = Alloc | Carve | Launch | Call | Expect | View | Free | Assign | Wrote
 
 
 @dataclass

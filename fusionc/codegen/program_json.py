@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
+import importlib
 import re
 import typing
 from collections.abc import Mapping
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .. import ops
 from ..ir.expr import FloorDiv, Index, Mod, Size, floordiv, index, mod
 from . import program as prog
 
@@ -103,7 +103,7 @@ def bind(described: Any) -> Any:
             if found is None or found.group(1) not in NAMESPACES or found.group(2) in _DENIED:
                 raise Invalid("not the name of an operator that a program may call")
             if found.group(1) == "fusionc":
-                ops.load(found.group(2))
+                importlib.import_module("fusionc.ops").load(found.group(2))
             packet = getattr(getattr(torch.ops, found.group(1)), found.group(2), None)
             overload = getattr(packet, found.group(3) or "default", None)
             if not isinstance(overload, torch._ops.OpOverload):
@@ -296,7 +296,7 @@ def _text(value: Any) -> str:
 # -- the text ---------------------------------------------------------------------------------------------------------
 
 # What `compiler._namespace` gives to every Program; a name here means that the text may call it.
-HELPERS = frozenset("empty allocate view restride index_error current_stream float slice".split())
+HELPERS = frozenset("empty allocate split carve wrote view restride index_error current_stream float slice".split())
 _METHODS = frozenset("data_ptr size stride storage_offset item clear".split())
 _OPERATIONS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
 
@@ -340,6 +340,12 @@ class _Checker:
                     for n in names:
                         if not isinstance(n, ast.Name):
                             raise Invalid("an argument is not a name")
+                        self.bound(n.id)
+                case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Call(func=ast.Name(id="split" | "carve")) as call):
+                    self.value(call)
+                    for n in names:
+                        if not isinstance(n, ast.Name):
+                            raise Invalid("a buffer is not a name")
                         self.bound(n.id)
                 case ast.Expr(value=ast.Call() as call):
                     self.value(call)

@@ -10,3 +10,5 @@ def load(name: str) -> None:
     """Register the operators of the file that ``fusionc::<name>`` lives in; unknown names are left to the caller."""
     if name in ("attention", "attention_backward", "attention_operand_backward"):
         from . import attention  # noqa: F401
+    elif name in ("linear_cross_entropy", "linear_cross_entropy_backward"):
+        from . import linear_cross_entropy  # noqa: F401

@@ -14,7 +14,9 @@ from .conv_bn import ConvBatchNorm
 from .cse import CommonSubexpressions
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
+from .linear_cross_entropy import LinearCrossEntropy
 from .manager import named_approximate, run, run_passes, static_inputs
+from .pad_matmul import PadMatmul
 from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .strip import Strip
@@ -35,10 +37,12 @@ PIPELINE: tuple[Step, ...] = (
     Step(2, PlainAttention(), "model", "before AOTAutograd derives it; library calls that it makes go on to the next two"),
     Step(3, CausalMask(), "model", "while attention is one call and its mask a few named operators"),
     Step(4, GroupedHeads(), "model", "kernels that group heads take no mask"),
+    Step(5, LinearCrossEntropy(), "model", "while the loss is one call, before autograd makes its gradient"),
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
+    Step(45, PadMatmul(), "graph", "after siblings were merged: their width together counts"),
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
     Step(90, Reinplace(), "graph", "last: it gives up the functional form"),
 )

@@ -331,7 +331,11 @@ def _current_context() -> Any:
     import ctypes
 
     context = ctypes.c_void_p()
-    ctypes.PyDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
+    current = ctypes.PyDLL("libcuda.so.1").cuCtxGetCurrent
+    current(ctypes.byref(context))
+    if not context:  # backward graphs are compiled in autograd's thread, whose first use of CUDA this may be
+        torch.cuda.mem_get_info()  # makes the device's context current, as any call of the CUDA runtime
+        current(ctypes.byref(context))
     return context
 
 
@@ -391,6 +395,19 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
             if code:
                 failed(code, grid, stream)
 
+        low, end = int.from_bytes(bytes([15] * len(kinds)), "little"), 8 * len(kinds)
+
+        def aligned(stream: int, pointers: Sequence[int]) -> bool:
+            """Like `fixed`, for pointers alone; False, without a launch, if one is no multiple of 16."""
+            pack_into(values, 0, *pointers)
+            if int.from_bytes(values[:end:8], "little") & low:
+                return False
+            code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+            if code:
+                failed(code)
+            return True
+
+        fixed.aligned = aligned  # type: ignore[attr-defined]
         return fixed
 
     def variable(grid: int, stream: int, *args: Any) -> None:

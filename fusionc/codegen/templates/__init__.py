@@ -1,1 +1,1 @@
-"""Texts of kernels that are written by hand around slots: matmul-like ones, which loop IR does not describe."""
+"""Texts of hand-written kernels with slots, one file a family; `runtime.launch.load_module` makes functions of them."""
