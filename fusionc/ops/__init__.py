@@ -5,36 +5,33 @@ A pass inserts a call of such an operator; a Program read from the cache names i
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
-
-_HOMES = {  # operator -> file
-    "decode_attention": "decode_attention",
-    "decode_attention_update": "decode_attention",
-    "linear_cross_entropy": "linear_cross_entropy",
-    "linear_cross_entropy_backward": "linear_cross_entropy",
-    "skinny_linear": "skinny_linear",
-}
 
 
 def load(name: str) -> None:
     """Register the operators of the file that ``fusionc::<name>`` lives in; unknown names are left to the caller."""
-    home = _HOMES.get(name)
-    if home is not None:
-        importlib.import_module(f"{__name__}.{home}")
+    if name in ("attention", "attention_backward", "attention_operand_backward"):
+        from . import attention  # noqa: F401
+    elif name in ("conv_relu",):
+        from . import conv_relu  # noqa: F401
+    elif name in ("decode_attention", "decode_attention_update"):
+        from . import decode_attention  # noqa: F401
+    elif name in ("depthwise_conv", "depthwise_conv_weight"):
+        from . import depthwise_conv  # noqa: F401
+    elif name in ("linear_cross_entropy", "linear_cross_entropy_backward"):
+        from . import linear_cross_entropy  # noqa: F401
+    elif name == "skinny_linear":
+        from . import skinny_linear  # noqa: F401
 
 
-def late(module: str, name: str) -> Callable[..., Any]:
-    """A function that imports ``fusionc.<module>`` at its first call and then is its ``name``.
-
-    Kernels are launched by packages to the right of this one.
-    """
+def late(find: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """The function that ``find`` returns, found at the first call: kernels are launched by packages to the right of this one."""
     ready: list[Callable[..., Any]] = []
 
     def call(*args: Any) -> Any:
         if not ready:
-            ready.append(getattr(importlib.import_module(f"fusionc.{module}"), name))
+            ready.append(find())
         return ready[0](*args)
 
     return call

@@ -12,6 +12,11 @@ Returns [B, 1, H, D], contiguous.  A row that sees nothing (all −inf) gives 0.
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,7 +62,11 @@ def _shape(q: Tensor, *rest: object) -> Tensor:
     return q.new_empty((q.shape[0], 1, q.shape[1], q.shape[3]))
 
 
+def _kernel(name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module("fusionc.targets.decode"), name)
+
+
 for _name, _reference in (("decode_attention", attention), ("decode_attention_update", update)):
     _library.impl(_name, _reference, "CPU")
-    _library.impl(_name, late("targets.decode", _name), "CUDA")
+    _library.impl(_name, late(functools.partial(_kernel, _name)), "CUDA")
     torch.library.register_fake(f"fusionc::{_name}", _shape, lib=_library)

@@ -15,6 +15,8 @@ Returns [M, N], contiguous, in x's dtype.  The kernel takes one row of 16 bits; 
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,5 +58,5 @@ def _shape(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
 
 
 _library.impl("skinny_linear", reference, "CPU")
-_library.impl("skinny_linear", late("targets.skinny", "linear"), "CUDA")
+_library.impl("skinny_linear", late(lambda: importlib.import_module("fusionc.targets.skinny").linear), "CUDA")
 torch.library.register_fake("fusionc::skinny_linear", _shape, lib=_library)

@@ -20,6 +20,7 @@ from .linear_cross_entropy import LinearCrossEntropy
 from .manager import named_approximate, run, run_passes, static_inputs
 from .outer_product import OuterProduct
 from .pad_matmul import PadMatmul
+from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .skinny_linear import SkinnyLinear
 from .strip import Strip
@@ -37,6 +38,7 @@ class Step:
 
 PIPELINE: tuple[Step, ...] = (
     Step(1, ConvBatchNorm(), "model", "while a convolution and its BatchNorm are still single calls with real weights"),
+    Step(2, PlainAttention(), "model", "before AOTAutograd derives it; library calls that it makes go on to the next two"),
     Step(3, CausalMask(), "model", "while attention is one call and its mask a few named operators"),
     Step(4, GroupedHeads(), "model", "kernels that group heads take no mask"),
     Step(5, LinearCrossEntropy(), "model", "while the loss is one call, before autograd makes its gradient"),
@@ -68,5 +70,5 @@ def pipeline(level: str, config: Any = None) -> list[tuple[int, Pass]]:
     return found
 
 
-__all__ = ["PIPELINE", "Approximate", "Exact", "Exactness", "Match", "Pass", "Reassociates", "Refuse", "Step",
+__all__ = ["PIPELINE", "Approximate", "Exact", "Exactness", "Match", "Pass", "PlainAttention", "Reassociates", "Refuse", "Step",
            "pipeline", "run", "run_passes", "static_inputs"]
