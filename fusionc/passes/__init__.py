@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
+from .conv_bias import ConvBias
 from .conv_bn import ConvBatchNorm
 from .cse import CommonSubexpressions
 from .horizontal_matmul import HorizontalMatmul
 from .manager import named_approximate, run, run_passes, static_inputs
+from .max_pool import MaxPool
 from .reinplace import Reinplace
 from .strip import Strip
 
@@ -33,6 +35,8 @@ PIPELINE: tuple[Step, ...] = (
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
+    Step(45, ConvBias(), "graph", "once equal convolutions are one node"),
+    Step(46, MaxPool(), "graph", "moves in front of the bias that was just split off"),
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
     Step(90, Reinplace(), "graph", "last: it gives up the functional form"),
 )
