@@ -1,0 +1,368 @@
+"""Which of several ways to do the same thing is the fastest here: measured once, remembered, never a risk.
+
+Custom operators (``fusionc::*``) have several implementations: a library call, kernels of ours, each with several plans.
+``choose`` times them on the caller's real tensors at the first call with a key and remembers the winner in the process
+and in the private cache on disk.  The measuring itself is in ``race``, a function of a sampler and a clock alone, so
+that its decisions are tested without a GPU; the tuner of generated kernels uses the same race.
+
+How the times are taken: candidates in turns, so that a drift of clocks hits all alike; CUDA events around each launch;
+L2 filled with other data before it, which also keeps the GPU busy while the host prepares the launch, so that slow host
+code is not taken for a slow kernel.  Rounds of 3, 9 and 27 samples; after each, those that cannot win any more leave
+(after Freeze-Thaw and Hyperband's idea of spending measurements on survivors only).  The first candidate is the default
+and stays unless another is clearly faster: noise must not change decisions.
+
+A candidate that raises or gives wrong results loses only itself.  One that corrupts the CUDA context cannot be survived
+in one process: operators offer only kernels that are memory-safe by construction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from fusionc.errors import warn_once
+
+from .cache import Cache, open_cache
+from .environment import environment_key, source_fingerprint
+
+__all__ = ["Outcome", "Sampler", "choose", "configure", "cuda_sampler", "forget", "history", "level", "race"]
+
+T = TypeVar("T")
+Sampler = Callable[[Sequence[int], int], dict[int, list[float]]]
+"""``f(candidates, n)``: n times in ms for each of the candidates, taken in turns."""
+
+KIND = "choice"
+LEVELS = ("off", "default", "max")
+ROUNDS = (3, 9, 27)
+MARGIN = 0.03  # how much faster than the first candidate another must be
+_HOPELESS = 1.5  # times the leader's best: out after three samples
+
+
+# -- settings of the process --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Settings:
+    level: str | None = None  # None: FUSIONC_TUNE, else "default"
+    cache: bool | str = True
+
+
+_settings = _Settings()
+_memory: dict[tuple[str, torch.device], tuple[Sequence[Any], int]] = {}
+_history: list[Outcome] = []
+_measuring = threading.RLock()  # one race at a time; a candidate may itself call an operator that chooses
+
+
+def configure(level: str | None = None, cache: bool | str | None = None) -> None:
+    """Set how much to measure ("off", "default", "max") and which cache to use; the backend calls it when it compiles.
+
+    Operators run outside of any one compilation, so this holds for the process; the latest call counts.  What was
+    chosen before stays.
+    Raises ValueError for an unknown level.
+    """
+    if level is not None and level not in LEVELS:
+        raise ValueError(f"tuning level must be one of {', '.join(LEVELS)}, not {level!r}")
+    _settings.level = level if level is not None else _settings.level
+    _settings.cache = cache if cache is not None else _settings.cache
+
+
+def level() -> str:
+    """How much is measured: "off", "default" or "max"."""
+    if _settings.level is not None:
+        return _settings.level
+    word = os.environ.get("FUSIONC_TUNE", "").lower()
+    return word if word in LEVELS else "off" if word in ("0", "no", "false") else "default"
+
+
+def forget() -> None:
+    """Drop what this process remembers (the disk keeps its entries) and all settings."""
+    _memory.clear()
+    _history.clear()
+    _settings.level, _settings.cache = None, True
+
+
+# -- the race -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What a race found.  ``ms[i]`` is candidate i's median, None if it was not timed; ``failed[i]`` says why it lost."""
+
+    key: str
+    names: list[str]
+    winner: int = 0
+    ms: list[float | None] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def race(
+    alive: Sequence[int], sample: Sampler, *, deadline: float, clock: Callable[[], float] = time.monotonic
+) -> tuple[list[int], dict[int, float]]:
+    """The candidates ``alive`` from best to worst, and the medians of those that were timed.
+
+    The first of ``alive`` is the incumbent: it comes first unless another is more than MARGIN faster.  No further round
+    starts after ``deadline`` (of ``clock``).
+    """
+    left = list(alive)
+    times: dict[int, list[float]] = {c: [] for c in left}
+    for n in ROUNDS:
+        if n > ROUNDS[0] and (len(left) < 2 or clock() > deadline):
+            break
+        for c, got in sample(left, n).items():
+            times[c] += got
+        middle = {c: statistics.median(times[c]) for c in left if times[c]}
+        if not middle:
+            break
+        leader = min(middle, key=lambda c: (middle[c], left.index(c)))
+        bound = middle[leader] + 2 * _spread(times[leader], middle[leader])
+        best = min(times[leader])
+        left = [
+            c
+            for c in left
+            if c == leader
+            or c in middle
+            and middle[c] - 2 * _spread(times[c], middle[c]) <= bound
+            and min(times[c]) <= _HOPELESS * best
+        ]
+    medians = {c: statistics.median(t) for c, t in times.items() if t}
+    order = sorted(medians, key=lambda c: (c not in left, medians[c], list(alive).index(c)))
+    if order and alive[0] in medians and medians[alive[0]] <= medians[order[0]] * (1 + MARGIN):
+        order.remove(alive[0])
+        order.insert(0, alive[0])
+    return order, medians
+
+
+def _spread(values: Sequence[float], middle: float) -> float:
+    """Median distance from the median; at least 0.5 %, for three samples often agree by chance."""
+    return max(statistics.median(abs(v - middle) for v in values), 0.005 * middle)
+
+
+def cuda_sampler(launches: Sequence[Callable[[], Any]], device: torch.device) -> Sampler:
+    """Samples of ``launches[i]()`` on ``device``'s current stream by CUDA events, L2 filled with other data before each.
+
+    A launch that raises is given no samples.
+    """
+    l2 = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 64 << 20
+    filler: torch.Tensor | None = None
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        filler = torch.empty(2 * l2, dtype=torch.int8, device=device)
+
+    def sample(candidates: Sequence[int], n: int) -> dict[int, list[float]]:
+        events: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {c: [] for c in candidates}
+        dead: set[int] = set()
+        torch.cuda._sleep(200_000)  # 0.1 ms: the host gets ahead, and stays so while the filling runs
+        for _ in range(n):
+            for c in candidates:
+                if c in dead:
+                    continue
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                try:
+                    if filler is not None:
+                        filler.zero_()
+                    start.record()
+                    launches[c]()
+                    end.record()
+                except Exception:  # noqa: BLE001 - it loses, whatever it was
+                    dead.add(c)
+                    continue
+                events[c].append((start, end))
+        torch.cuda.synchronize(device)
+        return {c: [] if c in dead else [a.elapsed_time(b) for a, b in events[c]] for c in candidates}
+
+    return sample
+
+
+# -- choosing -----------------------------------------------------------------------------------------------------
+
+
+def choose(
+    key: str,
+    candidates: Sequence[T],
+    run: Callable[[T], Any],
+    *,
+    device: torch.device,
+    seconds: float = 2.0,
+    check: Callable[[T], bool] | None = None,
+    prepare: Callable[[T], Any] | None = None,
+    sampler: Callable[[Sequence[Callable[[], Any]], torch.device], Sampler] = cuda_sampler,
+) -> T:
+    """The fastest of ``candidates`` for ``key``, timed on the first call with that key and remembered.
+
+    key         the operator's name, shapes, dtypes and classes of strides: all that may change which one is fastest
+    candidates  plain values with a stable repr (strings, tuples, frozen dataclasses); the first is a good default.
+                Pass the same list object at each call where you can: the look-up then costs well under a microsecond
+    run         launches one candidate on the caller's tensors, on the current stream; may be called many times, so it
+                must not change its inputs (an update that gives the same state each time is fine)
+    seconds     about how long measuring may take in all; after it no further candidate is started
+    check       is the result of this candidate right?  Asked for the winner (which then has been run), then for the next
+    prepare     compiles a candidate without launching it; called for all of them side by side, in threads
+
+    Returns ``candidates[0]`` without measuring where there is nothing to choose or measuring is impossible: one
+    candidate, no CUDA device, a CUDA graph being captured, tracing or fake tensors, tuning switched off.  A candidate
+    that raises loses; if all do, the first is returned and its error is the caller's.  Raises IndexError for no candidates.
+    """
+    known = _memory.get((key, device))
+    if known is not None and (known[0] is candidates or known[0] == candidates):
+        return candidates[known[1]]
+    words = level()
+    if len(candidates) == 1 or words == "off" or not _possible(device):
+        return candidates[0]
+    names = [repr(c) for c in candidates]
+    index = _recall(key, names, device)
+    if index is None:
+        if _capturing(device):
+            return candidates[0]
+        with _measuring, torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            known = _memory.get((key, device))  # another thread may have been faster
+            if known is not None and known[0] == candidates:
+                return candidates[known[1]]
+            index = _measured(key, names, candidates, run, device, seconds, check, prepare, sampler, words)
+    _memory[key, device] = (candidates, index)
+    return candidates[index]
+
+
+def history() -> list[Outcome]:
+    """The races of this process so far."""
+    return list(_history)
+
+
+def _possible(device: torch.device) -> bool:
+    """Are there real tensors on a GPU?  Not under tracing, and not under fake tensors or another dispatch mode."""
+    return device.type == "cuda" and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling()
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _measured(
+    key: str,
+    names: list[str],
+    candidates: Sequence[T],
+    run: Callable[[T], Any],
+    device: torch.device,
+    seconds: float,
+    check: Callable[[T], bool] | None,
+    prepare: Callable[[T], Any] | None,
+    sampler: Callable[[Sequence[Callable[[], Any]], torch.device], Sampler],
+    words: str,
+) -> int:
+    """Index of the winner, after waiting for another process that measures the same key."""
+    budget = seconds * (5 if words == "max" else 1)
+    cache, entry_key = _cache(), _entry_key(key, names, device)
+    with cache.lock(KIND, entry_key, timeout=2 * budget + 5) if entry_key else contextlib.nullcontext(False):
+        index = _recall(key, names, device)
+        if index is not None:
+            return index
+        outcome = Outcome(key, names)
+        start = time.monotonic()
+        try:
+            _run_race(outcome, candidates, run, device, start + budget, check, prepare, sampler)
+        except Exception as e:  # noqa: BLE001 - measuring is never worth a failure; the default is a good one
+            warn_once(f"tune:{key}", f"fusionc could not compare implementations of {key} ({type(e).__name__}: {e})")
+            return 0
+        outcome.seconds = time.monotonic() - start
+        _history.append(outcome)
+        if entry_key:
+            with contextlib.suppress(TypeError, ValueError):
+                cache.put(KIND, entry_key, {"index": outcome.winner, "name": names[outcome.winner], "ms": outcome.ms})
+        return outcome.winner
+
+
+def _run_race(
+    outcome: Outcome,
+    candidates: Sequence[T],
+    run: Callable[[T], Any],
+    device: torch.device,
+    deadline: float,
+    check: Callable[[T], bool] | None,
+    prepare: Callable[[T], Any] | None,
+    sampler: Callable[[Sequence[Callable[[], Any]], torch.device], Sampler],
+) -> None:
+    failed = outcome.failed
+    if prepare is not None:
+        from .launch import compile_many
+
+        ready = prepare
+        for i, r in enumerate(compile_many([partial(ready, c) for c in candidates])):
+            if isinstance(r, Exception):
+                failed[i] = _first_line(r)
+    alive: list[int] = []
+    for i, c in enumerate(candidates):
+        if i in failed:
+            continue
+        if alive and time.monotonic() > deadline:
+            failed[i] = "no time left"
+            continue
+        try:
+            run(c)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            alive.append(i)
+        except Exception as e:  # noqa: BLE001 - out of shared memory, a compiler's error, not supported: it loses
+            failed[i] = _first_line(e)
+    launches = [partial(run, c) for c in candidates]
+    order, ms = race(alive, sampler(launches, device), deadline=deadline) if len(alive) > 1 else (alive, {})
+    outcome.ms = [ms.get(i) for i in range(len(candidates))]
+    for i in order:
+        if check is None:
+            outcome.winner = i
+            return
+        try:
+            run(candidates[i])
+            if check(candidates[i]):
+                outcome.winner = i
+                return
+            failed[i] = "gives other results"
+        except Exception as e:  # noqa: BLE001
+            failed[i] = _first_line(e)
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {e}".splitlines()[0][:200]
+
+
+# -- the disk -----------------------------------------------------------------------------------------------------
+
+
+def _cache() -> Cache:
+    return open_cache(_settings.cache)
+
+
+def _entry_key(key: str, names: Sequence[str], device: torch.device) -> dict[str, Any] | None:
+    """Key of the entry; None for candidates whose repr holds an address, which no other process could match."""
+    text = "\0".join(names)
+    if " at 0x" in text:
+        return None
+    return {
+        "choice": key,
+        "candidates": hashlib.sha256(text.encode()).hexdigest(),
+        "environment": environment_key(str(device)),
+        "source": source_fingerprint(("ops", "codegen", "runtime")),
+    }
+
+
+def _recall(key: str, names: Sequence[str], device: torch.device) -> int | None:
+    """The remembered winner on disk; None for none or for an entry that does not make sense."""
+    try:
+        entry_key = _entry_key(key, names, device)
+        payload = _cache().get(KIND, entry_key) if entry_key else None
+        if payload is None:
+            return None
+        index = payload.get("index")
+        if type(index) is int and 0 <= index < len(names) and payload.get("name") == names[index]:
+            return index
+    except Exception:  # noqa: BLE001 - any trouble is a miss
+        return None
+    return None

@@ -1,0 +1,189 @@
+"""The race and the memory of ``choose``, with planted times: no GPU and no real clock."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fusionc.runtime import tune
+
+CPU = torch.device("cpu")
+
+
+class Planted:
+    """Times with noise around planted ones; counts the samples that each candidate cost."""
+
+    def __init__(self, ms: Sequence[float | None], noise: float = 0.0, seed: int = 0):
+        self.ms, self.noise, self.random, self.taken = ms, noise, random.Random(seed), [0] * len(ms)
+
+    def __call__(self, candidates: Sequence[int], n: int) -> dict[int, list[float]]:
+        out: dict[int, list[float]] = {}
+        for c in candidates:
+            base = self.ms[c]
+            self.taken[c] += n
+            out[c] = [] if base is None else [base * (1 + self.noise * self.random.random()) for _ in range(n)]
+        return out
+
+    def sampler(self, launches: Sequence[Callable[[], Any]], device: torch.device) -> tune.Sampler:
+        return self
+
+
+def run_race(planted: Planted, deadline: float = 1.0) -> list[int]:
+    order, _ = tune.race(range(len(planted.ms)), planted, deadline=deadline, clock=lambda: 0.0)
+    return order
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path) -> Iterator[None]:
+    tune.forget()
+    tune.configure("default", str(tmp_path / "cache"))
+    yield
+    tune.forget()
+
+
+@pytest.fixture
+def measurable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_possible", lambda device: True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_race_finds_the_fastest_through_noise(seed: int) -> None:
+    assert run_race(Planted([1.0, 0.9, 0.7, 0.95, 2.0, 0.8], 0.1, seed))[0] == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_does_not_replace_the_first(seed: int) -> None:
+    assert run_race(Planted([1.0, 0.99, 1.0, 0.985], 0.02, seed))[0] == 0
+
+
+def test_hopeless_ones_cost_three_samples_and_close_ones_the_most() -> None:
+    planted = Planted([1.0, 5.0, 0.9, 0.901], 0.02)
+    run_race(planted)
+    assert planted.taken[1] == 3 and planted.taken[2] == 39 and planted.taken[0] <= 12
+
+
+def test_race_stops_at_the_deadline_and_survives_candidates_without_samples() -> None:
+    planted = Planted([1.0, None, 0.9])
+    assert run_race(planted, deadline=-1.0) == [2, 0]
+    assert planted.taken == [3, 3, 3]
+    assert run_race(Planted([None, None])) == []
+
+
+def choose(key: str, candidates: list[Any], planted: Planted, **more: Any) -> Any:
+    return tune.choose(key, candidates, more.pop("run", lambda c: None), device=CPU, sampler=planted.sampler, **more)
+
+
+def test_winner_is_remembered_in_the_process_and_on_disk(measurable: None, tmp_path: Path) -> None:
+    planted = Planted([1.0, 0.5, 0.7])
+    assert choose("k", ["a", "b", "c"], planted) == "b"
+    spent = sum(planted.taken)
+    assert choose("k", ["a", "b", "c"], planted) == "b" and sum(planted.taken) == spent
+    assert [(o.key, o.winner) for o in tune.history()] == [("k", 1)]
+    tune.forget()
+    tune.configure(cache=str(tmp_path / "cache"))
+    assert choose("k", ["a", "b", "c"], planted) == "b" and sum(planted.taken) == spent
+    assert (
+        choose("k", ["a", "b", "d"], planted) == "b" and sum(planted.taken) > spent
+    )  # other candidates: measured anew
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"index":7,"name":"b"}', '{"index":true,"name":"b"}', '{"index":0,"name":"b"}', "{}"]
+)
+def test_senseless_entries_are_misses(measurable: None, damage: str) -> None:
+    cache = tune._cache()
+    key = tune._entry_key("k", ["'a'", "'b'"], CPU)
+    assert key is not None
+    cache.put(tune.KIND, key, json.loads(damage))
+    planted = Planted([1.0, 0.5])
+    assert choose("k", ["a", "b"], planted) == "b" and sum(planted.taken) > 0
+
+
+def test_failing_candidates_lose_only_themselves(measurable: None) -> None:
+    def run(c: str) -> None:
+        if c == "raises":
+            raise RuntimeError("out of resources\nsecond line")
+
+    planted = Planted([1.0, 0.1, 0.2, 0.5])
+    found = choose("k", ["a", "raises", "wrong", "good"], planted, run=run, check=lambda c: c != "wrong")
+    assert found == "good"
+    assert tune.history()[0].failed == {1: "RuntimeError: out of resources", 2: "gives other results"}
+
+
+def test_all_failing_gives_the_first(measurable: None) -> None:
+    def run(c: str) -> None:
+        raise RuntimeError(c)
+
+    assert choose("k", ["a", "b"], Planted([1.0, 0.5]), run=run) == "a"
+    assert choose("l", ["a", "b"], Planted([1.0, 0.5]), check=lambda c: False) == "a"
+
+
+def test_preparation_failures_exclude(measurable: None) -> None:
+    def prepare(c: str) -> None:
+        if c == "b":
+            raise ValueError("does not compile")
+
+    assert choose("k", ["a", "b", "c"], Planted([1.0, 0.1, 0.5]), prepare=prepare) == "c"
+
+
+def test_a_broken_sampler_costs_a_warning(measurable: None) -> None:
+    def broken(launches: Any, device: torch.device) -> tune.Sampler:
+        raise RuntimeError("no events")
+
+    with pytest.warns(Warning, match="could not compare"):
+        assert tune.choose("broken", ["a", "b"], lambda c: None, device=CPU, sampler=broken) == "a"
+
+
+def test_no_time_left_keeps_the_first(measurable: None) -> None:
+    started: list[str] = []
+    planted = Planted([1.0, 0.1])
+    assert choose("k", ["a", "b"], planted, run=started.append, seconds=-1.0) == "a"
+    assert started == ["a"] and tune.history()[0].failed == {1: "no time left"}
+
+
+def test_nothing_is_measured_where_it_cannot_be(measurable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(c: str) -> None:
+        raise AssertionError("must not run")
+
+    planted = Planted([1.0, 0.5])
+    monkeypatch.setattr(tune, "_capturing", lambda device: True)
+    assert choose("k", ["a", "b"], planted, run=run) == "a"
+    monkeypatch.setattr(tune, "_capturing", lambda device: False)
+    assert choose("k", ["a"], planted, run=run) == "a"
+    tune.configure("off")
+    assert choose("k", ["a", "b"], planted, run=run) == "a"
+    tune.configure("default")
+    assert choose("k", ["a", "b"], planted) == "b"  # none of the above was remembered
+
+
+def test_possible_only_with_real_cuda_tensors() -> None:
+    cuda = torch.device("cuda", 0)
+    assert tune._possible(cuda) and not tune._possible(CPU)
+    with FakeTensorMode():
+        assert not tune._possible(cuda)
+
+
+def test_candidates_with_addresses_stay_in_memory(measurable: None) -> None:
+    objects = [object(), object()]
+    planted = Planted([1.0, 0.5])
+    assert choose("k", objects, planted) is objects[1]
+    assert tune._cache().entries(tune.KIND) == []
+
+
+def test_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    tune.forget()
+    for text, want in (("off", "off"), ("0", "off"), ("max", "max"), ("", "default"), ("nonsense", "default")):
+        monkeypatch.setenv("FUSIONC_TUNE", text)
+        assert tune.level() == want
+    tune.configure("max")
+    monkeypatch.setenv("FUSIONC_TUNE", "off")
+    assert tune.level() == "max"
+    with pytest.raises(ValueError, match="tuning level"):
+        tune.configure("loud")
