@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import re
 import typing
 from collections.abc import Mapping
@@ -100,6 +101,8 @@ def bind(described: Any) -> Any:
             found = _OPERATOR.fullmatch(name)
             if found is None or found.group(1) not in NAMESPACES or found.group(2) in _DENIED:
                 raise Invalid("not the name of an operator that a program may call")
+            if found.group(1) == "fusionc":
+                importlib.import_module("fusionc.ops").load(found.group(2))
             packet = getattr(getattr(torch.ops, found.group(1)), found.group(2), None)
             overload = getattr(packet, found.group(3) or "default", None)
             if not isinstance(overload, torch._ops.OpOverload):

@@ -21,6 +21,7 @@ import operator
 import re
 from collections.abc import Collection, Mapping
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -321,6 +322,8 @@ def _target(name: str) -> Any:
         return _OPERATORS[parts[1]]
     if parts[0] not in _NAMESPACES or len(parts) not in (2, 3) or any(part.startswith("__") for part in parts):
         raise ParseError(f"{name} is not an operator of {', '.join(_NAMESPACES)}")
+    if parts[0] == "fusionc":
+        import_module("fusionc.ops").load(parts[1])
     packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         raise ParseError(f"there is no operator {name}")

@@ -11,11 +11,13 @@ from typing import Any
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
 from .conv_bias import ConvBias
 from .conv_bn import ConvBatchNorm
+from .conv_relu import ConvRelu
 from .cse import CommonSubexpressions
 from .horizontal_matmul import HorizontalMatmul
 from .manager import named_approximate, run, run_passes, static_inputs
 from .max_pool import MaxPool
 from .reinplace import Reinplace
+from .strided_conv import StridedConv
 from .strip import Strip
 
 
@@ -37,6 +39,8 @@ PIPELINE: tuple[Step, ...] = (
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
     Step(45, ConvBias(), "graph", "once equal convolutions are one node"),
     Step(46, MaxPool(), "graph", "moves in front of the bias that was just split off"),
+    Step(47, StridedConv(), "graph", "a convolution without bias has fewer spellings"),
+    Step(48, ConvRelu(), "graph", "takes back the biases that only relu follows"),
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
     Step(90, Reinplace(), "graph", "last: it gives up the functional form"),
 )

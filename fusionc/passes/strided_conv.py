@@ -1,0 +1,116 @@
+"""A strided convolution of few channels as a dense convolution of many: space to depth.
+
+Math       y[o, p, q] = Σ w[o, c, i, j] x[c, s·p + i − P, s·q + j − P]; with i = s·a + b and blocks of s × s pixels as
+           channels this is a convolution of stride 1 over s²·C channels with ⌈k / s⌉ × ⌈k / s⌉ taps. Further, f
+           neighbouring columns q become f·O output channels over blocks of s × f·s pixels: channels-last memory of the
+           result is the same, so that this is a view.
+Exactness  reassociates: the same products in another order, and products with zeros
+Legality   on CUDA, half precision, channels-last, groups 1, dilation 1, at most 4 channels, stride ≥ 2, known sizes
+Cost       one read and write of the (small) input; the library's kernels for 3 channels leave most of their matrix
+           instructions idle
+Source     space-to-depth stems (Ridnik et al., TResNet, arXiv 2003.13630, section 2.1), here exact for given weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+from ..graph import edit
+from ..graph.facts import Facts, shape, tensor
+from .base import Match, Pass, Reassociates, Refuse
+
+aten = torch.ops.aten
+_FEW = 4
+_WIDE = 128  # output channels from which the library's tiles are full
+
+
+class StridedConv(Pass):
+    """pad, blocks to channels, dense convolution, view."""
+
+    name = "strided_conv"
+    atomic = True
+    exactness = Reassociates(rtol=1e-6)
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
+
+    def find(self, facts: Facts) -> Iterator[Match]:
+        """Strided convolutions of few channels, without bias (``conv_bias`` has split it off)."""
+        for node in list(facts.gm.graph.find_nodes(op="call_function", target=aten.convolution.default)):
+            x, w = (shape(a) for a in node.args[:2])
+            like = tensor(node)
+            if like is None or like.device.type not in self.devices or x is None or w is None or len(x) != 4:
+                continue
+            if isinstance(w[1], int) and w[1] <= _FEW and all(isinstance(s, int) and s > 1 for s in node.args[3]):
+                yield Match({"conv": node}, (node,))
+
+    def check(self, match: Match, facts: Facts) -> Refuse | None:
+        """See Legality."""
+        conv: Node = match.conv
+        x, weight, bias, stride, padding, dilation, transposed, _, groups = conv.args
+        like = tensor(conv)
+        assert like is not None
+        if bias is not None:
+            return Refuse("the bias is part of the convolution", conv)
+        if transposed or groups != 1 or any(d != 1 for d in dilation):
+            return Refuse("transposed, grouped or dilated", conv)
+        if like.dtype not in self.dtypes:
+            return Refuse("the library has no matrix instructions to fill for this dtype", conv)
+        sizes = (*like.shape, *(shape(x) or ()), *(shape(weight) or ()), *stride, *padding)
+        if not all(isinstance(n, int) for n in sizes):
+            return Refuse("a size is symbolic", conv)
+        if not like.is_contiguous(memory_format=torch.channels_last):
+            return Refuse("the result is not channels-last", conv)
+        return None
+
+    def replace(self, match: Match, facts: Facts) -> None:
+        """The new convolution between views; the weight is rearranged in the graph (it is small)."""
+        conv: Node = match.conv
+        x, weight, _, (s, t), (p, q), *_ = conv.args
+        n, channels, height, width = shape(x)  # type: ignore[misc]
+        out, _, kh, kw = shape(weight)  # type: ignore[misc]
+        _, _, rows, columns = shape(conv)  # type: ignore[misc]
+        f = _columns_together(out, columns)
+        t_ = t * f
+        wide = columns // f
+        depth = next(c for c in range(channels, channels + 9) if s * t_ * c % 8 == 0)
+        taps = -(-kh // s), -(-(kw + t * (f - 1)) // t_)
+        high, long = rows + taps[0] - 1, wide + taps[1] - 1
+        graph = facts.gm.graph
+
+        def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+            return edit.insert(graph, target, args, kwargs, origin=(conv,))
+
+        def pad(of: Node, *given: int) -> Node:
+            return call(aten.constant_pad_nd.default, of, list(given)) if any(given) else of
+
+        def blocks(of: Node, first: int, h: int, w: int) -> Node:
+            """[first, depth, h·s, w·t'] → [first, s·t'·depth, h, w], channels-last."""
+            split = call(aten.view.default, of, [first, depth, h, s, w, t_])
+            turned = call(aten.permute.default, split, [0, 2, 4, 3, 5, 1])
+            dense = call(aten.clone.default, turned, memory_format=torch.contiguous_format)
+            return call(aten.permute.default, call(aten.view.default, dense, [first, h, w, s * t_ * depth]), [0, 3, 1, 2])
+
+        with graph.inserting_before(conv):
+            padded = pad(x, q, t_ * long - width - q, p, s * high - height - p, 0, depth - channels)
+            weights = [pad(weight, t * k, t_ * taps[1] - kw - t * k, 0, s * taps[0] - kh, 0, depth - channels)
+                       for k in range(f)]  # fmt: skip
+            stacked = call(aten.cat.default, weights) if f > 1 else weights[0]
+            dense = call(aten.convolution.default, blocks(padded, n, high, long), blocks(stacked, f * out, *taps), None,
+                         [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+            if f > 1:
+                rows_last = call(aten.permute.default, dense, [0, 2, 3, 1])
+                apart = call(aten.view.default, rows_last, [n, rows, columns, out])
+                dense = call(aten.permute.default, apart, [0, 3, 1, 2])
+        edit.replace(conv, dense)
+
+
+def _columns_together(out: int, columns: int) -> int:
+    """How many neighbouring columns share a block: enough to make the output channels wide."""
+    f = 1
+    while f < 4 and f * out < _WIDE and columns % (2 * f) == 0:
+        f *= 2
+    return f
