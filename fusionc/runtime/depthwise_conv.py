@@ -1,0 +1,219 @@
+"""Launching the depthwise convolution: which kernels serve a shape, which of them is the fastest, and their calls.
+
+Candidates are plain tuples, so that a choice can be remembered on disk:
+
+    ("library",)                                        ATen or cuDNN, then the activation
+    ("direct", strip, block, rows, warps)               channels-last, any stride and dilation
+    ("toeplitz", TW, KD, BM, warps, stages)             contiguous, stride 1, half precision
+    ("turned", TW, KD, BM, warps, stages)               the same for channels-last, between two transpositions
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codegen.templates import depthwise_conv as template
+from .launch import load_module
+
+Candidate = tuple[Any, ...]
+_HALF = (torch.bfloat16, torch.float16)
+_UNROLLED = 128  # multiply-adds of a strip and kernel row that may stand in a text
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that the kernels depend on, except the number of images."""
+
+    channels: int
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    dtype: torch.dtype
+    last: bool  # channels-last?
+    bias: bool
+    activation: str
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        return template.out_sizes(self.size, self.kernel, self.stride, self.padding, self.dilation)
+
+
+# -- candidates -------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=512)
+def candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
+    """Implementations for a shape, a good default first."""
+    found: list[Candidate] = []
+    wide = shape.kernel[0] * shape.kernel[1] > 81
+    if shape.last:
+        ours = _direct(shape, images)
+        found += [("turned", *c) for c in _toeplitz(shape, images)] + ours if wide else ours
+    else:
+        found += [("toeplitz", *c) for c in _toeplitz(shape, images)]
+    found.append(("library",))
+    return tuple(found)
+
+
+def _toeplitz(shape: Shape, images: int) -> list[Candidate]:
+    """(TW, KD, BM, warps, stages): whole lines where they fit, else windows with 16-byte aligned starts."""
+    if shape.stride != (1, 1) or shape.dtype not in _HALF:
+        return []
+    width, out = shape.size[1], shape.out[1]
+    reach = (shape.kernel[1] - 1) * shape.dilation[1] + 1
+    tiles: list[tuple[int, int]] = []
+    side = _power(max(width, out, 16))
+    if side <= 64:
+        tiles.append((side, side))
+    ahead = -(-shape.padding[1] // 8) * 8
+    for tw in (64, 32, 16):
+        kd = _power(ahead + tw + reach - 1 - shape.padding[1])
+        if tw < side and kd <= 128 and (not tiles or kd <= 2 * tw):
+            tiles.append((tw, kd))
+    many = images * shape.out[0] >= 256
+    found: list[Candidate] = []
+    for k, (tw, kd) in enumerate(tiles[:2]):
+        found.append((tw, kd, 128 if many else 64, 4, 3))
+        if many and k == 0:
+            found += [(tw, kd, 256, 8, 3), (tw, kd, 128, 4, 4), (tw, kd, 128, 8, 3)]
+    return found
+
+
+def _direct(shape: Shape, images: int) -> list[Candidate]:
+    """(strip, block, rows, warps): strips that divide the line, two or four channels a thread."""
+    out, kw = shape.out[1], shape.kernel[1]
+    if kw * 4 > _UNROLLED or not shape.last:
+        return []
+    strips = sorted({s for s in (14, 8, 7, 4) if kw * s <= _UNROLLED}, key=lambda s: (-(-out // s) * s / out - s / 40))
+    block = next((b for b in (64, 32) if shape.channels % b == 0), min(64, _power(shape.channels)))
+    found: list[Candidate] = []
+    for s in strips[:2]:
+        for each, warps in ((2, 8), (4, 4)):
+            found.append(("direct", s, block, max(1, each * 32 * warps // block), warps))
+    return found
+
+
+def _power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+# -- launches ---------------------------------------------------------------------------------------------------------
+
+
+def launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, *, interpret: bool = False) -> Tensor:
+    """Run one candidate. x is dense in the layout that ``shape`` names; taps [kh, kw, C] is contiguous."""
+    if interpret:
+        from . import interpreter
+        from . import launch as launching
+
+        with interpreter.lock, launching._loading, interpreter.repaired(), launching._interpreting(True):
+            return _launch(how, shape, x, taps, bias, True)
+    return _launch(how, shape, x, taps, bias, False)
+
+
+def _launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, interpret: bool) -> Tensor:
+    if how[0] == "library":
+        return library(x, taps, bias, shape)
+    layout = torch.channels_last if shape.last else torch.contiguous_format
+    y = torch.empty((x.shape[0], shape.channels, *shape.out), dtype=x.dtype, device=x.device, memory_format=layout)
+    if how[0] == "direct":
+        _run_direct(how, shape, x, taps, bias, y, interpret)
+    elif how[0] == "toeplitz":
+        _run_toeplitz(how, shape, x, taps, bias, y, interpret)
+    else:
+        module = load_module(template.TOEPLITZ, interpret=interpret)
+        flat = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels)
+        result = torch.empty(y.shape, dtype=x.dtype, device=x.device)
+        _run_toeplitz(how, shape, flat, taps, bias, result, interpret)
+        _turn(module, result, y, shape.channels, shape.out[0] * shape.out[1])
+    return y
+
+
+def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int) -> None:
+    grid = (-(-a // 64) * -(-b // 64), x.shape[0])
+    module.turn[grid](x, y, A=a, B=b, TA=64, TB=64, num_warps=4)
+
+
+def _run_direct(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
+                interpret: bool) -> None:  # fmt: skip
+    _, strip, block, rows, warps = how
+    text = template.direct(shape.channels, *shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strip,
+                           block)  # fmt: skip
+    module = load_module(text, interpret=interpret)
+    strips = x.shape[0] * shape.out[0] * -(-shape.out[1] // strip)
+    grid = (-(-strips // rows) * -(-shape.channels // block),)
+    module.conv[grid](x, taps, taps if bias is None else bias, y, strips, BR=rows, BIAS=bias is not None,
+                      ACTIVATION=shape.activation, num_warps=warps, num_stages=1)  # fmt: skip
+
+
+def _run_toeplitz(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
+                  interpret: bool) -> None:  # fmt: skip
+    _, tw, kd, bm, warps, stages = how
+    (h, w), (oh, ow), (kh, kw) = shape.size, shape.out, shape.kernel
+    c, ahead = shape.channels, 0 if kd >= w and tw >= ow else -(-shape.padding[1] // 8) * 8
+    length = tw + kd
+    module = load_module(template.TOEPLITZ, interpret=interpret)
+    packed = torch.empty(c * kh * 8 * length, dtype=x.dtype, device=x.device)
+    module.pack[(-(-packed.numel() // 1024),)](
+        taps, packed, KH=kh, KW=kw, C=c, DW=shape.dilation[1], FIRST=kd - 1 + shape.padding[1] - ahead, L=length, BLOCK=1024,
+        num_warps=4,
+    )  # fmt: skip
+    rows, tiles = x.shape[0] * oh, -(-ow // tw)
+    module.conv[(-(-rows // bm) * tiles, c)](
+        x, packed, packed if bias is None else bias, y, rows, C=c, H=h, W=w, OH=oh, OW=ow, KH=kh, DH=shape.dilation[0],
+        PH=shape.padding[0], PA=ahead, L=length, TILES=tiles, TW=tw, KD=kd, BM=bm, BIAS=bias is not None,
+        ACTIVATION=shape.activation, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def library(x: Tensor, taps: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
+    """ATen's convolution, then the activation in place."""
+    weight = taps.to(x.dtype).permute(2, 0, 1).unsqueeze(1).contiguous()
+    if shape.last:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = bias if bias is None else bias.to(x.dtype)
+    y = torch.ops.aten.convolution(x, weight, bias, shape.stride, shape.padding, shape.dilation, False, [0, 0], shape.channels)
+    return activated(y, shape.activation)
+
+
+def activated(y: Tensor, activation: str) -> Tensor:
+    """The activation, in place."""
+    if activation == "relu":
+        return y.relu_()
+    if activation in ("gelu", "gelu_tanh"):
+        return torch.ops.aten.gelu_(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return torch.ops.aten.silu_(y) if activation == "silu" else y
+
+
+# -- the operator -----------------------------------------------------------------------------------------------------
+
+
+def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+                   dilation: Sequence[int], activation: str) -> Tensor:  # fmt: skip
+    """fusionc::depthwise_conv on a GPU: the fastest candidate for this shape."""
+    from .tune import choose
+
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    if not last:
+        x = x.contiguous()
+    taps = taps.contiguous()
+    n, c, h, w = x.shape
+    kh, kw, _ = taps.shape
+    shape = Shape(c, (h, w), (kh, kw), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]),
+                  x.dtype, last and not x.is_contiguous(), bias is not None, activation)  # fmt: skip
+    if n * c * h * w == 0 or min(shape.out) <= 0:
+        return library(x, taps, bias, shape)
+    options = candidates(shape, n)
+    key = f"depthwise_conv {n} {shape} {taps.dtype}"
+    how = choose(key, options, lambda each: launch(each, shape, x, taps, bias), device=x.device)
+    return launch(how, shape, x, taps, bias)
