@@ -103,7 +103,8 @@ def test_candidates_fit_the_shape() -> None:
 
 
 @pytest.mark.cross
-@pytest.mark.parametrize("how", [("toeplitz", 64, 64, 128, 4, 3), ("toeplitz", 32, 64, 128, 4, 3), ("direct", 14, 64, 8, 8)], ids=str)
+@pytest.mark.parametrize("how", [("toeplitz", 64, 64, 128, 4, 3), ("toeplitz", 32, 64, 128, 4, 3),
+                                 ("direct", 14, 64, 8, 8)], ids=str)  # fmt: skip
 def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -117,13 +118,15 @@ def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
         constants |= {"BR": how[3]}
     else:
         module = load_module(template.TOEPLITZ)
-        constants |= {"C": 256, "H": 56, "W": 56, "OH": 56, "OW": 56, "KH": 7, "DH": 1, "PH": 3, "L": how[1] + how[2],
-                      "PA": 0 if how[1] == 64 else 8, "TILES": -(-56 // how[1]), "TW": how[1], "KD": how[2], "BM": how[3]}  # fmt: skip
+        constants |= {"C": 256, "H": 56, "W": 56, "OH": 56, "OW": 56, "KH": 7, "DH": 1, "PH": 3}
+        constants |= {"L": how[1] + how[2], "PA": 0 if how[1] == 64 else 8, "TILES": -(-56 // how[1]), "TW": how[1],
+                      "KD": how[2], "BM": how[3]}  # fmt: skip
     fn = module.conv
     kinds = {n: "constexpr" if n in constants else "i32" if n in ("rows", "strips") else "*bf16" for n in fn.arg_names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if kinds[n] == "*bf16"}
-    built = triton.compile(ASTSource(fn=fn, signature=kinds, constexprs=constants, attrs=attrs),
-                           target=GPUTarget("cuda", 90, 32), options={"num_warps": how[-2] if how[0] != "direct" else how[-1]})  # fmt: skip
+    source = ASTSource(fn=fn, signature=kinds, constexprs=constants, attrs=attrs)
+    warps = how[4]
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     registers, spills = _usage(built)
     assert spills <= 0 and registers < 255
     if how[0] == "toeplitz":

@@ -29,21 +29,21 @@ return (%y)
 
 
 def test_patches() -> None:
-    assert rewritten(OnCpu(), text(size=(8, 8), kernel=(4, 4), stride=4, padding=0, out=160)) == """
+    assert rewritten(OnCpu(), text(size=(8, 8), kernel=(4, 4), stride=4, padding=0, out=256)) == """
 %x: f64[2, 3, 8, 8]{192, 1, 24, 3} = input
-%w: f64[160, 3, 4, 4] = input
-%b: f64[160] = input
+%w: f64[256, 3, 4, 4] = input
+%b: f64[256] = input
 %view: f64[2, 3, 2, 4, 2, 4]{192, 1, 96, 24, 12, 3} = aten.view(%x, [2, 3, 2, 4, 2, 4])
 %permute: f64[2, 2, 2, 4, 4, 3]{192, 96, 12, 24, 3, 1} = aten.permute(%view, [0, 2, 4, 3, 5, 1])
 %clone: f64[2, 2, 2, 4, 4, 3] = aten.clone(%permute, memory_format=torch.contiguous_format)
 %view_1: f64[2, 2, 2, 48] = aten.view(%clone, [2, 2, 2, 48])
 %permute_1: f64[2, 48, 2, 2]{192, 1, 96, 48} = aten.permute(%view_1, [0, 3, 1, 2])
-%view_2: f64[160, 3, 1, 4, 1, 4] = aten.view(%w, [160, 3, 1, 4, 1, 4])
-%permute_2: f64[160, 1, 1, 4, 4, 3]{48, 16, 4, 4, 1, 16} = aten.permute(%view_2, [0, 2, 4, 3, 5, 1])
-%clone_1: f64[160, 1, 1, 4, 4, 3] = aten.clone(%permute_2, memory_format=torch.contiguous_format)
-%view_3: f64[160, 1, 1, 48] = aten.view(%clone_1, [160, 1, 1, 48])
-%permute_3: f64[160, 48, 1, 1] = aten.permute(%view_3, [0, 3, 1, 2])
-%convolution: f64[2, 160, 2, 2]{640, 1, 320, 160} = aten.convolution(%permute_1, %permute_3, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+%view_2: f64[256, 3, 1, 4, 1, 4] = aten.view(%w, [256, 3, 1, 4, 1, 4])
+%permute_2: f64[256, 1, 1, 4, 4, 3]{48, 16, 4, 4, 1, 16} = aten.permute(%view_2, [0, 2, 4, 3, 5, 1])
+%clone_1: f64[256, 1, 1, 4, 4, 3] = aten.clone(%permute_2, memory_format=torch.contiguous_format)
+%view_3: f64[256, 1, 1, 48] = aten.view(%clone_1, [256, 1, 1, 48])
+%permute_3: f64[256, 48, 1, 1] = aten.permute(%view_3, [0, 3, 1, 2])
+%convolution: f64[2, 256, 2, 2]{1024, 1, 512, 256} = aten.convolution(%permute_1, %permute_3, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 return (%convolution)
 """  # noqa: E501
 
@@ -51,7 +51,7 @@ return (%convolution)
 @pytest.mark.parametrize("shape", [
     {}, {"c": 1}, {"c": 4, "size": (15, 18)}, {"size": (17, 13), "kernel": (3, 5), "padding": 1},
     {"stride": 3, "kernel": (2, 4), "padding": 0, "size": (20, 23)}, {"kernel": (4, 4), "stride": 4, "padding": 0},
-    {"out": 160}, {"n": 1, "c": 2, "size": (9, 9), "kernel": (1, 1), "padding": 0},
+    {"out": 256}, {"n": 1, "c": 2, "size": (9, 9), "kernel": (1, 1), "padding": 0},
 ], ids=str)  # fmt: skip
 def test_values(shape: dict) -> None:
     check_values(OnCpu(), text(**shape), fired=1, exact=False)
@@ -59,7 +59,7 @@ def test_values(shape: dict) -> None:
 
 def test_columns_share_a_block() -> None:
     assert [strided_conv._columns_together(*each) for each in ((64, 112), (32, 112), (96, 55), (128, 112), (16, 6))] == \
-        [2, 4, 1, 1, 2]
+        [4, 4, 1, 2, 2]
 
 
 @pytest.mark.parametrize(("shape", "reason"), [
