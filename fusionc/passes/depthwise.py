@@ -87,7 +87,7 @@ class Depthwise(Pass):
         channels = like.shape[0]
         before = convs[0] if len(convs) == 1 else root
         frozen = all(facts.constant(w) for w in weights)
-        kind = torch.promote_types(like.dtype, torch.float32) if len(convs) > 1 else like.dtype
+        kind = torch.promote_types(like.dtype, torch.float32)  # no conversion in the kernel, sums of branches unrounded
         with gm.graph.inserting_before(before):
             bias = biases[0] if biases else None
             if len(biases) > 1:  # wide: rounded once, in the kernel
@@ -95,7 +95,10 @@ class Depthwise(Pass):
                 for each in biases[1:]:
                     bias = edit.insert(gm.graph, aten.add.Tensor, (bias, each), origin=convs)
             if not frozen:
-                turned = edit.insert(gm.graph, aten.permute.default, (weights[0], [2, 3, 0, 1]), origin=convs)
+                wide = weights[0]
+                if like.dtype != kind:
+                    wide = edit.insert(gm.graph, aten._to_copy.default, (wide,), {"dtype": kind}, origin=convs)
+                turned = edit.insert(gm.graph, aten.permute.default, (wide, [2, 3, 0, 1]), origin=convs)
                 flat = edit.insert(gm.graph, aten.clone.default, (turned,), {"memory_format": torch.contiguous_format},
                                    origin=convs)  # fmt: skip
                 taps = edit.insert(gm.graph, aten.view.default, (flat, [*size, channels]), origin=convs)
