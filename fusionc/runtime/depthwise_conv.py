@@ -90,17 +90,17 @@ def _toeplitz(shape: Shape, images: int) -> list[Candidate]:
 
 
 def _direct(shape: Shape, images: int) -> list[Candidate]:
-    """(strip, block, rows, warps): strips that divide the line, two or four channels a thread."""
+    """("direct", strip, block, rows, warps): strips that waste little of a line, four channels a thread.
+
+    H200: two channels a thread are up to twice slower, 64 channels per program too; narrow images want short strips.
+    """
     out, kw = shape.out[1], shape.kernel[1]
     if kw * 4 > _UNROLLED or not shape.last:
         return []
-    strips = sorted({s for s in (14, 8, 7, 4) if kw * s <= _UNROLLED}, key=lambda s: (-(-out // s) * s / out - s / 40))
-    block = next((b for b in (64, 32) if shape.channels % b == 0), min(64, _power(shape.channels)))
-    found: list[Candidate] = []
-    for s in strips[:2]:
-        for each, warps in ((2, 8), (4, 4)):
-            found.append(("direct", s, block, max(1, each * 32 * warps // block), warps))
-    return found
+    fitting = [s for s in (14, 8, 7, 4) if kw * s <= _UNROLLED and -(-out // s) * s <= 1.25 * out] or [4]
+    strips = sorted(fitting, key=lambda s: abs(s - (14 if out >= 56 else 7 if out > 7 else 4)))[:3]
+    block = min(32, _power(shape.channels))
+    return [("direct", s, block, 4 * 32 * warps // block, warps) for s in strips for warps in (4, 2)]
 
 
 def _power(n: int) -> int:

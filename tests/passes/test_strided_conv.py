@@ -37,15 +37,31 @@ def test_patches() -> None:
 %permute: f64[2, 2, 2, 4, 4, 3]{192, 96, 12, 24, 3, 1} = aten.permute(%view, [0, 2, 4, 3, 5, 1])
 %clone: f64[2, 2, 2, 4, 4, 3] = aten.clone(%permute, memory_format=torch.contiguous_format)
 %view_1: f64[2, 2, 2, 48] = aten.view(%clone, [2, 2, 2, 48])
-%permute_1: f64[2, 48, 2, 2]{192, 1, 96, 48} = aten.permute(%view_1, [0, 3, 1, 2])
 %view_2: f64[256, 3, 1, 4, 1, 4] = aten.view(%w, [256, 3, 1, 4, 1, 4])
-%permute_2: f64[256, 1, 1, 4, 4, 3]{48, 16, 4, 4, 1, 16} = aten.permute(%view_2, [0, 2, 4, 3, 5, 1])
-%clone_1: f64[256, 1, 1, 4, 4, 3] = aten.clone(%permute_2, memory_format=torch.contiguous_format)
+%permute_1: f64[256, 1, 1, 4, 4, 3]{48, 16, 4, 4, 1, 16} = aten.permute(%view_2, [0, 2, 4, 3, 5, 1])
+%clone_1: f64[256, 1, 1, 4, 4, 3] = aten.clone(%permute_1, memory_format=torch.contiguous_format)
 %view_3: f64[256, 1, 1, 48] = aten.view(%clone_1, [256, 1, 1, 48])
-%permute_3: f64[256, 48, 1, 1] = aten.permute(%view_3, [0, 3, 1, 2])
-%convolution: f64[2, 256, 2, 2]{1024, 1, 512, 256} = aten.convolution(%permute_1, %permute_3, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-return (%convolution)
-"""  # noqa: E501
+%view_4: f64[8, 48] = aten.view(%view_1, [8, 48])
+%view_5: f64[256, 48] = aten.view(%view_3, [256, 48])
+%t: f64[48, 256]{1, 48} = aten.t(%view_5)
+%mm: f64[8, 256] = aten.mm(%view_4, %t)
+%view_6: f64[2, 2, 2, 256] = aten.view(%mm, [2, 2, 2, 256])
+%permute_2: f64[2, 256, 2, 2]{1024, 1, 512, 256} = aten.permute(%view_6, [0, 3, 1, 2])
+return (%permute_2)
+"""
+
+
+@pytest.mark.parametrize(("bias", "reader", "product"), [
+    ("b", "return (%s)", "addmm"), ("b", "return (%s, %y)", "mm"), ("wide", "return (%s)", "mm"),
+])  # fmt: skip
+def test_patches_take_their_bias(bias: str, reader: str, product: str) -> None:
+    given = text(size=(8, 8), kernel=(4, 4), stride=4, padding=0, out=8).replace("return (%y)", f"""\
+%wide: f64[1, 8, 1] = aten.view(%b, [1, 8, 1])
+%v: f64[8, 1, 1] = aten.view(%{bias}, [-1, 1, 1])
+%s: f64[2, 8, 2, 2]{{32, 1, 16, 8}} = aten.add(%y, %v)
+{reader}""")
+    new = check_values(OnCpu(), given, fired=1, exact=False)
+    assert len(list(new.graph.find_nodes(op="call_function", target=getattr(torch.ops.aten, product).default))) == 1
 
 
 @pytest.mark.parametrize("shape", [
@@ -101,5 +117,6 @@ def test_refuses_symbolic_sizes() -> None:
 
 def test_elsewhere_nothing_changes() -> None:
     check_values(StridedConv(), text(), fired=0)
+    check_values(OnCpu(), text(c=12, kernel=(2, 2), padding=0, size=(15, 16)), fired=0)  # a line is left over
     gm, _ = apply(OnCpu(), text(c=5))  # enough channels
     assert call(gm, inputs_for(gm)) and len(gm.graph.nodes) == 5

@@ -465,7 +465,7 @@ def _gelu_of_half(x: E) -> E:
     """
     t = add(mul(unary("abs", x), fc(0.3275911 * math.sqrt(0.5), x)), fc(1, x))
     t = unary("rsqrt", mul(t, t))  # 1 / t is many instructions, this is one
-    p = fc(0.5 * 1.061405429, x)
+    p: E = fc(0.5 * 1.061405429, x)
     for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         p = add(mul(p, t), fc(0.5 * c, x))
     tail = mul(mul(p, t), unary("exp2", mul(mul(x, x), fc(-0.5 * math.log2(math.e), x))))
