@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import importlib
 
-_HOMES = {"conv_relu": "conv_relu", "depthwise_conv": "depthwise_conv"}  # operator -> file
+_HOMES = {  # operator -> file
+    "conv_relu": "conv_relu",
+    "depthwise_conv": "depthwise_conv",
+    "depthwise_conv_weight": "depthwise_conv",
+}
 
 
 def load(name: str) -> None:

@@ -3,7 +3,8 @@
 Math       y[n, c, p, q] = f(b[c] + Σᵢⱼ taps[i, j, c] x[n, c, s p + d i − P, s q + d j − P]),  zero outside of x
 Shapes     x [N, C, H, W] contiguous or channels-last, floating; taps [kh, kw, C] and bias [C] of x's dtype or float32;
            activation "", "relu", "gelu", "gelu_tanh", "silu" → [N, C, H', W'] of x's dtype and layout
-Gradient   none: it stands in inference graphs and, after AOTAutograd, in forward and backward graphs
+Gradient   of the taps: ``depthwise_conv_weight`` (stride 1); of x: the same operator with the taps turned round; no
+           autograd rule: they stand in inference graphs and, after AOTAutograd, in forward and backward graphs
 Source     ``codegen/templates/depthwise_conv.py`` has the kernels and their sources
 """
 
@@ -40,7 +41,8 @@ def _reference(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[in
 def _cuda(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
           dilation: Sequence[int], activation: str) -> Tensor:  # fmt: skip
     home = importlib.import_module("fusionc.runtime.depthwise_conv")
-    return home.depthwise_conv(x, taps, bias, stride, padding, dilation, activation)
+    with torch.cuda.device_of(x):
+        return home.depthwise_conv(x, taps, bias, stride, padding, dilation, activation)
 
 
 def _fake(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
@@ -50,6 +52,32 @@ def _fake(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], p
     return x.new_empty((x.shape[0], x.shape[1], *sizes)).contiguous(memory_format=layout_of(x))
 
 
+_LIBRARY.define("depthwise_conv_weight(Tensor grad, Tensor x, SymInt[] kernel, SymInt[] padding, SymInt[] dilation) -> Tensor")
+
+
+def _weight_reference(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Gradient of the taps [kh, kw, C] of a convolution of stride 1, in float32 or wider."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = torch.empty((x.shape[1], 1, *kernel), dtype=wide, device=x.device)
+    found = torch.ops.aten.convolution_backward(grad.to(wide), x.to(wide), weight, None, [1, 1], padding, dilation, False,
+                                                [0, 0], x.shape[1], [False, True, False])[1]  # fmt: skip
+    return found.squeeze(1).permute(1, 2, 0).contiguous()
+
+
+def _weight_cuda(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    home = importlib.import_module("fusionc.runtime.depthwise_conv")
+    with torch.cuda.device_of(x):
+        return home.depthwise_conv_weight(grad, x, kernel, padding, dilation)
+
+
+def _weight_fake(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((*kernel, x.shape[1]), dtype=wide)
+
+
 _LIBRARY.impl("depthwise_conv", _reference, "CPU")
+_LIBRARY.impl("depthwise_conv_weight", _weight_reference, "CPU")
+_LIBRARY.impl("depthwise_conv_weight", _weight_cuda, "CUDA")
+torch.library.register_fake("fusionc::depthwise_conv_weight", _weight_fake, lib=_LIBRARY)
 _LIBRARY.impl("depthwise_conv", _cuda, "CUDA")
 torch.library.register_fake("fusionc::depthwise_conv", _fake, lib=_LIBRARY)

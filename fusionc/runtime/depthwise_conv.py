@@ -246,3 +246,93 @@ def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequenc
 
     how = choose(key, options, lambda each: launch(each, shape, x, taps, bias), device=x.device, check=right, prepare=prepare)
     return launch(how, shape, x, taps, bias)
+
+
+# -- the gradient of the taps -----------------------------------------------------------------------------------------
+
+
+def launch_weight(how: Candidate, shape: Shape, grad: Tensor, x: Tensor, *, interpret: bool = False) -> Tensor:
+    """The gradient of the taps [kh, kw, C] in float32 by one candidate: ("library",), or
+    ("toeplitz" or "turned", TW, KD, BM, warps, stages, parts)."""
+    if how[0] == "library":
+        return _library_weight(shape, grad, x)
+    if interpret:
+        from . import interpreter
+        from . import launch as launching
+
+        with interpreter.lock, launching._loading, interpreter.repaired(), launching._interpreting(True):
+            return _run_weight(how, shape, grad, x, True)
+    return _run_weight(how, shape, grad, x, False)
+
+
+def _run_weight(how: Candidate, shape: Shape, grad: Tensor, x: Tensor, interpret: bool) -> Tensor:
+    kind, tw, kd, bm, warps, stages, parts = how
+    (h, w), (oh, ow), (kh, kw), c = shape.size, shape.out, shape.kernel, shape.channels
+    if kind == "turned":
+        turning = load_module(template.TOEPLITZ, interpret=interpret)
+        flat = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (grad, x)]
+        for source, place in zip((grad, x), flat):
+            _turn(turning, source, place, source.shape[2] * source.shape[3], c)
+        grad, x = flat
+    ahead = 0 if kd >= w and tw >= ow else -(-shape.padding[1] // 8) * 8
+    module = load_module(template.WEIGHT, interpret=interpret)
+    out = torch.empty((parts, kh, kw, c), dtype=torch.float32, device=x.device)
+    _start(
+        module.weight, (kh * parts, c), x, grad, out, x.shape[0] * oh,
+        C=c, H=h, W=w, OH=oh, OW=ow, KH=kh, KW=kw, DH=shape.dilation[0], DW=shape.dilation[1], PH=shape.padding[0],
+        PW=shape.padding[1], PA=ahead, TILES=-(-ow // tw), TW=tw, KD=kd, KP=_power(kw), BM=bm, PARTS=parts,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out[0] if parts == 1 else out.sum(0)
+
+
+def _library_weight(shape: Shape, grad: Tensor, x: Tensor) -> Tensor:
+    weight = torch.empty((shape.channels, 1, *shape.kernel), dtype=x.dtype, device=x.device)
+    found = torch.ops.aten.convolution_backward(grad, x, weight, None, shape.stride, shape.padding, shape.dilation, False,
+                                                [0, 0], shape.channels, [False, True, False])[1]  # fmt: skip
+    return found.squeeze(1).permute(1, 2, 0).float().contiguous()
+
+
+@functools.lru_cache(maxsize=512)
+def weight_candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
+    """Implementations of the gradient of the taps, a good default first."""
+    found: list[Candidate] = []
+    tiles = list(dict.fromkeys(c[:2] for c in _toeplitz(shape, images)))[:1]
+    for tw, kd in tiles:
+        steps = -(-images * shape.out[0] // 64) * -(-shape.out[1] // tw)
+        parts = max(1, min(steps // 4, 8, 512 // (shape.channels * shape.kernel[0])))
+        for bm, warps in ((64, 4), (128, 4), (128, 8)):
+            found.append(("turned" if shape.last else "toeplitz", tw, kd, bm, warps, 3, parts))
+    return (*found, ("library",))
+
+
+def depthwise_conv_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int],
+                          dilation: Sequence[int]) -> Tensor:  # fmt: skip
+    """fusionc::depthwise_conv_weight on a GPU: the fastest candidate for this shape."""
+    from .tune import choose
+
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
+    n, c, h, w = x.shape
+    shape = Shape(c, (h, w), (kernel[0], kernel[1]), (1, 1), (padding[0], padding[1]), (dilation[0], dilation[1]), x.dtype,
+                  last, False, "")  # fmt: skip
+    if n * c * h * w == 0 or min(shape.out) <= 0:
+        return _library_weight(shape, grad, x)
+    options = weight_candidates(shape, n)
+
+    def right(how: Candidate) -> bool:
+        want = _library_weight(shape, grad, x)
+        return bool((launch_weight(how, shape, grad, x) - want).norm() <= 0.02 * want.norm())
+
+    def prepare(how: Candidate) -> None:
+        _compiling.on = True
+        try:
+            if how != ("library",):
+                launch_weight(how, shape, grad, x)
+        finally:
+            _compiling.on = False
+
+    key = f"depthwise_conv_weight {n} {shape}"
+    how = choose(key, options, lambda each: launch_weight(each, shape, grad, x), device=x.device, check=right, prepare=prepare)
+    return launch_weight(how, shape, grad, x)

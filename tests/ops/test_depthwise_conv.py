@@ -42,7 +42,7 @@ TOEPLITZ = [
     ({"kernel": (7, 7), "size": (9, 14)}, (16, 16)),
     ({"kernel": (7, 7), "size": (6, 40), "c": 2}, (16, 32)),
     ({"kernel": (5, 13), "size": (8, 56), "c": 1, "activation": "gelu"}, (64, 64)),
-    ({"kernel": (31, 31), "size": (20, 20), "c": 1, "activation": "silu"}, (32, 32)),
+    ({"kernel": (31, 31), "size": (7, 20), "n": 1, "c": 1, "activation": "silu"}, (32, 32)),
     ({"kernel": (3, 5), "size": (12, 25), "dilation": (2, 3), "bias": False}, (32, 32)),
     ({"kernel": (3, 7), "size": (9, 33), "padding": (0, 1), "activation": "relu", "c": 2}, (16, 32)),
     ({"kernel": (4, 6), "size": (7, 12), "padding": (3, 5), "activation": "gelu_tanh"}, (32, 32)),
@@ -82,6 +82,23 @@ def test_reference_and_library(given: dict) -> None:
     assert (runtime.library(x, taps, b, shape).double() - want).norm() <= 3e-3 * want.norm()
     torch.library.opcheck(torch.ops.fusionc.depthwise_conv.default, (x, taps, b, shape.stride, shape.padding, shape.dilation,
                           shape.activation), test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("given", "tile"), [TOEPLITZ[1], TOEPLITZ[4], TOEPLITZ[6]], ids=str)
+@pytest.mark.parametrize(("last", "parts"), [(False, 1), (True, 3)])
+def test_gradient_of_taps(given: dict, tile: tuple[int, int], last: bool, parts: int) -> None:
+    shape, x, taps, _, want = make(**{**given, "bias": False, "activation": ""}, last=last)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    wide = taps.double().requires_grad_()
+    F.conv2d(x.double(), wide.permute(2, 0, 1).unsqueeze(1), None, shape.stride, shape.padding, shape.dilation,
+             shape.channels).backward(grad.double())  # fmt: skip
+    how = ("turned" if last else "toeplitz", *tile, 16, 4, 2, parts)
+    for got in (runtime.launch_weight(how, shape, grad, x, interpret=True), runtime._library_weight(shape, grad, x),
+                torch.ops.fusionc.depthwise_conv_weight(grad, x, shape.kernel, shape.padding, shape.dilation)):
+        assert got.dtype == torch.float32 and got.shape == taps.shape and got.is_contiguous()
+        assert (got - wide.grad).norm() <= 2e-3 * wide.grad.norm()
 
 
 def test_candidates_fit_the_shape() -> None:

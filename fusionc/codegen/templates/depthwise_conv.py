@@ -111,6 +111,52 @@ def turn(x, y, A: tl.constexpr, B: tl.constexpr, TA: tl.constexpr, TB: tl.conste
 '''
 
 
+WEIGHT = '''
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sum(a, b):
+    return a + b
+
+
+@triton.jit
+def weight(x, grad, out, rows, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
+           KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+           PA: tl.constexpr, TILES: tl.constexpr, TW: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr,
+           BM: tl.constexpr, PARTS: tl.constexpr):
+    """out[part, i, :, c]: sums along the diagonals of Σ grad[rows, w0 : w0 + TW]ᵀ @ x[rows + i, s0 : s0 + KD]."""
+    i = tl.program_id(0) % KH
+    part = tl.program_id(0) // KH
+    c = tl.program_id(1).to(tl.int64)
+    a = tl.arange(0, KD)
+    b = tl.arange(0, TW)
+    total = tl.full((TW, KD), 0.0, tl.float32)
+    steps = (rows + BM - 1) // BM * TILES
+    for step in range(part, steps, PARTS):
+        tile = step % TILES
+        row = step // TILES * BM + tl.arange(0, BM)
+        live = row < rows
+        n = (row // OH).to(tl.int64)
+        h = row % OH
+        right = tile * TW + b
+        given = tl.load(grad + (n * (C * OH * OW) + c * (OH * OW) + h * OW)[:, None] + right[None, :],
+                        mask=live[:, None] & (right < OW)[None, :], other=0.0)
+        line = h - PH + i * DH
+        column = tile * TW - PA + a
+        inside = (live & (line >= 0) & (line < H))[:, None] & ((column >= 0) & (column < W))[None, :]
+        pixels = tl.load(x + (n * (C * H * W) + c * (H * W) + line * W)[:, None] + column[None, :], mask=inside, other=0.0)
+        total = tl.dot(tl.trans(given), pixels, total, input_precision="ieee")
+    j = tl.arange(0, KP)
+    at = b[:, None] + (j * DW)[None, :] + (PA - PW)
+    ok = (at >= 0) & (at < KD)
+    diagonal = tl.where(ok, tl.gather(total, tl.where(ok, at, 0), 1), 0.0)
+    found = tl.reduce(diagonal, 0, _sum)
+    tl.store(out + ((part * KH + i) * KW + j) * C + c, found, mask=j < KW)
+'''
+
+
 def direct(
     channels: int, height: int, width: int, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
     dilation: tuple[int, int], strip: int, block: int
