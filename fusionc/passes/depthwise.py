@@ -86,7 +86,7 @@ class Depthwise(Pass):
         assert like is not None
         channels = like.shape[0]
         before = convs[0] if len(convs) == 1 else root
-        frozen = all(facts.constant(w) for w in weights)
+        frozen = all(_frozen(w, facts) for w in weights)
         kind = torch.promote_types(like.dtype, torch.float32)  # no conversion in the kernel, sums of branches unrounded
         with gm.graph.inserting_before(before):
             bias = biases[0] if biases else None
@@ -137,13 +137,18 @@ def _branches(node: Node, facts: Facts, sums: dict[Node, list[Node]]) -> list[No
     first = convs[0]
     alike = all(c.args[0] is first.args[0] and c.args[3] == first.args[3] and same_layout(tensor(c), tensor(node)) for c in convs)
     whole = all(isinstance(n, int) for c in convs for a in (shape(c.args[1]), *c.args[3:6]) for n in a)  # type: ignore[union-attr]
-    if not alike or not whole or not all(facts.constant(c.args[1]) for c in convs):
+    if not alike or not whole or not all(_frozen(c.args[1], facts) for c in convs):
         return None
     size, padding, _, _ = _merged(convs)
     reaches = [tuple((k - 1) * d + 1 for k, d in zip(shape(c.args[1])[2:], c.args[5])) for c in convs]  # type: ignore[index]
     height, width = shape(first.args[0])[2:]  # type: ignore[index]
     out = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), padding, size, first.args[3])]
     return convs if tuple(size) in reaches and out == list(shape(node)[2:]) else None  # type: ignore[index]
+
+
+def _frozen(weight: Any, facts: Facts) -> bool:
+    """Does the weight stay as it is for many calls? In training it changes with each."""
+    return facts.stage == "inference" and isinstance(weight, Node) and facts.constant(weight)
 
 
 def _merged(convs: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], list[Placement]]:

@@ -88,6 +88,11 @@ def test_activations_of_weights_in_training(activation: str) -> None:
     assert len(list(new.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default))) == 1
 
 
+def test_training_has_no_derived_weights() -> None:
+    assert "derived" not in rewritten(OnCpu(), ONE, "forward")
+    assert rewritten(OnCpu(), BLOCK, "forward").count("fusionc.depthwise_conv") == 3
+
+
 def test_stride_dilation_and_other_paddings() -> None:
     check_values(OnCpu(), ONE.replace("[2, 4, 9, 8]{288, 1, 32, 4} = aten", "[2, 4, 4, 4]{64, 1, 16, 4} = aten")
                  .replace("[1, 1], [3, 3], [1, 1]", "[2, 2], [6, 6], [2, 2]")
