@@ -14,7 +14,6 @@ from .conv_bn import ConvBatchNorm
 from .conv_relu import ConvRelu
 from .cse import CommonSubexpressions
 from .depthwise import Depthwise
-from .depthwise_backward import DepthwiseBackward
 from .horizontal_matmul import HorizontalMatmul
 from .manager import named_approximate, run, run_passes, static_inputs
 from .max_pool import MaxPool
@@ -39,7 +38,6 @@ PIPELINE: tuple[Step, ...] = (
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
-    Step(43, DepthwiseBackward(), "graph", "beside its forward"),
     Step(44, Depthwise(), "graph", "takes the bias along, so before it is split off"),
     Step(45, ConvBias(), "graph", "once equal convolutions are one node"),
     Step(46, MaxPool(), "graph", "moves in front of the bias that was just split off"),

@@ -26,7 +26,10 @@ aten = torch.ops.aten
 
 
 class DepthwiseBackward(Pass):
-    """convolution_backward → depthwise_conv, depthwise_conv_weight, sum."""
+    """convolution_backward → depthwise_conv, depthwise_conv_weight, sum.
+
+    Not in the pipeline before its kernel has been measured on a GPU; ``options={"passes": [DepthwiseBackward()]}``.
+    """
 
     name = "depthwise_backward"
     exactness = Reassociates(rtol=1e-6)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from fusionc.ir.expr import Const
+from fusionc.ir.lowering import pointwise
 from fusionc.ir.lowering.pointwise import _gelu_of_half
 
 
@@ -47,3 +49,16 @@ def test_specials() -> None:
     x = torch.tensor([float("inf"), float("nan"), -200.0])
     got = evaluate(_gelu_of_half(X), x)
     assert got[0] == float("inf") and got[1].isnan() and got[2] == 0
+
+
+@pytest.mark.parametrize("target", ["auto", "interpret"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rendered(target: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "_LONG_GELU", ())
+    torch._dynamo.reset()
+    x = torch.linspace(-6, 6, 501).to(dtype)
+    with torch.no_grad():
+        got = torch.compile(torch.nn.functional.gelu, backend="fusionc", dynamic=False, options={"target": target})(x)
+    want = torch.nn.functional.gelu(x.double())
+    eager = torch.nn.functional.gelu(x).double()
+    assert (got.double() - want).norm() <= 1.1 * (eager - want).norm()
