@@ -171,7 +171,8 @@ class Grouper:
     @staticmethod
     def _why_not(node: Node) -> str:
         name = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
-        return "" if name in LIBRARY or node.target is operator.getitem else "no lowering"
+        ours = getattr(node.target, "namespace", "") == "fusionc"
+        return "" if ours or name in LIBRARY or node.target is operator.getitem else "no lowering"
 
     def _check(self, node: Node, low: Lowering) -> None:
         vals = node.meta["val"]
