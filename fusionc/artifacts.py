@@ -171,6 +171,22 @@ def kernel_text(kernel: Kernel, plan: Any, source: str, language: str, name: str
     return "\n".join(lines)
 
 
+def many_text(many: Any, plan: Any, source: str, grid: int) -> str:
+    """kernel.py of a horizontal launch: data for program.py, which runs it on the right buffers."""
+    lines = [
+        '"""One launch of many small kernels. program.py in the folder above runs it; edit SOURCE and try."""',
+        "",
+        f"SYMBOL = {many.symbol!r}",
+        "LANGUAGE = 'triton'",
+        f"PLAN = {plan.to_json()!r}",
+        f"GRID = {grid}",
+        f"LOOP = r'''\n{many.text}\n'''",
+        f"SOURCE = r'''\n{source.rstrip()}\n'''",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def repro_text(gm: GraphModule, inputs: Sequence[Any], config: Config) -> str:
     """repro.py: the graph as a plain module; a graph that cannot be shown gives a program that says why."""
     options: dict[str, Any] = {}
@@ -223,8 +239,8 @@ def program_text(p: Program, gm: GraphModule, kernels: dict[str, Kernel]) -> str
         "import torch",
         "",
         "from fusionc.repro import Spec, make_inputs",
-        "from fusionc.standalone import allocate, current_stream, device, empty, index_error, load_kernels",
-        "from fusionc.standalone import missing, restride, run_program, view",
+        "from fusionc.standalone import allocate, carve, current_stream, device, empty, index_error, load_kernels",
+        "from fusionc.standalone import missing, restride, run_program, split, view, wrote",
         "",
         "INPUTS = [",
         *inputs,

@@ -6,10 +6,12 @@ into ATen graphs, each of which goes through `fusionc.compiler.compile_graph`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,24 +27,41 @@ _lock = threading.RLock()
 def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
             options: dict[str, Any] | None = None, **_: Any) -> Callable[..., Any]:  # fmt: skip
     """Compile a Dynamo graph.  Raises OptionError for an unknown mode or option, StrictError only under strict."""
+    with _without_collector():
+        return _compile(gm, example_inputs, Config.parse(mode, options))
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause Python's cycle collector: a full collection walks the graphs of all layers again and again and finds nothing
+    (of a 24-layer training step's compile time it was a quarter)."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch import config as functorch_config
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     from .artifacts import graph_label
+    from .runtime import tune
     from .warm import Warm
 
-    config = Config.parse(mode, options)
+    tune.configure(config.tune, config.cache)
     title = f"g{next(_numbers)}_{graph_label(gm)}"
     example_inputs = list(example_inputs)
     warm = Warm(gm, example_inputs, config, title)
     ready = warm.load()
     if ready is not None:
         return ready
-    derived: list[Any] = []
-    model_records: list[Any] = []
-    if not torch.is_grad_enabled():
-        gm, derived, model_records = _model_passes(gm, example_inputs, config)
+    gm, derived, model_records = _model_passes(gm, example_inputs, config)
     weights = None
     if derived:
         from .runtime.weights import DerivedWeights
@@ -97,7 +116,7 @@ def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, ti
     from .rescue import guarded
 
     name = title if stage == "inference" else f"{title}_{stage}"
-    with _lock:
+    with _lock, _without_collector():  # a backward graph comes later than `_compile`
         try:
             call, record = compile_graph(gm, example_inputs, config, stage, name)
             record.passes = [*model_records, *record.passes]
@@ -148,7 +167,9 @@ def decompositions() -> dict[Any, Any]:
         hardshrink softshrink celu selu xlogy heaviside
         hypot deg2rad rad2deg nan_to_num dot mv soft_margin_loss l1_loss addr std_mean var_mean
         slice_backward select_backward diagonal_backward masked_fill_ norm sinc expand_copy
-        special_entr special_log_ndtr frac stack t_copy addcmul_ rot90""".split()
+        special_entr special_log_ndtr frac stack t_copy addcmul_ rot90
+        reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pixel_shuffle
+        pixel_unshuffle""".split()
     packets = [getattr(aten, n) for n in names if hasattr(aten, n)]
     table = get_decompositions([p for p in packets if any(getattr(p, o) in decomposition_table for o in p.overloads())])
     table.pop(aten.var_mean.correction, None)

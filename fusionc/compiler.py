@@ -9,19 +9,19 @@ from __future__ import annotations
 import ctypes
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from . import artifacts, errors, program_cache, rescue
+from . import artifacts, errors, inplace, many, program_cache, rescue
 from .codegen import program as prog
 from .config import Config
+from .ir.alike import Alike
 from .ir.build import Builder, Built
-from .ir.expr import Index, Size, index
-from .ir.lowering.registry import DTYPE_NAME
+from .ir.expr import Index, Size
 from .ir.simplify import simplify
 from .ir.sizes import Unsupported, free_sizes, size_index, sizes_index, strides_index
 from .record import CallRecord, GraphRecord, GroupRecord
@@ -52,6 +52,7 @@ class Context:
     sources: dict[str, str] = field(default_factory=dict)  # symbol -> generated text
     loops: dict[str, str] = field(default_factory=dict)  # symbol -> loop IR, once linked
     program: prog.Program | None = None  # once linked
+    alike: Alike = field(default_factory=Alike)
 
 
 def device_of(gm: GraphModule) -> torch.device:
@@ -93,7 +94,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     found = slot.load(name)
     if found is not None:
         return found
-    gm, record.passes = run_passes(gm, "graph", config, example_inputs, stage=stage)
+    gm, record.passes = run_passes(gm, "graph", config, example_inputs, stage=stage, recompile=False)
     derived = gm.meta.get("fusionc_derived") or []
     record.timings["passes"] = time.perf_counter() - started
     if config.dump:
@@ -127,6 +128,8 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
 
 def boxed_eager(gm: GraphModule) -> Callable[[list[Any]], Any]:
     """The graph run node by node in ATen, with the calling convention of a Program."""
+
+    gm.recompile()  # passes have edited the graph and left its code as it was
 
     def call(args: list[Any]) -> Any:
         mine = list(args)
@@ -183,7 +186,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     alone: set[Node] = set()
     for _ in range(12):
         clock = time.perf_counter()
-        grouper = Grouper(cx.gm.graph, cx.device, never, alone)
+        grouper = Grouper(cx.gm.graph, cx.device, never, alone, cx.alike)
         units = grouper.run()
         cx.record.timings["group"] = cx.record.timings.get("group", 0.0) + time.perf_counter() - clock
         clock = time.perf_counter()
@@ -193,7 +196,11 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
         if not failed and not apart:
             clock = time.perf_counter()
             cx.record.kernels.clear()  # of an earlier round
-            symbols, bad = _compile_kernels(cx, lowered)
+            direct = inplace.write_in_place(cx, grouper, units, lowered, _stable_inputs(cx))
+            fused, symbols = many.compile_bundles(cx, many.find(cx, grouper, units, lowered, direct))
+            inside = {id(m) for b in fused for m in b.members}
+            more, bad = _compile_kernels(cx, [item for item in lowered if id(item) not in inside])
+            symbols |= more
             cx.record.timings["compile"] = cx.record.timings.get("compile", 0.0) + time.perf_counter() - clock
             failed = bad
         if not failed and not apart:
@@ -202,7 +209,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     else:
         raise errors.FusioncError(f"grouping of graph {cx.record.name} did not settle")
     clock = time.perf_counter()
-    out = _link(cx, grouper, units, lowered, symbols)
+    out = _link(cx, grouper, units, lowered, symbols, fused, direct)
     cx.record.timings["program"] = time.perf_counter() - clock
     return out
 
@@ -268,6 +275,29 @@ def _build_kernels(
 
 
 def _build_one(cx: Context, grouper: Grouper, group: Group, wanted: list[Node]) -> Built:
+    """The kernel of one group: built, or that of an earlier group that is alike (of 24 equal layers, 23 are)."""
+    key, nodes = cx.alike.key(
+        group.nodes,
+        group.loops,
+        group.axis,
+        group.index,
+        group.axis_index,
+        grouper.inline,
+        grouper.lowered.__contains__,
+        wanted,
+        cx.device.type,
+    )
+    known = cx.alike.found.get(key)
+    if known is None:
+        built = _build_new(cx, grouper, group, wanted)
+        seats = {n: k for k, n in enumerate(nodes)}
+        cx.alike.found[key] = (built.kernel, [seats[n] for n in built.inputs])
+        return built
+    kernel, inputs = known
+    return Built(kernel, tuple([nodes[k] for k in inputs]), tuple(wanted))
+
+
+def _build_new(cx: Context, grouper: Grouper, group: Group, wanted: list[Node]) -> Built:
     builder = Builder(
         group.nodes,
         group.loops,
@@ -299,11 +329,15 @@ def _compile_kernels(cx: Context, lowered: list[Lowered]) -> tuple[dict[str, Any
         by_text.setdefault(item.symbol, []).append(item)
     if not by_text:
         return {}, {}
+    kernels, counts = {s: items[0].built.kernel for s, items in by_text.items()}, {s: len(i) for s, i in by_text.items()}
     if cx.target == "cpp":
         from .targets.cpp import compile_all
+
+        functions, problems = compile_all(cx, kernels)
     else:
-        from .targets.triton import compile_all
-    functions, problems = compile_all(cx, {s: items[0].built.kernel for s, items in by_text.items()})
+        from .targets.triton import compile_all as compile_triton
+
+        functions, problems = compile_triton(cx, kernels, counts)
     bad: dict[Node, str] = {}
     if problems:
         artifacts.report_problems(cx, problems)
@@ -311,7 +345,6 @@ def _compile_kernels(cx: Context, lowered: list[Lowered]) -> tuple[dict[str, Any
         for item in by_text[symbol]:
             for n in item.group.nodes:
                 bad[n] = "its kernel could not be built"
-    counts = {s: len(items) for s, items in by_text.items()}
     for record in cx.record.kernels:
         record.uses = counts.get(record.symbol, record.uses)
     artifacts.describe_kernels(cx.record.kernels, {s: items[0].group.nodes for s, items in by_text.items()})
@@ -443,6 +476,20 @@ class _Linker:
         p.steps.append(prog.Call(name, p.constant(f"op_{label}", target), ", ".join(args)))
         self.name[node] = name
 
+    direct: dict[Node, Node] = {}
+
+    def output(self, node: Node) -> str:
+        """Name of the buffer for a result: a new one, or the input that it is written to."""
+        if node in self.direct:
+            name = self.name[node] = self.tensor(self.direct[node])
+            return name
+        val = node.meta["val"]
+        size, stride = sizes_index(val.shape), strides_index(val.stride())
+        self.use([*size, *stride])
+        name = self.name[node] = self.fresh("b")
+        self.program.steps.append(prog.Alloc(name, size, stride, val.dtype, val.device))
+        return name
+
     def launch(self, item: Lowered) -> None:
         p = self.program
         kernel = item.built.kernel
@@ -451,13 +498,7 @@ class _Linker:
             names.append(self.tensor(node))
             self.expect(node)
         for node in item.built.outputs:
-            val = node.meta["val"]
-            size, stride = sizes_index(val.shape), strides_index(val.stride())
-            self.use([*size, *stride])
-            name = self.fresh("b")
-            p.steps.append(prog.Alloc(name, size, stride, val.dtype, val.device))
-            self.name[node] = name
-            names.append(name)
+            names.append(self.output(node))
         for s in kernel.sizes:
             self.sizes[s.name] = s
         by_name = dict(zip([b.name for b in (*_inputs(item.built), *_outputs(item.built))], names, strict=True))
@@ -523,13 +564,16 @@ def _keeps_strides(node: Node) -> bool:
 
 
 def _link(
-    cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowered], symbols: dict[str, Any]
-) -> Callable[[list[Any]], Any]:
+    cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowered], symbols: dict[str, Any],
+    fused: Sequence[many.Bundle] = (), direct: Mapping[Node, Node] | None = None,
+) -> Callable[[list[Any]], Any]:  # fmt: skip
     link = _Linker(cx, grouper, lowered, symbols)
     p = link.program
     link.stable = _stable_inputs(cx)
+    link.direct = dict(direct or {})
     record = cx.record
     names = {r.symbol: r.name for r in record.kernels}
+    bundle_of = {id(m): b for b in fused for m in b.members}
     for unit in units:
         if isinstance(unit, Call):
             link.call(unit.node)
@@ -539,12 +583,17 @@ def _link(
                 record.calls.append(CallRecord(unit.node.name, str(unit.node.target), unit.reason))
         elif id(unit) in link.by_group:
             item = link.by_group[id(unit)]
-            link.launch(item)
+            bundle = bundle_of.get(id(item))
+            if bundle is None:
+                link.launch(item)
+            elif bundle.members[0] is item:
+                many.launch(link, bundle)
+            symbol = bundle.many.symbol if bundle else item.symbol
             record.groups.append(
                 GroupRecord(
                     name=f"group{len(record.groups)}",
                     nodes=[n.name for n in unit.nodes],
-                    kernel=names.get(item.symbol, item.symbol),
+                    kernel=names.get(symbol, symbol),
                     kind=item.built.kernel.kind,
                     inputs=[n.name for n in item.built.inputs],
                     outputs=[n.name for n in item.built.outputs],
@@ -556,16 +605,20 @@ def _link(
     results = results if isinstance(results, (list, tuple)) else (results,)
     p.results = tuple(prog.literal(p, r, link.operand) for r in results)
     link.bind_sizes()
+    if link.direct:
+        p.steps.append(prog.Wrote(tuple([link.name[n] for n in link.direct.values()])))
     _insert_frees(p)
     if cx.config.dump:
-        record.program = artifacts.program_text(p, cx.gm, {i.symbol: i.built.kernel for i in lowered})
+        kernels = {i.symbol: i.built.kernel for i in lowered if i.symbol}
+        record.program = artifacts.program_text(p, cx.gm, kernels | {b.many.symbol: b.many.signature for b in fused})
     if cx.config.strict:
         for c in record.calls:
             if c.reason:
                 raise errors.StrictError(
                     f"node {c.node} ({c.op}) was left to ATen: {c.reason}. Remove options['strict'] to allow it"
                 )
-    cx.program, cx.loops = p, {i.symbol: i.built.kernel.text for i in lowered}
+    cx.program, cx.loops = p, {i.symbol: i.built.kernel.text for i in lowered if id(i) not in bundle_of}
+    cx.loops |= {b.many.symbol: b.many.text for b in fused}
     return _compiled(cx, p)
 
 
@@ -627,11 +680,14 @@ def _index_error(kernel: str) -> None:
 def _namespace(cx: Context) -> dict[str, Any]:
     from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 
-    from .runtime.pool import allocate
+    from .runtime.pool import allocate, carve, split, wrote
 
     space: dict[str, Any] = {
         "empty": torch.empty_strided,
         "allocate": allocate,
+        "split": split,
+        "carve": carve,
+        "wrote": wrote,
         "view": _reinterpret_tensor,
         "restride": _restride,
         "index_error": _index_error,
@@ -652,4 +708,4 @@ def ctypes_function(address: int, buffers: int, sizes: int) -> Callable[..., int
     return prototype(address)
 
 
-__all__ = ["DTYPE_NAME", "compile_graph", "index"]
+__all__ = ["compile_graph"]

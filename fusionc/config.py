@@ -18,12 +18,14 @@ from fusionc.errors import OptionError
 
 MODES = ("default", "reduce-overhead", "max-autotune")
 TARGETS = ("auto", "interpret", "cpp", "aten", "sm_80", "sm_90", "sm_100", "gfx942")
+TUNE = ("default", "off", "max")
 WEIGHTS = ("checked", "frozen", "manual")
 ENVIRONMENT = {
     "dump": "FUSIONC_DUMP",
     "target": "FUSIONC_TARGET",
     "cache": "FUSIONC_CACHE",
     "verify": "FUSIONC_VERIFY",
+    "tune": "FUSIONC_TUNE",
 }
 _TRUE, _FALSE = ("1", "true", "on", "yes"), ("0", "false", "off", "no")
 
@@ -43,6 +45,7 @@ class Config:
     cache            True, False or a folder; FUSIONC_CACHE
     cudagraphs       "auto", True or False
     verify           check every stage; FUSIONC_VERIFY
+    tune             measure plans of kernels that cost time: "default", "off", "max" (that of max-autotune); FUSIONC_TUNE
     progress         "auto" (after 2 s, on a terminal), True or False
     """
 
@@ -58,6 +61,7 @@ class Config:
     cudagraphs: bool | str = "auto"
     verify: bool = False
     progress: bool | str = "auto"
+    tune: str = "default"
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Config:
@@ -76,6 +80,8 @@ class Config:
             if key not in _CHECKS:
                 raise OptionError(_unknown_option(key))
             values[key] = _checked(f"option {key!r}", key, value)
+        if values["mode"] == "max-autotune":
+            values.setdefault("tune", "max")
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
@@ -127,6 +133,8 @@ def _from_text(key: str, text: str) -> Any:
         return True
     if key in ("cache", "verify") and text.lower() in _FALSE:
         return False
+    if key == "tune" and text.lower() in _FALSE:
+        return "off"
     return text
 
 
@@ -190,4 +198,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "cudagraphs": _choice("auto", True, False),
     "verify": _bool,
     "progress": _choice("auto", True, False),
+    "tune": _choice(*TUNE),
 }

@@ -39,6 +39,82 @@ def native_group_norm(
     return y.to(x.dtype), mean.view(n, groups).to(stats), rstd.view(n, groups).to(stats)
 
 
+# `_foreach_…` operators work on lists of tensors; their parts fuse vertically and become one launch again.
+_UNARY = """abs acos asin atan ceil cos cosh erf erfc exp expm1 floor frac lgamma log log10 log1p log2 neg reciprocal round
+    rsqrt sigmoid sign sin sinh sqrt tan tanh trunc""".split()
+_BINARY = {
+    **{n: getattr(torch, n) for n in ("add", "sub", "mul", "div", "pow", "clamp_max", "clamp_min")},
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+}
+_WITH_NUMBER = {"maximum": torch.clamp_min, "minimum": torch.clamp_max}
+_WITH_LIST = {"clamp_max": torch.minimum, "clamp_min": torch.maximum}
+_TERNARY = {"addcmul": torch.addcmul, "addcdiv": torch.addcdiv}
+
+
+def _foreach(name: str, overload: str) -> Callable[..., Any] | None:
+    """`_foreach_<name>.<overload>` as one operator a tensor, or None if it is not one of those taken apart."""
+    if name in _UNARY and overload == "default":
+        one = getattr(torch, name)
+        return lambda xs: [one(x) for x in xs]
+    if name in _BINARY:
+        op = _BINARY[name]
+        scalar, tensor = _WITH_NUMBER.get(name, op), _WITH_LIST.get(name, op)
+        return {
+            "Scalar": lambda xs, y: [scalar(x, y) for x in xs],
+            "ScalarList": lambda xs, ys: [scalar(x, y) for x, y in zip(xs, ys, strict=True)],
+            "List": lambda xs, ys, **more: [tensor(x, y, **more) for x, y in zip(xs, ys, strict=True)],
+            "Tensor": lambda xs, y, **more: [tensor(x, y, **more) for x in xs],
+            "ScalarAndTensor": lambda x, ys: [op(x, y) for y in ys],
+        }.get(overload)
+    if name in _TERNARY:
+        ternary = _TERNARY[name]
+
+        def with_number(xs: list[Tensor], a: list[Tensor], b: list[Tensor], value: float = 1) -> list[Tensor]:
+            return [ternary(*t, value=value) for t in zip(xs, a, b, strict=True)]
+
+        def with_numbers(xs: list[Tensor], a: list[Tensor], b: list[Tensor], values: list[float]) -> list[Tensor]:
+            return [ternary(*t, value=n) for *t, n in zip(xs, a, b, values, strict=True)]
+
+        return with_number if overload == "Scalar" else with_numbers if overload == "ScalarList" else None
+    if name == "lerp":
+        return {
+            "List": lambda xs, ends, w: [torch.lerp(*t) for t in zip(xs, ends, w, strict=True)],
+            "Scalar": lambda xs, ends, w: [torch.lerp(x, e, w) for x, e in zip(xs, ends, strict=True)],
+        }.get(overload)
+    return None
+
+
+def _foreach_rules() -> dict[Any, Callable[..., Any]]:
+    out: dict[Any, Callable[..., Any]] = {}
+    for name in (*_UNARY, *_BINARY, *_TERNARY, "lerp"):
+        packet = getattr(torch.ops.aten, f"_foreach_{name}", None)
+        for overload in packet.overloads() if packet is not None else ():
+            found = _foreach(name, overload)
+            if found is not None:
+                out[getattr(packet, overload)] = found
+    return out
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a · b + c; how often it is rounded is the business of the kernel's compiler."""
+    return a * b + c
+
+
+def select(x: Tensor, dim: int, index: int) -> Any:
+    """The only element of a dimension is a squeeze, through which kernels fuse; others stay what they are."""
+    if type(x.shape[dim]) is int and x.shape[dim] == 1:
+        return torch.ops.aten.squeeze.dim(x, dim)
+    return NotImplemented
+
+
 def rules() -> dict[Any, Callable[..., Any]]:
-    """ATen overload → function."""
-    return {torch.ops.aten.native_group_norm.default: native_group_norm}
+    """Overload → function."""
+    out: dict[Any, Callable[..., Any]] = {
+        torch.ops.aten.native_group_norm.default: native_group_norm,
+        **_foreach_rules(),
+    }
+    out[torch.ops.aten.select.int] = select
+    if hasattr(torch.ops.prims, "fma"):
+        out[torch.ops.prims.fma.default] = fma
+    return out

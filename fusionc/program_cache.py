@@ -120,7 +120,8 @@ def _own_sources() -> str:
     """Hash of the top-level modules that shape a Program."""
     digest = hashlib.sha256()
     home = os.path.dirname(os.path.abspath(__file__))
-    for name in ("artifacts.py", "backend.py", "compiler.py", "program_cache.py", "rescue.py", "warm.py", "warm_training.py"):
+    names = "artifacts backend compiler inplace many program_cache rescue warm warm_training"
+    for name in [f"{n}.py" for n in names.split()]:
         with open(os.path.join(home, name), "rb") as stream:
             digest.update(hashlib.sha256(stream.read()).digest())
     return digest.hexdigest()
@@ -399,23 +400,33 @@ def _rebuild(payload: Mapping[str, Any], config: Config, stage: str, name: str, 
 def _launchers(cx: Context, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Launchers by symbol: C++ ones by the hash of their text, others (and lost ones) from the loop IR."""
     from .ir.text import parse_kernel
+    from .schedule.horizontal import parse_many
 
     launchers: dict[str, Any] = {}
     for each in entries:
         symbol, loop, source = each["symbol"], each["loop"], each["source"]
-        if not re.fullmatch(r"k_[0-9a-f]{8,64}", symbol) or not isinstance(loop, str):
+        if not re.fullmatch(r"[km]_[0-9a-f]{8,64}", symbol) or not isinstance(loop, str):
             raise ValueError("not a kernel")
         if source is not None and not re.fullmatch(r"[0-9a-f]{64}", source):
             raise ValueError("not a hash")
         # the symbol is the hash of the text, so the text needs no parsing where the binary is at hand
-        if f"k_{hashlib.sha256(loop.encode()).hexdigest()[:20]}" != symbol:
+        if f"{symbol[0]}_{hashlib.sha256(loop.encode()).hexdigest()[:20]}" != symbol:
             raise ValueError("the loop IR is not that of its symbol")
     if cx.target == "cpp":
         from .targets.cpp import load_all
 
+        if any(e["symbol"].startswith("m_") for e in entries):
+            raise ValueError("C++ has no horizontal launches")
         launchers = load_all(cx, {e["symbol"]: e["source"] for e in entries if e["source"]},
                              {e["symbol"]: e["loop"] for e in entries})  # fmt: skip
     lost = {e["symbol"]: e["loop"] for e in entries if e["symbol"] not in launchers}
+    fused = {s: parse_many(lost.pop(s)) for s in list(lost) if s.startswith("m_")}
+    if fused:
+        from .targets import many
+
+        launchers, problems = many.compile_all(cx, fused)
+        if problems:
+            return None
     if lost:
         if cx.target == "cpp":
             from .targets.cpp import compile_all

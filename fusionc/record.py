@@ -140,13 +140,14 @@ def name_kernels(graph: GraphRecord) -> None:
         groups = by_kernel.get(kernel.name, [])
         if groups and not kernel.nodes:
             kernel.nodes = list(groups[0].nodes)
-        found = re.fullmatch(r"k_[0-9a-f]{8,}(_part\d+)?", kernel.name)
+        found = re.fullmatch(r"[km]_[0-9a-f]{8,}(_part\d+)?", kernel.name)
         if found is None or not kernel.nodes:
             continue
         part = found.group(1) or ""
         words = [re.sub(r"(_default)?(_\d+)*$", "", n).removeprefix("native_").strip("_") for n in kernel.nodes]
         words = [w for w in dict.fromkeys(words) if w and w not in _PLAIN_WORDS] or words[:1]
-        base = "_".join(words if len(words) <= 4 else [*words[:3], f"and_{len(words) - 3}_more"])[:60]
+        many = "many_" if found.group().startswith("m_") else ""
+        base = many + "_".join(words if len(words) <= 4 else [*words[:3], f"and_{len(words) - 3}_more"])[:60]
         name, number = base + part, 1
         while name in taken:
             name, number = f"{base}_{number}{part}", number + 1

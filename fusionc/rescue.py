@@ -20,6 +20,7 @@ from .errors import StrictError, warn_once
 from .ir.interp import TORCH_DTYPE, run
 from .ir.loop import Kernel, evaluate
 from .ir.text import parse_kernel
+from .schedule.horizontal import parse_many
 
 _NAME = "fusionc_rescue"  # in the globals of a compiled Program; its text cannot mention it
 Boxed = Callable[[list[Any]], Any]
@@ -67,10 +68,8 @@ def _finish(error: Exception, frame: FrameType, rescue: Rescue, number: int, str
         "FUSIONC_DUMP=<folder> keeps its source, kernel.py there runs it alone",
     )
     values = {k: v for k, v in frame.f_locals.items() if k != "args"}
-    kernel = parse_kernel(rescue.loops[step.kernel])
-    sizes = {s.name: int(values[s.name]) for s in kernel.sizes}
     with torch.no_grad():
-        compute(kernel, [values[b] for b in step.buffers], sizes)
+        _again(rescue.loops[step.kernel], [values[b] for b in step.buffers], values)
     names = tuple(sorted(values))
     rest = rescue.rest.get((number, names))
     if rest is None:
@@ -101,6 +100,21 @@ def _failed_launch(error: Exception) -> tuple[FrameType, Rescue, int] | None:
             return tb.tb_frame, rescue, number
         tb = tb.tb_next
     return None
+
+
+def _again(text: str, tensors: Sequence[Any], values: Mapping[str, Any]) -> None:
+    """The work of the launch whose kernel has this text."""
+    if not text.startswith("{"):
+        kernel = parse_kernel(text)
+        compute(kernel, tensors, {s.name: int(values[s.name]) for s in kernel.sizes})
+        return
+    many = parse_many(text)
+    for item in many.items:
+        mine = []
+        for slot, first in item.slots:
+            t = tensors[slot]
+            mine.append(t.as_strided((1,), (1,), t.storage_offset() + first) if first else t)
+        compute(many.kernels[item.kernel], mine, {})
 
 
 def compute(kernel: Kernel, tensors: Sequence[Any], sizes: dict[str, int]) -> None:

@@ -23,12 +23,12 @@ from .ir.interp import TORCH_DTYPE, run
 from .ir.loop import Kernel, evaluate, kernel_bytes
 from .ir.text import parse_kernel
 from .repro import make_inputs
-from .runtime.pool import allocate
+from .runtime.pool import allocate, carve, split, wrote
 from .schedule.plan import Plan
 
 __all__ = [
-    "allocate", "current_stream", "device", "empty", "index_error", "load_kernels", "missing", "restride", "run_kernel",
-    "run_program", "view",
+    "allocate", "carve", "current_stream", "device", "empty", "index_error", "load_kernels", "missing", "restride",
+    "run_kernel", "run_program", "split", "view", "wrote",
 ]  # fmt: skip
 
 _SECONDS = 0.1  # of timing
@@ -330,8 +330,13 @@ def _literals(path: Path) -> dict[str, Any]:
 def _triton(found: list[dict[str, Any]], buffers: tuple[str, ...], sizes: tuple[str, ...]) -> Any:
     from .targets.triton import Part, bind
 
-    group = [Part(p["SYMBOL"], _kernel(p), Plan.from_dict(json.loads(p["PLAN"])), p["SOURCE"]) for p in found]
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "GRID" in found[0]:  # a horizontal launch
+        from .targets import many
+
+        (p,) = found
+        return many.bind(p["LOOP"].strip(), Plan.from_dict(json.loads(p["PLAN"])), p["SOURCE"], int(p["GRID"]), where)
+    group = [Part(p["SYMBOL"], _kernel(p), Plan.from_dict(json.loads(p["PLAN"])), p["SOURCE"]) for p in found]
     return bind(group, list(buffers), list(sizes), where)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `benchmarks` is a folder of the checkout, not part of the installed package
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import common, compile_time, cpu, gpu_check, gpu_workloads, host_cost  # noqa: E402
+from benchmarks import common, compile_time, cpu, gpu, gpu_models, gpu_workloads, host_cost  # noqa: E402
 from benchmarks.common import Case  # noqa: E402
 
 
@@ -191,35 +191,74 @@ def test_compile_time_command_reports_a_child_that_fails(tmp_path, capsys, monke
     "name", ["gelu_chain", "layernorm_train", "lm_head_ce_train", "small_images", "alibi_attention"]
 )
 def test_gpu_workloads_run_without_a_gpu(name, tmp_path, capsys):
-    gpu_check.child(name, ["eager", "floor"], "cpu", "tiny", 1, str(tmp_path / "lock"))
-    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith(gpu_check.MARK)]
-    results = [json.loads(x[len(gpu_check.MARK) :]) for x in lines]
+    gpu.child(name, ["eager", "floor"], "cpu", "tiny", 1, str(tmp_path / "lock"))
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith(gpu.MARK)]
+    results = [json.loads(x[len(gpu.MARK) :]) for x in lines]
     assert [r["backend"] for r in results] == ["eager", "eager", "floor", "floor"]
     assert "ms" in results[-1] and results[-1]["check"]["ok"]
 
 
 def test_gpu_workloads_have_distinct_names():
-    names = [w.name for w in gpu_workloads.WORKLOADS]
-    assert len(names) == len(set(names)) == 24
+    names = [w.name for w in (*gpu_workloads.WORKLOADS, *gpu_models.MODELS)]
+    assert len(names) == len(set(names)) == 24 + 20
 
 
-def test_gpu_command_survives_a_failing_workload(tmp_path, capsys):
+def test_gpu_command_survives_a_failing_workload_and_goes_on(tmp_path, capsys):
     path = tmp_path / "g.json"
-    arguments = ["--device", "cpu", "--tiny", "--only", "softmax", "--backends", "eager,nosuchbackend"]
-    assert gpu_check.main([*arguments, "--json", str(path), "--logs", str(tmp_path / "logs")]) == 1
+    arguments = ["--device", "cpu", "--tiny", "--only", "softmax", "--json", str(path), "--resume"]
+    more = ["--backends", "eager,nosuchbackend", "--logs", str(tmp_path / "logs")]
+    assert gpu.main([*arguments, *more]) == 1
     (row,) = json.loads(path.read_text())["rows"]
     assert "ms" in row["backends"]["eager"]
     assert "nosuchbackend" in row["backends"]["nosuchbackend"]["error"]
     assert "FAIL" in capsys.readouterr().out
+    assert gpu.main([*arguments, "--backends", "eager,floor", "--warm", "--svg", str(tmp_path / "g.svg")]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert set(row["backends"]) == {"eager", "nosuchbackend", "floor"} and row["backends"]["floor"]["warm_s"] > 0
+    assert ">softmax_65536<" in (tmp_path / "g.svg").read_text()
+    before = path.read_text()
+    assert gpu.main([*arguments, "--backends", "eager,floor", "--budget", "0"]) == 0  # nothing is left to do
+    assert json.loads(path.read_text())["rows"] == json.loads(before)["rows"]
+    assert gpu.main(["--render", str(path), "--backends", "eager,floor"]) == 0
+
+
+def test_gpu_command_out_of_time_asks_to_go_on(tmp_path, capsys):
+    path = tmp_path / "g.json"
+    arguments = ["--device", "cpu", "--tiny", "--only", "gelu", "--backends", "eager", "--budget", "0"]
+    assert gpu.main([*arguments, "--json", str(path)]) == 1
+    assert "go on with --resume" in capsys.readouterr().out
+    assert json.loads(path.read_text())["rows"][0]["backends"] == {}
+
+
+def verdict(ms, **more):
+    check = {"ok": True, "ratio": 1.0, "error": 0.0, "eager_error": 0.0, "note": ""}
+    return {"ms": ms, "compile_s": 12.3, "warm_s": 2.0, "peak_gb": 1.0, "check": check, **more}
 
 
 def test_gpu_table_stays_short():
-    verdict = {"ms": 1.234, "compile_s": 12.3, "peak_gb": 1.0, "check": {"ok": True, "ratio": 1.0}, "error": "e" * 500}
-    backends = ["eager", "fusionc", "inductor", "inductor:reduce-overhead"]
+    backends = ["eager", "inductor", "inductor:reduce-overhead", "fusionc"]
     rows = [
-        {"name": w.name, "limit_ms": 1.0, "backends": dict.fromkeys(backends, verdict)} for w in gpu_workloads.WORKLOADS
+        {"name": w.name, "limit_ms": 1.0, "backends": dict.fromkeys(backends, verdict(1.234, error="e" * 500))}
+        for w in gpu_workloads.WORKLOADS
     ]
-    assert len(gpu_check.compact_table(rows, backends)) <= 10_000
+    assert len(gpu.compact_table(rows, backends)) <= 10_000
+
+
+def test_gpu_table_says_what_the_goals_ask():
+    backends = ["eager", "inductor", "inductor:reduce-overhead", "fusionc"]
+    wrong = {"check": {"ok": False, "ratio": 9.0, "error": 0.5, "eager_error": 0.1, "note": "output 0"}}
+    times = {"a": (4.0, 2.0, 3.0, 1.0), "b": (1.0, 4.0, 2.0, 1.5), "c": (4.0, 0.1, 2.0, 2.0)}
+    rows = [{"name": n, "limit_ms": 0.5, "backends": dict(zip(backends, map(verdict, t)))} for n, t in times.items()]
+    rows[2]["backends"]["inductor"] |= wrong  # what was wrong is no peer
+    text = gpu.compact_table(rows, backends)
+    assert "slower than the best peer by more than 3 %: b 0.67" in text
+    assert f"fusionc is {common.cell(common.geomean([2.0, 2.0 / 1.5, 1.0]))}× Inductor's better mode" in text
+    assert "c inductor: WRONG" in text and "cold compile" in text and "warm compile" in text
+    line = next(t for t in text.splitlines() if t.startswith("| a "))
+    assert [c.strip() for c in line.split("|")][7:10] == ["2", "50", "1"]
+    svg = gpu.plot(rows, backends, "title <&>")
+    assert svg.count("<rect") == 1 + 3 + 9 and "title &lt;&amp;&gt;" in svg
+    __import__("xml.dom.minidom").dom.minidom.parseString(svg)
 
 
 def test_host_cost_measures_three_ways(tmp_path):

@@ -316,7 +316,7 @@ def hostile(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Changed payloads of a "warm" entry, none of which may be used."""
     for name in ("plan", "programs", "derived", "passes"):
         for value in (None, 5, [], {}, "x", [[[[]]]] * 1000):
-            if value != entry[name]:
+            if value != entry[name] and (name, value) != ("passes", []):  # a list for the report, which may be empty
                 yield {**entry, name: value}
     plan = entry["plan"]
     yield {**entry, "plan": {**plan, "increment": [10**9]}}

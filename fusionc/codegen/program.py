@@ -7,8 +7,9 @@ names.  Nothing of the user's reaches the text but integers; names go through `c
 
 from __future__ import annotations
 
+import functools
 import linecache
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..ir.expr import Expr, FloorDiv, Index, Mod, Size
 from .names import comment
 
 
+@functools.lru_cache(maxsize=1 << 14)  # expressions are interned, and layers use the same sizes
 def size_text(e: Expr) -> str:
     """A size expression as Python text over variables named like its Size symbols."""
     if isinstance(e, Size):
@@ -38,7 +40,8 @@ def size_text(e: Expr) -> str:
     return " + ".join(sorted(parts))
 
 
-def tuple_text(xs: Sequence[Expr]) -> str:
+@functools.lru_cache(maxsize=1 << 14)
+def tuple_text(xs: tuple[Expr, ...]) -> str:
     inner = ", ".join(size_text(x) for x in xs)
     return f"({inner},)" if len(xs) == 1 else f"({inner})"
 
@@ -65,6 +68,32 @@ class Alloc:
                 return [f"{self.name} = empty({args}, dtype={dtype})"]
             return [f"{self.name} = allocate({args}, {dtype})"]
         return [f"{self.name} = empty({args}, dtype={dtype}, device={p.constant('device', self.device)})"]
+
+
+@dataclass(frozen=True)
+class Carve:
+    """Several small uninitialised buffers in one allocation, each with a storage offset and a version of its own.
+
+    ``whole`` is the size of the allocation.  With ``rows`` the buffers are runs of rows of it (one operator makes them
+    all), else ``places`` has (size, stride, first element) of each.
+    """
+
+    names: tuple[str, ...]
+    whole: tuple[int, ...]
+    rows: tuple[int, ...]
+    places: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def text(self, p: Program) -> list[str]:
+        strides = [1]
+        for n in reversed(self.whole[1:]):
+            strides.insert(0, strides[0] * n)
+        args = f"{self.whole!r}, {tuple(strides)!r}, dtype={p.constant(str(self.dtype)[6:], self.dtype)}"
+        if self.device.type != "cpu":
+            args += f", device={p.constant('device', self.device)}"
+        how = f"split(empty({args}), {self.rows!r})" if self.rows else f"carve(empty({args}), {self.places!r})"
+        return [f"{', '.join(self.names)} = {how}"]
 
 
 @dataclass(frozen=True)
@@ -159,7 +188,17 @@ class Assign:
         return [f"{self.name} = {self.value}"]
 
 
-Step = Alloc | Launch | Call | Expect | View | Free | Assign
+@dataclass(frozen=True)
+class Wrote:
+    """Arguments that kernels wrote in place: autograd and caches of weights see it by their version."""
+
+    names: tuple[str, ...]
+
+    def text(self, p: Program) -> list[str]:
+        return [f"wrote(({', '.join(self.names)},))"]
+
+
+Step = Alloc | Carve | Launch | Call | Expect | View | Free | Assign | Wrote
 
 
 @dataclass

@@ -104,6 +104,8 @@ def render(kernel: Kernel, plan: Plan, name: str) -> str:
 
 
 class _Writer:
+    block = "tl.program_id(0)"  # text of the number of the program
+
     def __init__(self, kernel: Kernel, plan: Plan, name: str):
         self.k, self.plan, self.name = kernel, plan, name
         self.width = index_width(kernel)
@@ -130,7 +132,8 @@ class _Writer:
         self.line(f"{name} = {text}")
         return name
 
-    def module(self) -> str:
+    def body(self) -> None:
+        """Write the statements of the function, except its head."""
         k = self.k
         self.prologue()
         if self.looped:
@@ -141,6 +144,10 @@ class _Writer:
             self.emit([e for s in k.stores for e in (s.index, s.value)])
             for s in k.stores:
                 self.store(s)
+
+    def module(self) -> str:
+        k = self.k
+        self.body()
         params = [n for n, _ in parameters(k)] + (["WIDE: tl.constexpr"] if self.width is None else [])
         head = ["import triton", "import triton.language as tl"]
         if any("libdevice." in t for t in self.lines):
@@ -162,7 +169,7 @@ class _Writer:
                 block = min(block, next_power_of_2(k.inner.value))
             self.rblock = block
             self.line(f"RBLOCK: tl.constexpr = {block}")
-        self.line("pid = " + self.wide("tl.program_id(0)"))
+        self.line("pid = " + self.wide(self.block))
         if self.width is None:
             self.line("if WIDE:")
             self.line("    pid = pid.to(tl.int64)")
@@ -183,8 +190,10 @@ class _Writer:
     def variables(self, flat: str, vars: tuple[Var, ...], dims: int) -> None:
         """Recover the variables from their flattened position."""
         stride = index(1)
+        whole = index(0)
         texts = []
         for v in reversed(vars):
+            whole = whole + index(v) * stride
             text = flat if stride.is_const and stride.value == 1 else f"{flat} // {self.size(stride)}"
             if v is not vars[0]:
                 text = f"{text} % {self.size(v.extent)}"
@@ -196,6 +205,9 @@ class _Writer:
             if text != flat:
                 self.text[v.uid] = v.name
                 self.line(f"{v.name} = {text}")
+        # put together again, the position itself: Triton would not see that it is contiguous
+        if vars:
+            self.dims[whole.uid], self.text[whole.uid] = dims, flat
 
     def axis_variables(self, base: str) -> None:
         r = base

@@ -170,14 +170,15 @@ def written_by(node: Node) -> list[Node]:
         return []
     if node.op == "call_method":
         name = str(node.target)
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i"):
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or \
+                name.startswith("__i") and name not in ("__invert__", "__int__", "__index__"):
             return list(nodes_of(node.args[:1]))
     return []
 
 
 def _underscored(target: Any) -> bool:
-    name = getattr(target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    name = getattr(target, "__name__", "")  # operator.and_ and its like end so because "and" is a keyword
+    return name.endswith("_") and not name.endswith("__") and getattr(target, "__module__", "") != "_operator"
 
 
 def aliased_by(node: Node) -> list[Node]:

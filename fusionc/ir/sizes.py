@@ -13,7 +13,7 @@ class Unsupported(Exception):
     """This node cannot be expressed in the loop IR; the text says why.  The caller leaves it to ATen."""
 
 
-_memo: dict[tuple, Index] = {}
+_static: dict[tuple[int, ...], tuple[Index, ...]] = {}  # most sizes are plain numbers, asked for again and again
 
 
 def size_index(x: Any) -> Index:
@@ -32,12 +32,24 @@ def size_index(x: Any) -> Index:
 
 
 def sizes_index(xs: Any) -> tuple[Index, ...]:
-    return tuple([index(x) if type(x) is int else size_index(x) for x in xs])
+    xs = tuple(xs)
+    try:
+        found = _static.get(xs)
+    except TypeError:  # symbolic sizes have no hash
+        return tuple([index(x) if type(x) is int else size_index(x) for x in xs])
+    if found is None:
+        found = tuple([index(x) if type(x) is int else size_index(x) for x in xs])
+        if all(type(x) is int for x in xs):
+            _static[xs] = found
+    return found
 
 
 def strides_index(xs: Any) -> tuple[Index, ...]:
     """The strides of a tensor.  torch writes those of a contiguous one as products of Max(1, size), and where such a
     size is 0 the tensor is empty and has no addresses, so here Max(1, e) is e."""
+    xs = tuple(xs)
+    if all(type(x) is int for x in xs):
+        return sizes_index(xs)
     return tuple([index(x) if type(x) is int else _stride(x) for x in xs])
 
 

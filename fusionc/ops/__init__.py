@@ -11,6 +11,8 @@ _HOMES = {  # operator -> file
     "conv_relu": "conv_relu",
     "depthwise_conv": "depthwise_conv",
     "depthwise_conv_weight": "depthwise_conv",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "linear_cross_entropy_backward": "linear_cross_entropy",
 }
 
 

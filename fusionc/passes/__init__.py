@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
+from .causal_mask import CausalMask
 from .conv_bias import ConvBias
 from .conv_bn import ConvBatchNorm
 from .conv_relu import ConvRelu
 from .cse import CommonSubexpressions
 from .depthwise import Depthwise
+from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
+from .linear_cross_entropy import LinearCrossEntropy
 from .manager import named_approximate, run, run_passes, static_inputs
 from .max_pool import MaxPool
+from .pad_matmul import PadMatmul
 from .reinplace import Reinplace
 from .strided_conv import StridedConv
 from .strip import Strip
@@ -34,15 +38,19 @@ class Step:
 
 PIPELINE: tuple[Step, ...] = (
     Step(1, ConvBatchNorm(), "model", "while a convolution and its BatchNorm are still single calls with real weights"),
+    Step(3, CausalMask(), "model", "while attention is one call and its mask a few named operators"),
+    Step(4, GroupedHeads(), "model", "kernels that group heads take no mask"),
+    Step(5, LinearCrossEntropy(), "model", "while the loss is one call, before autograd makes its gradient"),
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
+    Step(30, Depthwise(), "graph", "takes the bias along, so before it is split off"),
+    Step(31, ConvBias(), "graph", "once equal convolutions are one node"),
+    Step(32, MaxPool(), "graph", "moves in front of the bias that was just split off"),
+    Step(33, StridedConv(), "graph", "a convolution without bias has fewer spellings"),
+    Step(34, ConvRelu(), "graph", "takes back the biases that only relu follows"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
-    Step(44, Depthwise(), "graph", "takes the bias along, so before it is split off"),
-    Step(45, ConvBias(), "graph", "once equal convolutions are one node"),
-    Step(46, MaxPool(), "graph", "moves in front of the bias that was just split off"),
-    Step(47, StridedConv(), "graph", "a convolution without bias has fewer spellings"),
-    Step(48, ConvRelu(), "graph", "takes back the biases that only relu follows"),
+    Step(45, PadMatmul(), "graph", "after siblings were merged: their width together counts"),
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
     Step(90, Reinplace(), "graph", "last: it gives up the functional form"),
 )

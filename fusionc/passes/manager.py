@@ -29,8 +29,10 @@ _MAX_REFUSALS = 200
 
 def run_passes(gm: GraphModule, level: Literal["model", "graph"], config: Any = None,
                example_inputs: Sequence[Any] | None = None, *, stage: str | None = None,
-               static: Collection[int] | None = None) -> tuple[GraphModule, list[PassRecord]]:
+               static: Collection[int] | None = None, recompile: bool = True) -> tuple[GraphModule, list[PassRecord]]:
     """Run the built-in pipeline of one level, and the user's passes: in place, but on a copy at model level.
+    Without ``recompile`` a changed module's code is left as it was (the compiler runs a graph as a module only if it gives
+    it up).
 
     ``example_inputs``: the graph's inputs (real at model level, fake at graph level). ``stage``: "inference",
     "forward" or "backward"; default ``gm.meta["fusionc_stage"]``, else told from gradient mode at model level and
@@ -50,7 +52,7 @@ def run_passes(gm: GraphModule, level: Literal["model", "graph"], config: Any = 
         if not any(_looks(item, facts) for _, item in chosen):
             return gm, [PassRecord(position, item.name, "model") for position, item in chosen]
         gm = edit.copy_module(gm)
-    return run(chosen, gm, level, config, example_inputs, stage=stage, static=static)
+    return run(chosen, gm, level, config, example_inputs, stage=stage, static=static, recompile=recompile)
 
 
 def _looks(item: Pass, facts: Facts) -> bool:
@@ -63,7 +65,7 @@ def _looks(item: Pass, facts: Facts) -> bool:
 
 def run(pipeline: Iterable[tuple[int, Pass]], gm: GraphModule, level: str, config: Any = None,
         example_inputs: Sequence[Any] | None = None, *, stage: str = "inference",
-        static: Collection[int] = ()) -> tuple[GraphModule, list[PassRecord]]:
+        static: Collection[int] = (), recompile: bool = True) -> tuple[GraphModule, list[PassRecord]]:
     """Run (position, pass) pairs in order on ``gm`` in place; one record for each pass.
 
     If a pass raises, the half-made edits of it are never compiled: the graph goes back to what it was before the first
@@ -76,6 +78,8 @@ def run(pipeline: Iterable[tuple[int, Pass]], gm: GraphModule, level: str, confi
         with _disable_current_modes():  # AOTAutograd calls under a fake mode, which makes each small tensor 5× dearer
             broken = _run_once(chosen, gm, level, config, example_inputs, stage, static, saved, records)
         if broken is None:
+            if recompile and any(record.fired for record in records):
+                gm.recompile()
             return gm, sorted(records + failed, key=lambda record: record.position)
         saved.restore()
         failed.append(broken)
@@ -116,8 +120,6 @@ def _run_once(pipeline: list[tuple[int, Pass]], gm: GraphModule, level: str, con
             record.before, text = text, _text(gm, static)
             record.after = text
         records.append(record)
-    if any(record.fired for record in records):
-        gm.recompile()
     return None
 
 

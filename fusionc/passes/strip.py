@@ -1,6 +1,10 @@
 """Remove operators that do nothing: copies nobody needs, full slices, same-shape views, x·1, casts there and back.
 
-Math       alias(x) = clone(x) = x;  x[0:n] = x;  view(x, x.shape) = x;  x·1 = x;  cast(cast(x, wider), t) = cast(x, t)
+A concatenation of one tensor and empty ones (a key-value cache at its first step) becomes the copy that it is, which a
+kernel can do on the side.
+
+Math       alias(x) = clone(x) = cat([empty, x]) = x;  x[0:n] = x;  view(x, x.shape) = x;  x·1 = x;
+           cast(cast(x, wider), t) = cast(x, t)
 Exactness  exact
 Legality   same dtype, device, sizes and strides as the input; a copy may be dropped only if no write can tell the two
            apart (source not written by the graph) and they do not leave the graph as separate results; a cast between
@@ -18,7 +22,7 @@ import torch
 from torch.fx import Node
 
 from ..graph import edit
-from ..graph.facts import Facts, aliased_by, dtype, packet_name, same_layout, value
+from ..graph.facts import Facts, aliased_by, dtype, packet_name, same_layout, same_sizes, same_strides, shape, value
 from .base import Exact, Match, Pass, Refuse
 
 _VIEWS = {"alias", "detach", "view", "_unsafe_view", "reshape", "expand", "slice", "permute", "transpose", "squeeze",
@@ -53,6 +57,11 @@ class Strip(Pass):
             if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.args:
                 continue
             name, source = packet_name(node), node.args[0]
+            if name == "cat":
+                source = _only_part(node)
+                if source is not None and not same_layout(value(node), value(source)):
+                    yield Match({"cat": node, "part": source}, (node,))
+                    continue
             if not isinstance(source, Node):
                 continue
             if name in _CASTS and packet_name(source) in _CASTS and isinstance(source.args[0], Node) and \
@@ -63,7 +72,7 @@ class Strip(Pass):
                 source = node.args[0]
             if not same_layout(value(node), value(source)):
                 continue
-            if name in _VIEWS or name in _COPIES and _plain_copy(node, name) or \
+            if name in _VIEWS or name == "cat" or name in _COPIES and _plain_copy(node, name) or \
                     name in _CASTS and not _moves(node) or _neutral(node, name):
                 yield Match({"node": node, "source": source, "copies": name not in _VIEWS}, (node,))
 
@@ -73,6 +82,8 @@ class Strip(Pass):
             first, between = dtype(match.source), dtype(match.inner)
             if first != between and between not in _HOLDS.get(first, ()):  # type: ignore[arg-type]
                 return Refuse("the cast between rounds", match.inner)
+            return None
+        if "cat" in match.bound:
             return None
         node, source = match.node, match.source
         both_leave = node in facts.escaping and (source in facts.escaping or _root_is_input(source, facts))
@@ -89,6 +100,14 @@ class Strip(Pass):
             outer.replace_input_with(inner, source)
             edit.erase_dead([inner])
             return
+        if "cat" in match.bound:
+            node, graph = match.cat, facts.gm.graph
+            with graph.inserting_before(node):
+                copy = edit.insert(graph, torch.ops.aten.clone.default, (match.part,),
+                                   {"memory_format": torch.contiguous_format}, origin=(node,), val=value(node),
+                                   key=edit.value_key(graph))  # fmt: skip
+            edit.replace(node, copy)
+            return
         node, source = match.node, match.source
         if node in facts.escaping:
             stack = [source]
@@ -99,6 +118,23 @@ class Strip(Pass):
         edit.provenance(source, [node])
         node.replace_all_uses_with(source)
         facts.gm.graph.erase_node(node)  # not erase_dead: a dropout that does nothing draws nothing
+
+
+def _only_part(node: Node) -> Node | None:
+    """The one part of a concatenation that has elements, if the result is a contiguous tensor of its dtype and sizes."""
+    parts: Any = node.args[0]
+    if not isinstance(parts, (list, tuple)):
+        return None
+    full = [part for part in parts if not any(isinstance(size, int) and size == 0 for size in shape(part) or ())]
+    result = value(node)
+    if len(full) != 1 or not isinstance(result, torch.Tensor) or dtype(full[0]) != result.dtype:
+        return None
+    dense, step = [], 1
+    for size in reversed(result.shape):
+        dense.append(step)
+        step = step * size
+    straight = same_strides(result.shape, result.stride(), dense[::-1])
+    return full[0] if straight and same_sizes(shape(full[0]), result.shape) else None
 
 
 def _root_is_input(node: Node, facts: Facts) -> bool:

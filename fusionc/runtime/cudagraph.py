@@ -35,7 +35,7 @@ from ..config import Config
 from ..errors import warn_once
 from ..record import GraphRecord
 from .cudagraph_device import Boxed, Gpu, pointer
-from .cudagraph_rules import obstacle, wanted, written_arguments
+from .cudagraph_rules import dearer, obstacle, wanted, written_arguments
 
 LIMIT = 4  # recordings kept by one Program
 WARMUP = 2  # plain calls before the first recording
@@ -49,6 +49,10 @@ COPY_BYTES_PER_US = 2e6  # of a copy on the device, reads and writes together
 
 class Unfit(Exception):
     """This call cannot be recorded; the text says why."""
+
+
+class Dearer(Unfit):
+    """It could be recorded, and would be slower."""
 
 
 _gpus: dict[int, Gpu] = {}
@@ -195,6 +199,7 @@ class Runner:
         self.last: Recording | None = None
         self.plain_calls = self.recordings = self.replays = self.wasted = 0
         self.steps = sum(isinstance(s, (Launch, Call)) for s in program.steps)
+        self._own = len([r for r in program.results if r not in program.arguments and r != "None"])
         self._constants = [v for v in program.constants.values() if isinstance(v, torch.Tensor)]
         self._written = written_arguments(program, record)
         self._copied: set[int] = set()  # inputs found to move
@@ -255,12 +260,12 @@ class Runner:
                 try:
                     found = self._record(args)
                 except Unfit as e:
-                    self._stop(str(e))
+                    self._stop(str(e), warn=not isinstance(e, Dearer))
         if found is not None:
             return self._replay(found, args)
         return self.call(args) if self.off else self._watch(args)
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, reason: str, warn: bool = True) -> None:
         """Plain calls from now on."""
         self.off = reason
         self.last = None
@@ -269,7 +274,7 @@ class Runner:
             self.kept = []
         self._seen, self._timer, self._trial = [], None, None
         self.record.cudagraph = f"not used: {reason}"
-        if not self.auto:
+        if warn and not self.auto:
             warn_once(f"cudagraph:{reason}", f"fusionc: {self.record.name} runs without a CUDA graph: {reason}")
 
     def _watch(self, args: list[Any]) -> Any:
@@ -379,6 +384,9 @@ class Runner:
             if self.wasted >= WASTED:
                 raise Unfit("its inputs move too often for recordings to pay")
         fixed, moved = self._classify(args)
+        why = dearer(self.steps, len(moved), self._own)
+        if why:
+            raise Dearer(why)
         bytes_in = sum(args[i].nbytes for i in moved)
         self._afford(bytes_in)
         reserved = gpu.reserved() if self.auto else 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.program import Alloc, Assign, Call, Launch, Program, View
+from ..codegen.program import Alloc, Assign, Call, Carve, Launch, Program, View, Wrote
 from ..config import Config
 from ..record import GraphRecord
 
@@ -37,7 +37,7 @@ def obstacle(program: Program, record: GraphRecord, auto: bool) -> str:
             launches += 1
             if any(step.scalars):
                 return "a kernel takes a number from the CPU"
-        elif isinstance(step, Alloc) and step.device.type != "cuda":
+        elif isinstance(step, (Alloc, Carve)) and step.device.type != "cuda":
             return "a buffer lies on the CPU"
         elif isinstance(step, Call):
             launches += 1
@@ -62,6 +62,17 @@ def obstacle(program: Program, record: GraphRecord, auto: bool) -> str:
     return "" if launches else "nothing is launched"
 
 
+# µs of host time on an H200: a launch, one more tensor in a list that is copied, and a new tensor to copy a result to
+_LAUNCH_US, _COPY_US, _RESULT_US = 5.0, 0.4, 3.5
+
+
+def dearer(launches: int, moved: int, results: int) -> str:
+    """Why copying inputs that move and results costs the host more than the launches that a replay saves, or ""."""
+    if _COPY_US * moved + _RESULT_US * results <= _LAUNCH_US * launches:
+        return ""
+    return f"copying {moved} inputs and {results} results costs more than {launches} launches"
+
+
 def _operator(name: str) -> torch._ops.OpOverload | None:
     parts = name.split(".")
     found: Any = torch.ops
@@ -74,12 +85,15 @@ def _operator(name: str) -> torch._ops.OpOverload | None:
 
 
 def written_arguments(program: Program, record: GraphRecord) -> set[int]:
-    """Positions of arguments that a library call writes (generated kernels only write buffers of the Program)."""
+    """Positions of arguments that a library call or a kernel writes."""
     operators = {id(getattr(op, "_op", op)): op for c in record.calls if (op := _operator(c.op)) is not None}
     seat = {name: k for k, name in enumerate(program.arguments)}
     home = dict(seat)  # variable -> argument whose memory it may share
     written: set[int] = set()
     for step in program.steps:
+        if isinstance(step, Wrote):
+            written.update(seat[n] for n in step.names if n in seat)
+            continue
         if isinstance(step, View):
             names = [step.base]
         elif isinstance(step, Call):

@@ -323,6 +323,29 @@ def _driver() -> Any:
     return fn
 
 
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: of a thread that has used no CUDA yet, as autograd's may be
+
+
+def _current_context() -> Any:
+    """The CUDA context of this thread, in which the kernel was loaded."""
+    import ctypes
+
+    context = ctypes.c_void_p()
+    current = ctypes.PyDLL("libcuda.so.1").cuCtxGetCurrent
+    current(ctypes.byref(context))
+    if not context:  # backward graphs are compiled in autograd's thread, whose first use of CUDA this may be
+        torch.cuda.mem_get_info()  # makes the device's context current, as any call of the CUDA runtime
+        current(ctypes.byref(context))
+    return context
+
+
+def _use_context(context: Any) -> bool:
+    """Give this thread that context."""
+    import ctypes
+
+    return bool(context) and ctypes.PyDLL("libcuda.so.1").cuCtxSetCurrent(context) == 0
+
+
 def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Callable[..., None] | None:
     """A launcher that calls the driver directly, or None where the kernel needs more than a plain launch.
 
@@ -356,8 +379,13 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
     pack_into, launch = packer.pack_into, _driver()
     function, threads, shared = built.handle.function, 32 * int(meta.num_warps), int(meta.shared)
 
-    def failed(code: int) -> None:  # (refers to `built`, which keeps the binary loaded)
-        raise RuntimeError(f"launching kernel {built.name} failed: CUDA driver error {code}")
+    context = _current_context()
+
+    def failed(code: int, grid: int, stream: int) -> None:  # (refers to `built`, which keeps the binary loaded)
+        if code == _NO_CONTEXT and _use_context(context):
+            code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+        if code:
+            raise RuntimeError(f"launching kernel {built.name} failed: CUDA driver error {code}")
 
     if grid is not None:
 
@@ -365,15 +393,28 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
             pack_into(values, 0, *args)
             code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
             if code:
-                failed(code)
+                failed(code, grid, stream)
 
+        low, end = int.from_bytes(bytes([15] * len(kinds)), "little"), 8 * len(kinds)
+
+        def aligned(stream: int, pointers: Sequence[int]) -> bool:
+            """Like `fixed`, for pointers alone; False, without a launch, if one is no multiple of 16."""
+            pack_into(values, 0, *pointers)
+            if int.from_bytes(values[:end:8], "little") & low:
+                return False
+            code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+            if code:
+                failed(code)
+            return True
+
+        fixed.aligned = aligned  # type: ignore[attr-defined]
         return fixed
 
     def variable(grid: int, stream: int, *args: Any) -> None:
         pack_into(values, 0, *args)
         code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
         if code:
-            failed(code)
+            failed(code, grid, stream)
 
     return variable
 

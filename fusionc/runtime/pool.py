@@ -77,3 +77,19 @@ def release() -> int:
     _local.lists.clear()
     _local.bytes = 0
     return freed
+
+
+# Runs of rows as tensors of their own: unlike `split` they share no version counter and are no views for autograd.
+split = torch.unsafe_split_with_sizes
+
+
+def carve(whole: torch.Tensor, places: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]) -> list[torch.Tensor]:
+    """Tensors of (size, stride, first element) in the memory of a flat tensor, without autograd's knowing."""
+    from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
+
+    return [_reinterpret_tensor(whole, size, stride, first) for size, stride, first in places]
+
+
+def wrote(tensors: tuple[torch.Tensor, ...]) -> None:
+    """Count the versions of tensors that kernels wrote, as an in-place operator would."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

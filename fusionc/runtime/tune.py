@@ -45,6 +45,7 @@ KIND = "choice"
 LEVELS = ("off", "default", "max")
 ROUNDS = (3, 9, 27)
 MARGIN = 0.03  # how much faster than the first candidate another must be
+_AHEAD = 200_000  # GPU cycles, 0.1 ms: by that much the host is ahead before the first sample
 _HOPELESS = 1.5  # times the leader's best: out after three samples
 
 
@@ -107,7 +108,12 @@ class Outcome:
 
 
 def race(
-    alive: Sequence[int], sample: Sampler, *, deadline: float, clock: Callable[[], float] = time.monotonic
+    alive: Sequence[int],
+    sample: Sampler,
+    *,
+    deadline: float,
+    clock: Callable[[], float] = time.monotonic,
+    rounds: Sequence[int] = ROUNDS,
 ) -> tuple[list[int], dict[int, float]]:
     """The candidates ``alive`` from best to worst, and the medians of those that were timed.
 
@@ -116,8 +122,8 @@ def race(
     """
     left = list(alive)
     times: dict[int, list[float]] = {c: [] for c in left}
-    for n in ROUNDS:
-        if n > ROUNDS[0] and (len(left) < 2 or clock() > deadline):
+    for i, n in enumerate(rounds):
+        if i and (len(left) < 2 or clock() > deadline):
             break
         for c, got in sample(left, n).items():
             times[c] += got
@@ -148,20 +154,32 @@ def _spread(values: Sequence[float], middle: float) -> float:
     return max(statistics.median(abs(v - middle) for v in values), 0.005 * middle)
 
 
-def cuda_sampler(launches: Sequence[Callable[[], Any]], device: torch.device) -> Sampler:
-    """Samples of ``launches[i]()`` on ``device``'s current stream by CUDA events, L2 filled with other data before each.
+def cuda_sampler(
+    launches: Sequence[Callable[[], Any]], device: torch.device, *, cold: bool = True, repeat: int = 1
+) -> Sampler:
+    """Samples of ``launches[i]()`` on ``device``'s current stream by CUDA events.
 
-    A launch that raises is given no samples.
+    ``cold``: L2 is filled with other data before each sample.  ``repeat``: one sample is the mean of so many launches in
+    a row, replayed as a CUDA graph (for kernels of a few µs that allocate nothing).  A launch that raises is given no
+    samples.
     """
-    l2 = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 64 << 20
     filler: torch.Tensor | None = None
-    with contextlib.suppress(torch.cuda.OutOfMemoryError):
-        filler = torch.empty(2 * l2, dtype=torch.int8, device=device)
+    if cold:
+        l2 = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 64 << 20
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            filler = torch.empty(2 * l2, dtype=torch.int8, device=device)
+    calls: dict[int, Callable[[], Any]] = {}
 
     def sample(candidates: Sequence[int], n: int) -> dict[int, list[float]]:
         events: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {c: [] for c in candidates}
         dead: set[int] = set()
-        torch.cuda._sleep(200_000)  # 0.1 ms: the host gets ahead, and stays so while the filling runs
+        for c in candidates:
+            if c not in calls:
+                try:
+                    calls[c] = launches[c] if repeat == 1 else _replayed(launches[c], repeat)
+                except Exception:  # noqa: BLE001 - it loses, whatever it was
+                    dead.add(c)
+        torch.cuda._sleep(_AHEAD)
         for _ in range(n):
             for c in candidates:
                 if c in dead:
@@ -170,17 +188,34 @@ def cuda_sampler(launches: Sequence[Callable[[], Any]], device: torch.device) ->
                 try:
                     if filler is not None:
                         filler.zero_()
+                    else:
+                        torch.cuda._sleep(_AHEAD // 4)
                     start.record()
-                    launches[c]()
+                    calls[c]()
                     end.record()
                 except Exception:  # noqa: BLE001 - it loses, whatever it was
                     dead.add(c)
                     continue
                 events[c].append((start, end))
         torch.cuda.synchronize(device)
-        return {c: [] if c in dead else [a.elapsed_time(b) for a, b in events[c]] for c in candidates}
+        return {c: [] if c in dead else [a.elapsed_time(b) / repeat for a, b in events[c]] for c in candidates}
 
     return sample
+
+
+def _replayed(launch: Callable[[], Any], repeat: int) -> Callable[[], Any]:
+    """``launch`` so many times in one CUDA graph: without the host's part, which is longer than a small kernel."""
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for _ in range(repeat):
+                launch()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(aside)
+    return graph.replay
 
 
 # -- choosing -----------------------------------------------------------------------------------------------------

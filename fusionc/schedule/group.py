@@ -21,6 +21,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from ..ir.alike import Alike
 from ..ir.expr import ONE, ZERO, Index, Var, index, substitute
 from ..ir.lowering.registry import DTYPE_NAME, LOWERINGS, Lowering, shape_of
 from ..ir.ops import FLOAT_ONLY
@@ -127,9 +128,15 @@ class Grouper:
     """Build units (groups and calls, in executable order) from an ATen graph with `meta["val"]` on every node."""
 
     def __init__(
-        self, graph: Graph, device: torch.device, never: dict[Node, str] | None = None, alone: set[Node] | None = None
+        self,
+        graph: Graph,
+        device: torch.device,
+        never: dict[Node, str] | None = None,
+        alone: set[Node] | None = None,
+        alike: Alike | None = None,
     ):
         self.graph = graph
+        self.alike = alike or Alike()
         self.device = device
         self.never = never or {}  # nodes to leave to ATen, with the reason
         self.alone = alone or set()  # nodes whose group turned out wrong: one kernel each
@@ -161,18 +168,28 @@ class Grouper:
                     continue
                 self.reason[node] = self._why_not(node)
                 continue
-            try:
-                self._check(node, low)
-            except Unsupported as e:
-                self.reason[node] = str(e)
-            else:
+            key = self.alike.node_key(node)
+            if key not in self.alike.checked:
+                self.alike.checked[key] = self._refusal(node, low)
+            why = self.alike.checked[key]
+            if why is None:
                 self.lowered[node] = low
+            else:
+                self.reason[node] = why
 
     @staticmethod
     def _why_not(node: Node) -> str:
         name = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
         ours = getattr(node.target, "namespace", "") == "fusionc"
         return "" if ours or name in LIBRARY or node.target is operator.getitem else "no lowering"
+
+    def _refusal(self, node: Node, low: Lowering) -> str | None:
+        """Why this node cannot be lowered, or None."""
+        try:
+            self._check(node, low)
+        except Unsupported as e:
+            return str(e)
+        return None
 
     def _check(self, node: Node, low: Lowering) -> None:
         vals = node.meta["val"]
@@ -272,7 +289,15 @@ class Grouper:
         reads: list[tuple[Node, bool]] = []  # (consumer, one-to-one)
         if not self._collect_reads(node, True, reads) or not reads:
             return False
+        if len(reads) <= 4 and self._closed(node, 16) is not None:
+            return True  # computed from positions alone: cheaper than any memory
         own = numel_hint(node)
+        if len(reads) == 1 and not _transcendental(node):
+            reader = reads[0][0]
+            if reader in self.inline:
+                return True  # evaluated as often as its only reader, which is evaluated where it is read
+            if self.lowered[reader].kind in ("pointwise", "gather") and numel_hint(reader) < own:
+                return True  # its only reader takes a part of it: the rest need not be computed
         cost = 16 if _transcendental(node) else 1
         consumers = {c for c, _ in reads}
         total = sum(min(own, numel_hint(c)) if c.target in _PIECEWISE else numel_hint_any(c) for c in consumers)
@@ -290,9 +315,45 @@ class Grouper:
             return True  # each element is read once
         if total <= own or (cost == 1 and total <= 2 * own):
             return True
+        if len(reads) <= 16 and self._thin(node, 3):
+            return True
         return (
             cost == 1 and own * 8 <= total and len(consumers) <= 2 and len(tensor_args(node)) <= 2 and self._leaf(node)
         )
+
+    def _closed(self, node: Node, most: int) -> int | None:
+        """Number of cheap operations that make `node` from no tensor in memory, or None if there are more or it has one."""
+        low = self.lowered.get(node)
+        if low is None or low.kind not in ("pointwise", "create", "view") or _transcendental(node):
+            return None
+        if low.kind == "create":
+            return 0
+        count = int(low.kind == "pointwise")
+        for _, a in tensor_args(node):
+            inner = self._closed(a, most - count)
+            if inner is None:
+                return None
+            count += inner
+            if count > most:
+                return None
+        return count
+
+    def _thin(self, node: Node, most: int) -> bool:
+        """A few cheap operations on one tensor in memory whose elements are no wider: reading that costs no more."""
+        width = node.meta["val"].dtype.itemsize
+        while most > 0:
+            low = self.lowered.get(node)
+            if low is None or low.kind != "pointwise" or _transcendental(node):
+                return False
+            wide = [a for _, a in tensor_args(node) if numel_hint(a) > 1]
+            if len(wide) != 1:
+                return False
+            node = self.resolve(wide[0])[0]
+            if is_external(node, self):
+                val = node.meta["val"]
+                return isinstance(val, torch.Tensor) and val.dtype.itemsize <= width
+            most -= 1
+        return False
 
     def _leaf(self, node: Node) -> bool:
         return all(is_external(self.resolve(a)[0], self) for _, a in tensor_args(node))

@@ -22,6 +22,7 @@ from ..runtime import launch
 from ..schedule.plan import Plan
 from ..schedule.rules_triton import default_plan
 from ..schedule.split import should_split, split
+from .tune_triton import Session
 
 if TYPE_CHECKING:
     from ..compiler import Context
@@ -39,8 +40,13 @@ class Part:
     source: str
 
 
-def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Launchers `f(tensors, sizes, stream)` by symbol, and reasons for kernels that could not be built."""
+def compile_all(
+    cx: Context, kernels: dict[str, Kernel], uses: dict[str, int] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Launchers `f(tensors, sizes, stream)` by symbol, and reasons for kernels that could not be built.
+
+    With `uses` (how often each runs) plans may be measured; without, only those that the cache knows are used.
+    """
     from ..artifacts import kernel_record
 
     cross = cx.target not in ("triton", "interpret")
@@ -53,6 +59,7 @@ def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any]
         except NotImplementedError as e:
             problems[symbol] = str(e)
     built: dict[str, launch.Compiled | None] = {}
+    tuning: dict[str, list[tuple[str, float | None, float | None]]] = {}
     flat = [p for group in parts.values() for p in group]
     if cross:
         jobs = [lambda p=p: launch.cross_compile(p.source, p.symbol, p.kernel, p.plan, cx.target) for p in flat]
@@ -60,9 +67,20 @@ def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any]
             results = launch.compile_many(jobs, done=bar.advance)
         built = {p.symbol: r if isinstance(r, launch.Compiled) else None for p, r in zip(flat, results, strict=True)}
     elif cx.target == "triton":
+        session = Session(cx, device, uses)
+        session.consider(flat)
         bound = {p.symbol: launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device) for p in flat}
-        with _triton_cache(cx), progress("compiling kernels", len(bound), cx.config.progress) as bar:
-            results = launch.compile_many([k.compile for k in bound.values()], done=bar.advance)
+        work: list[Callable[[], Any]] = [k.compile for k in bound.values()]
+        work += session.jobs()
+        with _triton_cache(cx), progress("compiling kernels", len(work), cx.config.progress) as bar:
+            results = launch.compile_many(work, done=bar.advance)[: len(flat)]
+            for i, p in enumerate(flat):
+                if isinstance(results[i], Exception) and p.symbol in session.rules:
+                    session.restore(p)
+                    again = launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device)
+                    bound[p.symbol], results[i] = again, launch.compile_many([again.compile])[0]
+        session.measure(bound, cx.config.progress)
+        tuning = session.tuning
     else:
         results = [None] * len(flat)
     for p, r in zip(flat, results, strict=True):
@@ -79,17 +97,24 @@ def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any]
         else:
             steps = [_never for _ in group]
         whole = kernels[symbol]
-        functions[symbol] = _joined([b.name for b in whole.buffers], [s.name for s in whole.sizes], group, steps, cx.device)
+        functions[symbol] = _joined(
+            [b.name for b in whole.buffers], [s.name for s in whole.sizes], group, steps, cx.device
+        )
         for p in group:
             compiled = built.get(p.symbol)
-            note = ""
-            if compiled is not None:
-                note = (
-                    f"\n# {compiled.target}: {compiled.registers} registers, {compiled.spills} bytes spilled, "
-                    f"{compiled.shared} bytes of shared memory\n"
-                )
-            cx.record.kernels.append(kernel_record(cx, symbol, p.kernel, p.plan, p.source + note, "triton", p.symbol))
+            note = usage_note(compiled) if compiled is not None else ""
+            record = kernel_record(cx, symbol, p.kernel, p.plan, p.source + note, "triton", p.symbol)
+            record.tuning = tuning.get(p.symbol, [])
+            cx.record.kernels.append(record)
     return functions, problems
+
+
+def usage_note(compiled: launch.Compiled) -> str:
+    """A comment for the end of a text: what the compiled kernel uses."""
+    return (
+        f"\n# {compiled.target}: {compiled.registers} registers, {compiled.spills} bytes spilled, "
+        f"{compiled.shared} bytes of shared memory\n"
+    )
 
 
 def _parts(cx: Context, symbol: str, kernel: Kernel, device: Any) -> list[Part]:
@@ -145,7 +170,9 @@ def _direct(kernel: launch.TritonKernel, ir: Kernel) -> Launcher:
         if bits & 15:
             if not generic:
                 generic.append(
-                    launch.TritonKernel(kernel.source, kernel.name, ir, kernel.plan, kernel.device, [False] * len(ir.buffers))
+                    launch.TritonKernel(
+                        kernel.source, kernel.name, ir, kernel.plan, kernel.device, [False] * len(ir.buffers)
+                    )
                 )
             generic[0].launch(pointers, dict(zip(names, sizes, strict=True)), stream)
         elif run is not None:

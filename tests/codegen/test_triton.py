@@ -10,6 +10,7 @@ from fusionc.ir import interp
 from fusionc.ir.expr import FLOATS, Load, Scan, index
 from fusionc.ir.loop import Buffer, Kernel, Store
 from fusionc.ir.ops import ARITY, BINARY, COMPARE, FLOAT_ONLY, PREDICATE, UNARY, op
+from fusionc.ir.text import parse_kernel
 from fusionc.runtime.device import known
 from fusionc.runtime.launch import interpret, load_module, needs_wide
 from fusionc.schedule.plan import Plan
@@ -50,6 +51,27 @@ def test_interpreter(name: str, plan: Plan) -> None:
 def test_default_plans(name: str) -> None:
     case = CASES[name]
     compare(case, default_plan(case.kernel, case.sizes, known("sm_90")))
+
+
+def test_a_position_that_is_put_together_again_is_contiguous() -> None:
+    text = """kernel
+  in    in0: f32[15]
+  in    in1: f32[3]
+  out   out0: f32[15]
+  for   x0 < 5
+  for   x1 < 3
+    row out0[3*x0 + x1] = mul(in0[3*x0 + x1], in1[x1])
+"""
+    source = render(parse_kernel(text), POINTWISE, "k0")
+    assert "tl.load(in0 + x," in source and "tl.store(out0 + x," in source and "tl.load(in1 + x1" in source
+
+
+def test_zero_is_no_position_where_there_are_no_loops() -> None:
+    kernel = parse_kernel("kernel\n  out   out0: i64[1]\n    row out0[0] = 0\n")
+    out = torch.ones(1, dtype=torch.int64)
+    source = render(kernel, POINTWISE, "k0")
+    interpret(source, "k0", kernel, POINTWISE, [out])
+    assert out.item() == 0 and "tl.full([], x" not in source
 
 
 # -- every operation ----------------------------------------------------------------------------------------------

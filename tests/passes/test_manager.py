@@ -142,8 +142,8 @@ def test_verification_names_the_pass() -> None:
 
 
 def test_disable_and_approximate() -> None:
-    kept = [item.name for _, item in pipeline("graph", Config(disable=("cse", "reinplace")))]
-    assert {"strip", "horizontal_matmul"} <= set(kept) and not {"cse", "reinplace"} & set(kept)
+    left = [item.name for _, item in pipeline("graph", Config(disable=("cse", "reinplace")))]
+    assert "strip" in left and not {"cse", "reinplace"} & set(left)
     names = [item.name for _, item in pipeline("graph", Config(passes=(Rough(),)))]
     assert "rough" in names  # named by the user: it runs
     from fusionc.passes.manager import named_approximate

@@ -54,6 +54,44 @@ def test_what_does_something_stays(step: str, kind: str) -> None:
     assert record.fired == 0 and record.refusals == []
 
 
+def test_concatenation_of_one_part() -> None:
+    """A first key-value cache: a copy into another layout, or nothing at all."""
+    text = """
+%x: f64[2, 3, 4] = input
+%e: f64[0] = input
+%a: f64[2, 3, 4] = aten.neg(%x)
+%t: f64[3, 2, 4]{4, 12, 1} = aten.transpose.int(%a, 0, 1)
+%b: f64[3, 2, 4] = aten.cat([%e, %t], -2)
+%c: f64[2, 3, 4] = aten.cat([%a, %e], 1)
+%d: f64[2, 3, 4] = aten.exp(%c)
+return (%b, %d)
+"""
+    assert rewritten(Strip(), text) == """
+%x: f64[2, 3, 4] = input
+%e: f64[0] = input
+%a: f64[2, 3, 4] = aten.neg(%x)
+%t: f64[3, 2, 4]{4, 12, 1} = aten.transpose.int(%a, 0, 1)
+%clone: f64[3, 2, 4] = aten.clone(%t, memory_format=torch.contiguous_format)
+%d: f64[2, 3, 4] = aten.exp(%a)
+return (%clone, %d)
+"""
+    check_values(Strip(), text, fired=2)
+
+
+@pytest.mark.parametrize("parts", ["[%a, %a]", "[%e, %f]"])
+def test_concatenation_that_does_something_stays(parts: str) -> None:
+    kind = "f64[2, 6]" if "%a" in parts else "f64[2, 3]"
+    text = f"""
+%a: f64[2, 3] = input
+%e: f64[0] = input
+%f: f32[2, 3] = input
+%b: {kind} = aten.cat({parts}, -1)
+%c: {kind} = aten.neg(%b)
+return (%c)
+"""
+    assert apply(Strip(), text)[1].fired == 0
+
+
 def test_complex_times_one_stays() -> None:
     assert apply(Strip(), unary("aten.mul(%a, 1.0)", "c128[2, 3]", "c128[2, 3]"))[1].fired == 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusionc.codegen.program import Alloc, Call, Launch, Program, View
+from fusionc.codegen.program import Alloc, Call, Carve, Launch, Program, View, Wrote
 from fusionc.config import Config
 from fusionc.errors import FallbackWarning
 from fusionc.ir.expr import index
@@ -17,7 +17,7 @@ from fusionc.record import CallRecord, GraphRecord
 from fusionc.runtime import cudagraph
 from fusionc.runtime.cudagraph import Runner
 from fusionc.runtime.cudagraph_device import same_pointers
-from fusionc.runtime.cudagraph_rules import obstacle, wanted, written_arguments
+from fusionc.runtime.cudagraph_rules import dearer, obstacle, wanted, written_arguments
 
 CPU = torch.device("cpu")
 
@@ -345,6 +345,20 @@ def test_obstacles() -> None:
     assert "nothing is launched" in obstacle(empty, GraphRecord("g"), False)
     empty.steps.append(Alloc("b1", (index(2),), (index(1),), torch.float32, CPU))
     assert "on the CPU" in obstacle(empty, GraphRecord("g"), False)
+    carved = Program(("a0",), steps=[Carve(("b1", "b2"), (8,), (4, 4), (), torch.float32, CPU)])
+    assert "on the CPU" in obstacle(carved, GraphRecord("g"), False)
+
+
+def test_many_results_and_few_launches_run_plainly() -> None:
+    assert dearer(1, 1, 1) == "" and dearer(64, 64, 20) == ""
+    assert dearer(1, 0, 64) == "copying 0 inputs and 64 results costs more than 1 launches"
+    assert dearer(1, 64, 1) != ""
+    runner, gpu = runner_of(lambda x: tuple(x + k for k in range(4)), 1)
+    runner._own = 4
+    x = torch.randn(3)
+    for _ in range(5):  # without a warning: the options only said that graphs are welcome
+        assert torch.equal(run(runner, x)[3], x + 3)
+    assert runner.counts["recordings"] == 0 and "4 results" in runner.record.cudagraph
 
 
 def test_summary_says_what_became_of_it() -> None:
@@ -364,6 +378,8 @@ def test_written_arguments_are_found_through_views() -> None:
     ]
     record = GraphRecord("g", calls=[CallRecord("x", str(copy_)), CallRecord("y", str(mm))])
     assert written_arguments(p, record) == {1}
+    p.steps.append(Wrote(("a2",)))
+    assert written_arguments(p, record) == {1, 2}
 
 
 def test_under_torch_compile(monkeypatch: pytest.MonkeyPatch, fresh_cache: Any) -> None:

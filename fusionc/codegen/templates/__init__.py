@@ -1,1 +1,1 @@
-"""Kernels written by hand as text: what the loop IR does not express well (matrix instructions, register blocking)."""
+"""Texts of hand-written kernels with slots, one file a family; `runtime.launch.load_module` makes functions of them."""

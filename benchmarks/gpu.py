@@ -1,0 +1,537 @@
+"""GPU: the workloads of the table under eager, Inductor's modes and fusionc: right, timed, and how close to the limit.
+
+    python -m benchmarks.gpu --json gpu.json --svg gpu.svg                       # eager, Inductor, + graphs, fusionc
+    python -m benchmarks.gpu --json gpu.json --resume --warm                     # go on where the last call stopped
+    python -m benchmarks.gpu --backends eager,inductor:max-autotune,fusionc:max-autotune --limit 600 --only llama
+    python -m benchmarks.gpu --models --json models.json                         # 20 further models
+    python -m benchmarks.gpu --render gpu.json models.json --svg gpu.svg         # table and plot of earlier runs
+    python -m benchmarks.gpu --device cpu --tiny --backends eager,aot_eager      # the same code paths without a GPU
+
+Each workload runs in a process of its own under a time limit, so that a crash, a hang or a poisoned CUDA context costs
+one row.  Within it eager comes first; each other backend is compiled (timed: first call with cold caches), checked on
+inputs that it was not compiled with against float64 (float32 where float64 does not fit) and then timed with
+``triton.testing.do_bench`` (CUDA events, L2 flushed, median).  Peak memory is that of the timed steps, weights included.
+``--warm`` then starts a fresh process for each backend with the caches that the first one filled, and times its first call.
+
+The JSON is rewritten after each workload; with ``--resume`` what it has is kept, and a row that lacks backends is measured
+with eager again for these, so that a table of hours can be made in calls of minutes.
+
+With ``--jobs`` > 1 processes overlap in importing, building and compiling; a file lock lets one time while no other
+checks, but another's compilation may launch a kernel now and then: only the default of one job is for publishing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from html import escape
+from typing import Any
+
+from .common import (
+    cache_environment,
+    cell,
+    check,
+    compiled,
+    counts,
+    first_line,
+    geomean,
+    machine,
+    matches,
+    not_compiled,
+    records,
+    reference,
+    step,
+    table,
+    write_json,
+)
+
+MARK = "@@result "
+
+
+# ------------------------------------------------------------------------------------------------------- child process
+
+
+@contextmanager
+def locked(path: str, shared: bool) -> Iterator[None]:
+    """Holds the machine-wide lock: shared while using the GPU for anything but timing, alone while timing."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+
+
+class _ResetBetween:
+    """Given to ``do_bench`` as a tensor whose gradient is to be dropped: called between runs, outside the events."""
+
+    reset: Callable[[], None]
+
+    def __init__(self, reset: Callable[[], None]) -> None:
+        object.__setattr__(self, "reset", reset)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.reset()
+
+
+def bench(run: Callable[[], Any], reset: Callable[[], None] | None, device: str, repeat_ms: int) -> float:
+    """Median milliseconds of ``run``; on a CPU a few calls by the host's clock (to exercise this file, not to publish)."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        between = [_ResetBetween(reset)] if reset else None
+        return do_bench(run, warmup=25, rep=repeat_ms, grad_to_none=between, return_mode="median")
+    samples = []
+    for _ in range(3):
+        if reset:
+            reset()
+        start = time.perf_counter()
+        run()
+        samples.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(samples)
+
+
+def workloads() -> dict[str, Any]:
+    """All workloads by name: the table's, then the further models."""
+    from .gpu_models import MODELS
+    from .gpu_workloads import WORKLOADS
+
+    return {w.name: w for w in (*WORKLOADS, *MODELS)}
+
+
+def prime() -> None:
+    """Imports and starts what every backend shares, so that the first one to compile does not pay for all."""
+    import torch
+
+    torch.compile(lambda x: x + 1, backend="aot_eager")(torch.ones(2))
+    torch._dynamo.reset()
+
+
+def first_call(name: str, backend: str, device: str, size: str) -> None:
+    """Times the first call of one backend in this process, with the caches as they are; prints a result line."""
+    import torch
+
+    from .gpu_workloads import Where
+
+    case = workloads()[name].build(Where(device, size))
+    inputs = case.inputs(100)
+    prime()
+    (case.reset or (lambda: None))()
+    start = time.perf_counter()
+    step(case, compiled(case.fn, backend), inputs)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(MARK + json.dumps({"backend": backend, "warm_s": time.perf_counter() - start}), flush=True)
+
+
+def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int, lock: str) -> None:
+    """Measures one workload and prints a result line after each backend, so that a later crash loses nothing."""
+    import torch
+
+    from .gpu_workloads import Where
+
+    cuda = device == "cuda"
+    workload = workloads()[name]
+
+    def say(backend: str, **values: Any) -> None:
+        print(MARK + json.dumps({"backend": backend, **values}), flush=True)
+
+    def sync() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
+    with locked(lock, shared=True):
+        case = workload.build(Where(device, size))
+        first, probe = case.inputs(100), case.inputs(7)
+        reset = case.reset or (lambda: None)
+        ref = [t.detach() for t in reference(case, probe)]
+        reset()
+        eager = step(case, case.fn, probe)
+        eager_check = vars(check(eager, eager, ref))
+        sync()
+    if cuda:
+        torch.cuda.empty_cache()
+    prime()
+    for backend in backends:
+        result: dict[str, Any] = {}
+        try:
+            fn = compiled(case.fn, backend)
+            before_records = records(backend)
+            reset()
+            graphs = ":" in backend  # modes that replay CUDA graphs own their outputs until the next step
+
+            def run(fn: Callable[..., Any] = fn, inputs: Any = first, graphs: bool = graphs) -> list[Any]:
+                if graphs:
+                    torch.compiler.cudagraph_mark_step_begin()
+                return step(case, fn, inputs)
+
+            start = time.perf_counter()
+            run()
+            sync()
+            if backend != "eager":
+                result["compile_s"] = time.perf_counter() - start
+            with locked(lock, shared=True):
+                for _ in range(2 if graphs else 0):  # warm-up and recording of the graphs
+                    reset()
+                    run()
+                reset()
+                out = run(inputs=probe)
+                result["check"] = vars(check(out, eager, ref)) if backend != "eager" else eager_check
+                del out
+                sync()
+            result["report"] = counts(backend, before_records)
+            if unfit := not_compiled(result["report"]):
+                say(backend, **result, error=unfit)  # not timed: it would be eager's time under another name
+                torch._dynamo.reset()
+                continue
+            say(backend, **result)  # known so far, should the timing fail
+            with locked(lock, shared=False):
+                reset()
+                if cuda:
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                    run()
+                    sync()
+                    held = tensors_bytes(ref) + tensors_bytes(eager)  # kept for the checks only
+                    result["peak_gb"] = (torch.cuda.max_memory_allocated() - held) / 1e9
+                    result["step_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+                    reset()
+                result["ms"] = bench(run, case.reset, device, repeat_ms)
+        except Exception as error:
+            traceback.print_exc()
+            result["error"] = first_line(error)
+        say(backend, **result)
+        torch._dynamo.reset()
+
+
+def tensors_bytes(values: list[Any]) -> int:
+    """Bytes of the distinct storages of some tensors."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in values}.values())
+
+
+# ------------------------------------------------------------------------------------------------------ parent process
+
+
+class Runner:
+    """Starts the children, keeps their lines, and writes the JSON after each."""
+
+    def __init__(self, args: argparse.Namespace, backends: list[str], folder: str, known: dict[str, Any]) -> None:
+        self.args, self.backends, self.folder = args, backends, folder
+        self.lock = os.path.join(folder, "lock")
+        self.start = time.monotonic()
+        self.rows: dict[str, dict[str, Any]] = known
+        self.guard = threading.Lock()
+        self.facts: dict[str, Any] = machine()
+
+    def run(self, name: str, limit_ms: float | None) -> None:
+        """Measure what is missing of one row."""
+        old = self.rows.get(name, {"backends": {}})
+        lacking = [b for b in self.backends if b not in old["backends"]]
+        cold = [b for b in self.backends if b != "eager" and "warm_s" not in old["backends"].get(b, {})]
+        if not lacking and not (self.args.warm and cold and self.args.cache):  # caches of an earlier call are gone
+            return
+        left = self.args.budget - (time.monotonic() - self.start)
+        if left < 20:
+            with self.guard:
+                self.rows.setdefault(name, {"name": name, "limit_ms": limit_ms, "backends": {}})
+            return  # no error: a later call with --resume finds it missing
+        row: dict[str, Any] = {"name": name, "limit_ms": limit_ms, "backends": dict(old["backends"])}
+        caches = self.args.cache or os.path.join(self.folder, name)
+        arguments = ["--child", name, "--device", self.args.device, "--size", self.args.size]
+        if lacking:
+            # eager is timed again beside what is new: ratios are taken within one process
+            wanted = [b for b in self.backends if b in lacking or b == "eager"]
+            more = ["--backends", ",".join(wanted), "--repeat-ms", str(self.args.repeat_ms), "--lock", self.lock]
+            self.spawn(row, [*arguments, *more], caches, min(self.args.limit, left))
+            cause = row.pop("error", "ended without a result")
+            if left > self.args.limit or not cause.startswith("stopped"):  # else a later call may have the time
+                for b in wanted:
+                    row["backends"].setdefault(b, {"error": f"not reached: {cause}"})
+        for b in cold if self.args.warm and (lacking or self.args.cache) else ():
+            left = self.args.budget - (time.monotonic() - self.start)
+            if left > 10 and "ms" in row["backends"].get(b, {}):
+                trial: dict[str, Any] = {"backends": {}}
+                self.spawn(trial, [*arguments, "--first-call", b], caches, min(self.args.limit, left))
+                row["backends"][b] |= trial["backends"].get(b, {"warm_error": trial.get("error", "")})
+        with self.guard:
+            self.rows[name] = row
+            spent = time.monotonic() - self.start
+            told = ", ".join(
+                f"{b} {cell(v.get('ms'))} ms" + ("" if b == "eager" else f" (compile {cell(v.get('compile_s'))} s)")
+                for b, v in row["backends"].items()
+            )
+            print(f"[{spent:4.0f} s] {name}: {told}", flush=True)
+            self.save()
+
+    def spawn(self, row: dict[str, Any], arguments: list[str], caches: str, limit_s: float) -> None:
+        """Run one child and merge its lines into ``row``."""
+        command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+        environment = os.environ | cache_environment(caches) | {"TOKENIZERS_PARALLELISM": "false"}
+        if self.args.device == "cuda":
+            jobs = self.args.jobs
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or jobs) // jobs)))
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            )
+            try:
+                out, _ = process.communicate(timeout=limit_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                out, _ = process.communicate()
+                row["error"] = f"stopped after {limit_s:.0f} s"
+            for line in out.splitlines():
+                if line.startswith(MARK):
+                    result = json.loads(line[len(MARK) :])
+                    row["backends"][result.pop("backend")] = result
+            errors.seek(0)
+            text = errors.read()
+        if process.returncode and "error" not in row:
+            last = next((t for t in reversed(text.splitlines()) if t.strip()), "")
+            row["error"] = f"exit status {process.returncode}: {last}"[:200]
+        if self.args.logs:
+            with open(os.path.join(self.args.logs, arguments[1] + ".log"), "a") as log:
+                log.write(text + "\n" + out)
+
+    def save(self) -> None:
+        kept = ("backends", "device", "size", "repeat_ms", "jobs")
+        settings = {k: v for k, v in vars(self.args).items() if k in kept}
+        write_json(self.args.json, {"machine": self.facts, "settings": settings, "rows": list(self.rows.values())})
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+
+
+def best_peer(row: dict[str, Any], peers: list[str]) -> float | None:
+    """The least time of ``peers`` that were right."""
+    found = [row["backends"].get(p, {}) for p in peers]
+    return min((v["ms"] for v in found if v.get("ms") and v.get("check", {}).get("ok", True)), default=None)
+
+
+def problems_of(row: dict[str, Any], backends: list[str]) -> list[str]:
+    """What went wrong in a row, in words."""
+    out = []
+    for b in backends:
+        verdict = row["backends"].get(b, {})
+        text = verdict.get("error") or ""
+        shown = verdict.get("check")
+        if not text and shown and not shown["ok"]:
+            text = f"WRONG {shown['error']:.2g} vs eager {shown['eager_error']:.2g} {shown['note']}"
+        if text:
+            out.append(f"{row['name']} {b}: {text[:150]}")
+    return out
+
+
+def compact_table(rows: list[dict[str, Any]], backends: list[str], most: int = 9900) -> str:
+    """One line a workload and the sums that the goals are stated in; at most ``most`` characters."""
+    ours = next((b for b in backends if b.startswith("fusionc")), None)
+    peers = [b for b in backends if b != ours]
+    inductors = [b for b in peers if b.startswith("inductor")]
+    short = {
+        b: b.replace("inductor", "ind").replace("reduce-overhead", "ro").replace("max-autotune", "max")
+        for b in backends
+    }
+    headers = ["workload", *(f"{short[b]} ms" for b in backends), "limit"]
+    if ours:
+        headers += ["×best", "% limit", "err×", "GB", "×peer GB"]
+    headers += [f"{short[b]} s" for b in backends if b != "eager"]
+    warmed = [b for b in backends if any(r["backends"].get(b, {}).get("warm_s") for r in rows)]
+    headers += [f"{short[b]} warm" for b in warmed]
+    body, problems, slower = [], [], []
+    for row in rows:
+        found = {b: row["backends"].get(b, {}) for b in backends}
+        line: list[Any] = [row["name"], *(found[b].get("ms") for b in backends), row.get("limit_ms")]
+        if ours:
+            ms, best, limit = found[ours].get("ms"), best_peer(row, peers), row.get("limit_ms")
+            memory = [found[b]["peak_gb"] for b in inductors or peers if found[b].get("peak_gb")]
+            mine = found[ours].get("peak_gb")
+            gain = best / ms if best and ms else None
+            if gain and gain < 1 / 1.03:
+                slower.append(f"{row['name']} {gain:.2f}")
+            line += [gain, 100 * limit / ms if limit and ms else None, found[ours].get("check", {}).get("ratio"), mine]
+            line += [mine / min(memory) if memory and mine else None]
+        line += [found[b].get("compile_s") for b in backends if b != "eager"]
+        line += [found[b].get("warm_s") for b in warmed]
+        wrong = problems_of(row, backends)
+        problems += wrong
+        body.append([*line, "FAIL" if wrong else "ok"])
+    lines = [table([*headers, ""], body)]
+    for b in backends if not ours else peers:
+        pairs = [(r["backends"].get(b, {}).get("ms"), r["backends"].get(ours or "eager", {}).get("ms")) for r in rows]
+        gains = [x / y for x, y in pairs if x and y]
+        if gains and b != (ours or "eager"):
+            said = (
+                f"{ours} is {cell(geomean(gains))}× {b}" if ours else f"{b} is {cell(1 / (geomean(gains) or 1))}× eager"
+            )
+            lines.append(f"{said} (geometric mean of {len(gains)})")
+    if ours and inductors:
+        gains = [best / r["backends"][ours]["ms"] for r in rows
+                 if (best := best_peer(r, inductors)) and r["backends"].get(ours, {}).get("ms")]  # fmt: skip
+        lines.append(f"{ours} is {cell(geomean(gains))}× Inductor's better mode (geometric mean of {len(gains)})")
+        for key, word in (("compile_s", "cold"), ("warm_s", "warm")):
+            pairs = [(r["backends"].get(ours, {}).get(key), r["backends"].get(inductors[0], {}).get(key)) for r in rows]
+            both = [(x, y) for x, y in pairs if x and y]
+            if both:
+                mine, theirs = (sum(p[i] for p in both) for i in (0, 1))
+                lines.append(f"{word} compile: {cell(mine)} s, {inductors[0]} {cell(theirs)} s: {cell(mine / theirs)}×")
+    if ours:
+        lines.append(f"slower than the best peer by more than 3 %: {', '.join(slower) or 'none'}")
+        parts = [r["backends"].get(ours, {}).get("report") or {} for r in rows]
+        reasons = sorted({f for p in parts for f in p.get("fallbacks", [])})
+        if reasons:
+            lines.append(f"{len(reasons)} kinds of fallback: {'; '.join(reasons)[:600]}")
+    return "\n".join([*lines, *problems])[:most]
+
+
+def plot(rows: list[dict[str, Any]], backends: list[str], title: str) -> str:
+    """An SVG: for each workload how many times faster than eager each backend is, on a logarithmic axis."""
+    shown = [b for b in backends if b != "eager"]
+    colours = ["#9aa5b1", "#5b7083", "#c98f2b", "#1f77b4", "#2ca02c"]
+    paint = {b: "#d1495b" if b.startswith("fusionc") else colours[i % len(colours)] for i, b in enumerate(shown)}
+    data = [(r, r["backends"].get("eager", {}).get("ms")) for r in rows]
+    data = [(r, e) for r, e in data if e and any(r["backends"].get(b, {}).get("ms") for b in shown)]
+    gains = [e / r["backends"][b]["ms"] for r, e in data for b in shown if r["backends"].get(b, {}).get("ms")]
+    if not gains:
+        return ""
+    low, high = (
+        math.floor(min(0.0, *(math.log2(g) for g in gains))),
+        math.ceil(max(1.0, *(math.log2(g) for g in gains))),
+    )
+    left, width, bar = 170, 640, 9
+    step_y = bar * len(shown) + 9
+    height = 62 + step_y * len(data)
+    x = lambda g: left + (math.log2(g) - low) / (high - low) * width  # noqa: E731
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 70}" height="{height}" font-family="sans-serif">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="8" y="17" font-size="13">{escape(title)}</text>',
+    ]
+    for i, b in enumerate(shown):
+        out.append(f'<rect x="{8 + 190 * i}" y="26" width="10" height="10" fill="{paint[b]}"/>')
+        out.append(f'<text x="{22 + 190 * i}" y="35" font-size="11">{escape(b)}</text>')
+    for k in range(low, high + 1):
+        at, label = x(2.0**k), f"{2**k}×" if k >= 0 else f"1/{2**-k}×"
+        dark = "#333" if k == 0 else "#ddd"
+        out.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="42" y2="{height - 16}" stroke="{dark}"/>')
+        out.append(f'<text x="{at:.1f}" y="{height - 4}" font-size="10" text-anchor="middle">{label}</text>')
+    for i, (r, eager) in enumerate(data):
+        top = 46 + i * step_y
+        out.append(
+            f'<text x="{left - 8}" y="{top + step_y / 2}" font-size="11" text-anchor="end">{escape(r["name"])}</text>'
+        )
+        for j, b in enumerate(shown):
+            ms = r["backends"].get(b, {}).get("ms")
+            if ms:
+                a, z = sorted((x(1.0), x(eager / ms)))
+                at = top + j * bar
+                out.append(
+                    f'<rect x="{a:.1f}" y="{at}" width="{max(z - a, 1):.1f}" height="{bar - 1}" fill="{paint[b]}"/>'
+                )
+                out.append(f'<text x="{z + 3:.1f}" y="{at + 8}" font-size="8" fill="#555">{eager / ms:.2f}</text>')
+    return "\n".join([*out, "</svg>", ""])
+
+
+def read(paths: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Rows by name and the last machine of result files; a file that is not there has none."""
+    rows: dict[str, dict[str, Any]] = {}
+    facts: dict[str, Any] = {}
+    for path in paths:
+        if os.path.exists(path):
+            with open(path) as file:
+                content = json.load(file)
+            rows |= {r["name"]: r for r in content["rows"]}
+            facts = content["machine"]
+    return rows, facts
+
+
+def show(rows: list[dict[str, Any]], backends: list[str], facts: dict[str, Any], svg: str | None) -> None:
+    print()
+    print(compact_table(rows, backends))
+    if svg:
+        words = f"times eager's speed, {facts.get('gpu', 'CPU')}, torch {facts.get('torch')}, {facts.get('date')}"
+        with open(svg, "w") as file:
+            file.write(plot(rows, backends, words))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", help="workloads whose name contains one of these words")
+    parser.add_argument("--models", action="store_true", help="the 20 further models instead of the table's workloads")
+    parser.add_argument(
+        "--backends", default="eager,inductor,inductor:reduce-overhead,fusionc", help="name or name:mode"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--size", choices=("full", "quick", "tiny"), default="full")
+    parser.add_argument("--quick", dest="size", action="store_const", const="quick", help="about an eighth of the work")
+    parser.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="sizes for a CPU")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time; more than 1 is not for publishing")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for one process")
+    parser.add_argument("--budget", type=float, default=540, help="seconds for everything; what is left is not started")
+    parser.add_argument("--repeat-ms", type=int, default=150, help="do_bench's measuring time")
+    parser.add_argument(
+        "--cache", default=None, help="folder for compiler caches; default a fresh one a workload (cold)"
+    )
+    parser.add_argument("--warm", action="store_true", help="also the first call of a second process, caches filled")
+    parser.add_argument("--json", default=None, help="result file, rewritten after each workload")
+    parser.add_argument("--resume", action="store_true", help="keep what --json has; measure only what it lacks")
+    parser.add_argument("--render", nargs="+", metavar="JSON", help="measure nothing: table and plot of result files")
+    parser.add_argument("--svg", default=None, help="write a plot")
+    parser.add_argument("--logs", default=None, help="folder for one log a workload (tracebacks)")
+    parser.add_argument("--list", action="store_true", help="name the workloads and stop")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--first-call", help=argparse.SUPPRESS)
+    parser.add_argument("--lock", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    backends = args.backends.split(",")
+    if args.first_call:
+        first_call(args.child, args.first_call, args.device, args.size)
+        return 0
+    if args.child:
+        child(args.child, backends, args.device, args.size, args.repeat_ms, args.lock)
+        return 0
+    if args.render:
+        rows, facts = read(args.render)
+        show([r for r in rows.values() if matches(r["name"], args.only)], backends, facts, args.svg)
+        return 0
+    from .gpu_models import MODELS
+    from .gpu_workloads import WORKLOADS
+
+    chosen = [w for w in (MODELS if args.models else WORKLOADS) if matches(w.name, args.only)]
+    if args.list or not chosen:
+        print("\n".join(w.name for w in (*WORKLOADS, *MODELS)))
+        return 0 if args.list else 2
+    if args.logs:
+        os.makedirs(args.logs, exist_ok=True)
+    known = read([args.json])[0] if args.resume and args.json else {}
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
+        runner = Runner(args, backends, folder, known)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            done = [pool.submit(runner.run, w.name, w.limit_ms if args.size == "full" else None)
+                    for w in sorted(chosen, key=lambda w: -w.weight)]  # fmt: skip
+            for future in done:
+                future.result()
+    rows = [runner.rows[w.name] for w in chosen if w.name in runner.rows]
+    others = [r for name, r in runner.rows.items() if name not in {w.name for w in chosen}]
+    runner.rows = {r["name"]: r for r in [*others, *rows]}
+    runner.save()
+    show(rows, backends, runner.facts, args.svg)
+    missing = [r["name"] for r in rows if any(b not in r["backends"] for b in backends)]
+    print(f"{args.size} size, {args.jobs} at a time, {time.monotonic() - runner.start:.0f} s", end="")
+    print(f"; {len(missing)} not done (--budget), go on with --resume" if missing else "")
+    return 1 if missing or any(problems_of(r, backends) for r in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

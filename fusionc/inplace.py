@@ -1,0 +1,159 @@
+"""Results that AOTAutograd copies into an input at the end are written there by the kernel that computes them.
+
+An optimiser's step ends in one `copy_` for each parameter and each of its states: as calls they cost a launch each, and
+one more read and write of everything.  Where the kernel that computes the value is the last to read what the input held,
+and reads of it only the element that it writes, the input becomes a buffer of that kernel, read and written.
+
+A result is written in place if all of this holds (else the `copy_` stays as it is):
+    the copied value is a result of a pointwise kernel, of the input's dtype, sizes and strides, and no view;
+    nothing else writes the input, and nothing reads what the `copy_` returns;
+    the value does not leave the graph (it would be the input itself);
+    whoever else reads the input comes before the kernel; the kernel reads it at the element that it writes, unguarded;
+    the input's layout is guarded, and dense: two of its elements never share memory.
+Inputs that share memory with each other are told apart by AOTAutograd, which then passes one base for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx import Node
+
+from .ir.build import Built
+from .ir.expr import Const, Expr, Load, Rewriter
+from .ir.loop import Kernel, Store
+from .schedule.group import Call, Group, Grouper, Unit, _mutated_args, _mutates
+
+if TYPE_CHECKING:
+    from .compiler import Context, Lowered
+
+
+def write_in_place(
+    cx: Context, grouper: Grouper, units: list[Unit], lowered: Sequence[Lowered], stable: frozenset[Node]
+) -> dict[Node, Node]:
+    """Result → input that it is written to.  Takes the copies out of `units` and changes kernels in `lowered`."""
+    copies = [u for u in units if isinstance(u, Call) and u.node.target is torch.ops.aten.copy_.default]
+    if not copies:
+        return {}
+    state = _State(cx, grouper, units, lowered, stable)
+    out: dict[Node, Node] = {}
+    for unit in copies:
+        found = state.rewrite(unit)
+        if found is not None:
+            out[found[0]] = found[1]
+            units.remove(unit)
+    return out
+
+
+class _State:
+    def __init__(
+        self, cx: Context, grouper: Grouper, units: list[Unit], lowered: Sequence[Lowered], stable: frozenset[Node]
+    ):
+        self.grouper, self.stable = grouper, stable
+        self.lowered = {id(item.group): item for item in lowered}
+        self.position = {id(u): k for k, u in enumerate(units)}
+        self.readers: dict[Node, list[Unit]] = {}  # input → units that read it, the copies into it aside
+        self.writers: dict[Node, int] = {}
+        for unit in units:
+            item = self.lowered.get(id(unit)) if isinstance(unit, Group) else None
+            if isinstance(unit, Call):
+                written = _mutated_args(unit.node) if _mutates(unit.node) else []
+                for n in written:
+                    base = grouper.resolve(n)[0]
+                    self.writers[base] = self.writers.get(base, 0) + 1
+                nodes = [n for n in unit.node.all_input_nodes if n not in written]
+            else:
+                nodes = list(item.built.inputs) if item is not None else []
+            for n in nodes:
+                self.readers.setdefault(grouper.resolve(n)[0], []).append(unit)
+        self.leaving = set()
+        for n in cx.gm.graph.find_nodes(op="output"):
+            self.leaving |= {grouper.resolve(a)[0] for a in n.all_input_nodes}
+
+    def rewrite(self, unit: Call) -> tuple[Node, Node] | None:
+        """(result, input) if the copy could be taken into the kernel, which is changed then."""
+        node = unit.node
+        target, value = node.args[:2]
+        if (
+            not isinstance(target, Node)
+            or not isinstance(value, Node)
+            or len(node.args) > 2
+            or node.kwargs
+            or node.users
+        ):
+            return None
+        group = self.grouper.unit.get(value)
+        item = self.lowered.get(id(group)) if isinstance(group, Group) else None
+        if item is None or target not in self.stable or target in self.leaving or value in self.leaving:
+            return None
+        kernel = item.built.kernel
+        if value not in item.built.outputs or kernel.axis or kernel.scans or self.writers.get(target, 0) != 1:
+            return None
+        if not _same_layout(target.meta["val"], value.meta["val"]):
+            return None
+        here = self.position[id(group)]
+        others = [u for u in self.readers.get(target, []) if u is not group]
+        if any(self.position[id(u)] >= here or _aliases(u) for u in others):
+            return None
+        built = _joined(item.built, target, value)
+        if built is None or any(self.grouper.resolve(n)[0] is target for n in built.inputs):
+            return None
+        item.built = built
+        assert group is not None
+        group.preds |= {u for u in others if u is not group}
+        return value, target
+
+
+def _aliases(unit: Unit) -> bool:
+    """Whether its result may share memory with what it reads."""
+    if isinstance(unit, Group):
+        return False
+    schema = getattr(unit.node.target, "_schema", None)
+    return schema is None or any(a.alias_info is not None for a in schema.arguments)
+
+
+def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Same dtype, device and static layout without gaps or overlaps."""
+    numbers = (*a.shape, *a.stride(), *b.shape, *b.stride())
+    if a.dtype != b.dtype or a.device != b.device or not all(type(n) is int for n in numbers):
+        return False
+    if tuple(a.shape) != tuple(b.shape) or a.stride() != b.stride():
+        return False
+    span = 1
+    for n, s in sorted(zip(a.shape, a.stride(), strict=True), key=lambda p: p[1]):
+        if n > 1:
+            if s != span:
+                return False
+            span *= n
+    return True
+
+
+def _joined(built: Built, target: Node, value: Node) -> Built | None:
+    """The kernel with the buffers of `target` (if it is read) and `value` as one, or None if that changed its result."""
+    kernel = built.kernel
+    ins = sorted((b for b in kernel.buffers if b.kind == "in"), key=lambda b: int(b.name[2:]))
+    outs = sorted((b for b in kernel.buffers if b.kind != "in"), key=lambda b: int(b.name[3:]))
+    new = outs[built.outputs.index(value)].name
+    if target not in built.inputs:
+        return built
+    old = ins[built.inputs.index(target)]
+    where = [s.index for s in kernel.stores if s.buffer == new]
+    if len(where) != 1 or old.scalar:
+        return None
+    for n in kernel.loads:
+        if n.buffer == old.name and (n.index is not where[0] or n.guard is not None):
+            return None
+
+    def leaf(e: Expr) -> Expr | None:
+        if isinstance(e, Load) and e.buffer == old.name:
+            return Load(new, e.index, e.dtype)
+        return e if isinstance(e, Const) else None
+
+    rename = Rewriter(leaf)
+    stores = tuple([Store(s.buffer, s.index, rename(s.value), s.inner) for s in kernel.stores])
+    buffers = tuple([replace(b, kind="inout") if b.name == new else b for b in kernel.buffers if b.name != old.name])
+    inputs = tuple([n for n in built.inputs if n is not target])
+    return Built(Kernel(buffers, kernel.sizes, kernel.loops, (), stores), inputs, built.outputs)
