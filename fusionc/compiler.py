@@ -22,6 +22,7 @@ from .config import Config
 from .ir.alike import Alike
 from .ir.build import Builder, Built
 from .ir.expr import Index, Size
+from .ir.loop import Kernel
 from .ir.simplify import simplify
 from .ir.sizes import Unsupported, free_sizes, size_index, sizes_index, strides_index
 from .record import CallRecord, GraphRecord, GroupRecord
@@ -184,6 +185,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     if cx.target == "aten":
         never = {n: "target is aten" for n in cx.gm.graph.nodes if n.op == "call_function" and not is_view(n)}
     alone: set[Node] = set()
+    columns = cx.target not in ("cpp", "aten")  # column sums beside row results: worth it where memory is the limit
     for _ in range(12):
         clock = time.perf_counter()
         grouper = Grouper(cx.gm.graph, cx.device, never, alone, cx.alike)
@@ -192,6 +194,8 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
         clock = time.perf_counter()
         lowered, failed, apart = _build_kernels(cx, grouper, units)
         alone |= apart
+        if columns and not failed and not apart:
+            units = _merge_columns(cx, grouper, units, lowered)
         cx.record.timings["build"] = cx.record.timings.get("build", 0.0) + time.perf_counter() - clock
         if not failed and not apart:
             clock = time.perf_counter()
@@ -203,6 +207,9 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
             symbols |= more
             cx.record.timings["compile"] = cx.record.timings.get("compile", 0.0) + time.perf_counter() - clock
             failed = bad
+            if bad and any(i.built.kernel.columns for i in lowered):
+                columns, failed = False, {}  # whichever it was, the simpler kernels come first
+                continue
         if not failed and not apart:
             break
         never.update(failed)
@@ -311,11 +318,32 @@ def _build_new(cx: Context, grouper: Grouper, group: Group, wanted: list[Node]) 
     built = builder.build(wanted)
     kernel = simplify(built.kernel)
     if cx.config.verify:
-        from .ir.verify import verify
-
-        with torch.utils._python_dispatch._disable_current_modes():  # the verifier computes indices with real tensors
-            verify(kernel)
+        _verify(kernel)
     return Built(kernel, built.inputs, built.outputs)
+
+
+def _verify(kernel: Kernel) -> None:
+    from .ir.verify import verify
+
+    with torch.utils._python_dispatch._disable_current_modes():  # the verifier computes indices with real tensors
+        verify(kernel)
+
+
+def _merge_columns(cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowered]) -> list[Unit]:
+    """Kernels of rows take over the column sums of the same data; the units in their new order."""
+    from .schedule.columns import merge
+    from .targets.triton import device_of as gpu
+
+    by_group = {item.group: item for item in lowered}
+    built = {g: item.built for g, item in by_group.items()}
+    done = list(merge(grouper, units, built, cx.hints, gpu(cx)))
+    for rows, columns, both in done:
+        by_group[rows].built = both
+        lowered.remove(by_group[columns])
+    if done and cx.config.verify:
+        for rows in {r for r, _, _ in done}:
+            _verify(built[rows].kernel)
+    return grouper.ordered() if done else units
 
 
 # -- kernels to code --------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def _index_limits(kernel: Kernel, sizes: dict[str, int]) -> dict[str, int]:
     for n in kernel.nodes:
         if isinstance(n, Load):
             bound(n.index, 2) if not _checked(n.index) else None
-    for s in kernel.stores:
+    for s in kernel.writes:
         bound(s.index, 2) if not _checked(s.index) else None
     return limits
 

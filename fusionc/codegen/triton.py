@@ -2,7 +2,11 @@
 
 One program computes `xblock` points of the flattened loops.  With an axis its values are tiles [XBLOCK, RBLOCK]: the
 whole axis at once (`plan.rblock == 0`), or in steps of RBLOCK, with one pass over the axis per reduction level; all
-reductions of a level share a pass, and inner stores that need no reduction are written in the first.
+reductions of a level share a pass, and inner stores that need no reduction are written in the first.  A maximum and the
+sum of exponentials below it share a pass too (`fusionc.ir.online`).
+
+Column sums make the kernel persistent: program p walks over the rows p, p + parts, …, keeps one accumulator a column
+sum in registers, and stores them at the end; what does not depend on the row (a norm's weight) is loaded once.
 
 Indices are int32 where every index and offset of the kernel provably fits, else int64; with run-time sizes the kernel
 takes a constexpr WIDE and the launcher decides.  Out-of-range lanes are masked; a guarded load is masked by its guard.
@@ -15,7 +19,8 @@ from collections.abc import Iterable
 
 from ..errors import FusioncError
 from ..ir.expr import FLOATS, Const, Expr, FloorDiv, Index, Load, Mod, Op, Reduce, Scan, Size, Var, bounds, index
-from ..ir.loop import Kernel, Store
+from ..ir.loop import Kernel, Store, Write
+from ..ir.online import online_pairs
 from ..ir.ops import COMPARE
 from ..schedule.plan import Plan
 from . import triton_math as tm
@@ -41,6 +46,8 @@ def refusal(kernel: Kernel, plan: Plan) -> str | None:
     for n in kernel.nodes:
         if isinstance(n, Op) and not supports(n.name, n.args[0].dtype):
             return f"operation {n.name} on {n.args[0].dtype}"
+    if kernel.columns and (kernel.part is None or plan.rblock or kernel.scans):
+        return "column sums must be staged, and need whole rows in registers and no scan"
     if kernel.axis and plan.rblock == 0:
         if not kernel.inner.is_const:
             return "an axis of unknown length cannot be kept in registers: the plan needs an rblock"
@@ -103,6 +110,36 @@ def render(kernel: Kernel, plan: Plan, name: str) -> str:
     return _Writer(kernel, plan, name).module()
 
 
+_STEPPED = frozenset(("floor", "ceil", "round", "trunc", "floordiv", "mod", "truncdiv", "fmod", "sign"))
+
+
+def _half(kernel: Kernel) -> bool:
+    """Do float32 functions exact to about 20 bits suffice, at a fraction of the instructions?
+
+    They do where every result has 8 or 11 bits (sums of columns beside such results are gradients of that precision),
+    unless a step makes much of a last bit: floor(6 / 2) must be 3.
+    """
+    if not kernel.stores or not {kernel.buffer(s.buffer).dtype for s in kernel.stores} <= {"f16", "bf16"}:
+        return False
+    for n in kernel.nodes:
+        if isinstance(n, Reduce) and n.kind in ("argmax", "argmin"):
+            return False
+        if not isinstance(n, Op) or n.args[0].dtype not in FLOATS:
+            continue
+        if n.name in _STEPPED or (n.name == "cast" and n.dtype not in FLOATS):
+            return False
+        if n.name in COMPARE and not all(_given(a) for a in n.args):
+            return False
+    return True
+
+
+def _given(e: Expr) -> bool:
+    """A number as it was loaded, or a literal."""
+    while isinstance(e, Op) and e.name == "cast":
+        e = e.args[0]
+    return isinstance(e, (Load, Const))
+
+
 class _Writer:
     block = "tl.program_id(0)"  # text of the number of the program
 
@@ -121,6 +158,10 @@ class _Writer:
         self.rank2 = bool(kernel.axis)
         self.eviction: str | None = None  # eviction hint of the pass being written
         self.looped = self.rank2 and plan.rblock > 0
+        self.inverses: dict[int, str] = {}
+        # sums of exponentials, one of which is exp(0): at least 1, or NaN
+        self.totals = frozenset(online_pairs(kernel))
+        self.half = _half(kernel)
 
     # -- lines ------------------------------------------------------------------------------------------------------
     def line(self, text: str) -> None:
@@ -136,7 +177,9 @@ class _Writer:
         """Write the statements of the function, except its head."""
         k = self.k
         self.prologue()
-        if self.looped:
+        if k.columns:
+            self.rows()
+        elif self.looped:
             self.passes()
         else:
             if self.rank2:
@@ -173,21 +216,28 @@ class _Writer:
         if self.width is None:
             self.line("if WIDE:")
             self.line("    pid = pid.to(tl.int64)")
-        lanes = "tl.arange(0, XBLOCK)" + ("[:, None]" if self.rank2 else "")
-        self.line(f"x = pid * XBLOCK + {lanes}")
-        n = k.outer
-        self.xmask = None if n.is_const and n.value % p.xblock == 0 else "xmask"
-        if self.xmask:
-            self.line(f"xmask = x < {self.size(n)}")
-        self.variables("x", k.loops, _X)
+        self.xmask = None if k.outer.is_const and k.outer.value % p.xblock == 0 else "xmask"
+        if k.columns:
+            assert k.part is not None
+            self.text[k.part.uid], self.dims[k.part.uid] = "pid", 0
+        else:
+            self.loop_variables("pid * XBLOCK + ")
         if self.rank2:
             self.line("rbase = " + self.wide("tl.arange(0, RBLOCK)[None, :]"))
             if self.width is None:
                 self.line("if WIDE:")
                 self.line("    rbase = rbase.to(tl.int64)")
-            self.rmask = None if k.inner.is_const and k.inner.value % self.rblock == 0 else "rmask"
+            step = self.rblock * (p.unroll if self.looped else 1)
+            self.rmask = None if k.inner.is_const and k.inner.value % step == 0 else "rmask"
 
-    def variables(self, flat: str, vars: tuple[Var, ...], dims: int) -> None:
+    def loop_variables(self, start: str, step: str = "") -> None:
+        lanes = "tl.arange(0, XBLOCK)" + ("[:, None]" if self.rank2 else "")
+        self.line(f"x = {start}{lanes}{step}")
+        if self.xmask:
+            self.line(f"xmask = x < {self.size(self.k.outer)}")
+        self.variables("x", self.k.loops, _X)
+
+    def variables(self, flat: str, vars: tuple[Var, ...], dims: int, suffix: str = "") -> None:
         """Recover the variables from their flattened position."""
         stride = index(1)
         whole = index(0)
@@ -203,21 +253,23 @@ class _Writer:
             self.dims[v.uid] = dims
             self.text[v.uid] = flat
             if text != flat:
-                self.text[v.uid] = v.name
-                self.line(f"{v.name} = {text}")
+                self.text[v.uid] = v.name + suffix
+                self.line(f"{v.name}{suffix} = {text}")
         # put together again, the position itself: Triton would not see that it is contiguous
         if vars:
             self.dims[whole.uid], self.text[whole.uid] = dims, flat
 
-    def axis_variables(self, base: str) -> None:
+    def axis_variables(self, base: str, suffix: str = "") -> None:
+        """Positions along the axis from `base` on; the names of one tile of several end with `suffix`."""
         r = base
         if base != "rbase":
-            r = "r"
-            self.line(f"r = {base} + rbase")
+            r = "r" + suffix
+            self.line(f"{r} = {base} + rbase")
         self.flat = r
         if self.rmask:
-            self.line(f"rmask = {r} < {self.size(self.k.inner)}")
-        self.variables(r, self.k.axis, _R)
+            self.rmask = "rmask" + suffix
+            self.line(f"{self.rmask} = {r} < {self.size(self.k.inner)}")
+        self.variables(r, self.k.axis, _R, suffix)
 
     def size(self, p: Index) -> str:
         """A polynomial in sizes as an operand."""
@@ -225,10 +277,45 @@ class _Writer:
         text = self.text[p.uid]
         return text if text.isidentifier() or text.isdigit() else f"({text})"
 
+    # -- rows one after the other, with sums of columns ---------------------------------------------------------------
+    def rows(self) -> None:
+        k = self.k
+        assert k.part is not None
+        self.axis_variables("rbase")
+        sums = list(k.column_sums)
+        roots = [e for s in k.stores for e in (s.index, s.value)] + [r.body for r in sums]
+        loops = self.loops
+        for n in self.order(roots):
+            if not n.free & loops and not isinstance(n, Var):
+                self.node(n)
+        total, parts = self.size(k.outer), self.size(k.part.extent)
+        accs = [self.fresh(f"tl.full([XBLOCK, RBLOCK], 0, {self.accumulator(r.kind, r.body.dtype)})") for r in sums]
+        stages = f", num_stages={self.plan.stages}" if self.plan.stages > 1 else ""
+        self.line(f"for first in tl.range(pid, {total}, {parts} * XBLOCK{stages}):")
+        self.depth += 1
+        saved, exact = dict(self.text), self.plan.xblock == 1
+        self.xmask = None if exact else "xmask"
+        self.loop_variables("first + ", f" * {parts}")
+        self.emit(roots)
+        for s in k.stores:
+            self.store(s)
+        for r, acc in zip(sums, accs, strict=True):
+            text = f"{acc} + {self.tile(r)}"
+            self.line(f"{acc} = {text}" if exact else f"{acc} = tl.where(xmask, {text}, {acc})")
+        self.depth -= 1
+        self.text = saved
+        for r, acc in zip(sums, accs, strict=True):
+            self.text[r.uid] = self.fresh(f"tl.reduce({acc}, 0, {self.combine('sum', r.body.dtype)}, keep_dims=True)")
+            self.dims[r.uid] = _R
+        self.emit([e for c in k.columns for e in (c.index, c.value)])
+        for c in k.columns:
+            self.write(c, _R)
+
     # -- passes over a looped axis ------------------------------------------------------------------------------------
     def passes(self) -> None:
         k = self.k
         top = max((r.level for r in k.reductions), default=0)
+        pairs = online_pairs(k)
         inout = {b.name for b in k.buffers if b.kind == "inout"}
         rows = [s for s in k.stores if not s.inner]
         inner: dict[int, list[Store]] = {}
@@ -237,16 +324,24 @@ class _Writer:
                 # in place, nothing may be overwritten that a later pass reads
                 level = top if s.buffer in inout else max(s.value.level, s.index.level)
                 inner.setdefault(level, []).append(s)
-        work = [([r for r in k.reductions if r.level == n + 1], inner.get(n, [])) for n in range(top + 1)]
+        work = [
+            ([r for r in k.reductions if r.level == n + 1 and r not in pairs], inner.get(n, [])) for n in range(top + 1)
+        ]
         work = [w for w in work if w[0] or w[1]]
         for n, (reductions, stores) in enumerate(work):
-            self.one_pass(reductions, stores, again=n + 1 < len(work), repeated=n > 0)
+            mine = {r: m for r, m in pairs.items() if m in reductions}
+            self.one_pass(reductions, stores, mine, again=n + 1 < len(work), repeated=n > 0)
         self.emit([e for s in rows for e in (s.index, s.value)])
         for s in rows:
             self.store(s)
 
-    def one_pass(self, reductions: list[Reduce], stores: list[Store], again: bool, repeated: bool) -> None:
-        """A loop over the axis; `again`: another follows and rereads the row, `repeated`: one came before."""
+    def one_pass(
+        self, reductions: list[Reduce], stores: list[Store], pairs: dict[Reduce, Reduce], again: bool, repeated: bool
+    ) -> None:
+        """A loop over the axis; `again`: another follows and rereads the row, `repeated`: one came before.
+
+        `pairs` are sums of exponentials that are taken below the maximum that this pass finds.
+        """
         roots: list[Expr] = [r.body for r in reductions]
         roots += [e for s in stores for e in (s.index, s.value)]
         nodes = self.order(roots)
@@ -255,28 +350,67 @@ class _Writer:
                 self.node(n)
         extent = self.size(self.k.inner)
         state = {r: self.start(r) for r in reductions}
+        sums = {r: self.fresh("tl.full([XBLOCK, RBLOCK], 0.0, tl.float32)") for r in pairs}
         carries = {
             n: self.fresh(f"tl.full([XBLOCK, 1], {tm.identity(n.kind, n.dtype)}, {self.accumulator(n.kind, n.dtype)})")
             for n in nodes
             if isinstance(n, Scan)
         }
-        self.line(f"for offset in range(0, {extent}, RBLOCK):")
+        unroll = self.plan.unroll
+        step = f"{unroll} * RBLOCK" if unroll > 1 else "RBLOCK"
+        self.line(f"for offset in range(0, {extent}, {step}):")
         self.depth += 1
         saved = dict(self.text)
         self.eviction = "evict_last" if again else "evict_first" if repeated else None
-        self.axis_variables("offset")
-        for n in nodes:
-            if n.uid not in self.text:
-                self.node(n, carries.get(n))  # type: ignore[call-overload]
-        for s in stores:
-            self.store(s)
-        for r in reductions:
-            self.step(r, state[r])
+        tiles: dict[Reduce, list[str]] = {m: [] for m in pairs.values()}
+        done: list[tuple[dict[int, str], str | None]] = []
+        for tile in range(unroll):
+            self.text = dict(saved)
+            self.axis_variables(f"offset + {tile} * RBLOCK" if tile else "offset", f"_{tile}" if tile else "")
+            for n in nodes:
+                if n.uid not in self.text:
+                    self.node(n, carries.get(n))  # type: ignore[call-overload]
+            for r in reductions:
+                if r in tiles:
+                    body = self.tile(r)
+                    if self.rmask:
+                        body = f"tl.where({self.rmask}, {body}, {tm.identity(r.kind, r.body.dtype)})"
+                    tiles[r].append(self.fresh(body))
+                else:
+                    self.step(r, state[r])
+            done.append((self.text, self.rmask))
+        for self.text, self.rmask in done:  # after the loads of all tiles: nothing is loaded early across a store
+            for s in stores:
+                self.store(s)
+        for m, found in tiles.items():
+            self.online(state[m][0], found, [sums[r] for r in pairs if pairs[r] is m])
         self.depth -= 1
         self.text = saved
         self.eviction = None
         for r in reductions:
             self.finish(r, state[r])
+        for r, total in sums.items():
+            # a lane that saw nothing but -inf adds exp(-inf) = 0; a row of them gives NaN as exp(-inf + inf) does
+            scaled = self.fresh(f"{total} * {self.exponential(f'{state[pairs[r]][0]} - {self.text[pairs[r].uid]}')}")
+            self.finish(r, (scaled,))
+            if self.half:
+                self.inverse(r)
+
+    def online(self, top: str, tiles: list[str], totals: list[str]) -> None:
+        """Take `tiles` into the running maximum of each lane and the running sums of exponentials below it."""
+        new = top
+        for t in tiles:
+            new = self.fresh(tm.extreme("max", new, t, "f32"))
+        base = self.fresh(f'tl.where({new} == float("-inf"), 0.0, {new})')  # -inf - -inf is no number
+        scale = self.exponential(f"{top} - {base}")
+        terms = " + ".join([self.exponential(f"{t} - {base}") for t in tiles])
+        total = self.fresh(f"{totals[0]} * {scale} + ({terms})")
+        for t in totals:
+            self.line(f"{t} = {total}")
+        self.line(f"{top} = {new}")
+
+    def exponential(self, text: str) -> str:
+        return f"tl.exp({text})" if self.half else f"libdevice.exp({text})"
 
     def accumulator(self, kind: str, dtype: str) -> str:
         return "tl.int32" if dtype == "b1" else TL_DTYPE[dtype]
@@ -310,7 +444,7 @@ class _Writer:
             if r.body.dtype in FLOATS:
                 better += f" | (({body} != {body}) & (({acc} == {acc}) | ({self.flat} < {at})))"
             if self.rmask:
-                better = f"({better}) & rmask"
+                better = f"({better}) & {self.rmask}"
             first = self.fresh(better)
             self.line(f"{at} = tl.where({first}, {self.flat}, {at})")
             self.line(f"{acc} = tl.where({first}, {body}, {acc})")
@@ -318,7 +452,7 @@ class _Writer:
         (acc,) = state
         dtype = self.accumulator(r.kind, r.body.dtype)
         text = self.together(r.kind, acc, body, "i32" if dtype == "tl.int32" else r.body.dtype)
-        self.line(f"{acc} = tl.where(rmask, {text}, {acc})" if self.rmask else f"{acc} = {text}")
+        self.line(f"{acc} = tl.where({self.rmask}, {text}, {acc})" if self.rmask else f"{acc} = {text}")
 
     def together(self, kind: str, a: str, b: str, dtype: str) -> str:
         if kind in ("max", "min"):
@@ -352,12 +486,12 @@ class _Writer:
         """A reduction over the whole axis at once."""
         body = self.tile(r)
         if self.rmask:
-            body = self.fresh(f"tl.where(rmask, {body}, {tm.identity(r.kind, r.body.dtype)})")
+            body = self.fresh(f"tl.where({self.rmask}, {body}, {tm.identity(r.kind, r.body.dtype)})")
         if r.kind not in ("argmax", "argmin"):
             self.finish(r, (body,))
         else:
             itype, last = self.position()
-            at = f"tl.where(rmask, {self.flat}, {last})" if self.rmask else self.flat
+            at = f"tl.where({self.rmask}, {self.flat}, {last})" if self.rmask else self.flat
             at = self.fresh(f"tl.broadcast_to({at}, [XBLOCK, RBLOCK]).to({itype})")
             if body.endswith(")"):
                 body = self.fresh(body)
@@ -367,7 +501,7 @@ class _Writer:
     def scan(self, n: Scan, carry: str | None) -> str:
         body = self.tile(n)
         if self.rmask:
-            body = f"tl.where(rmask, {body}, {tm.identity(n.kind, n.body.dtype)})"
+            body = f"tl.where({self.rmask}, {body}, {tm.identity(n.kind, n.body.dtype)})"
         body = self.fresh(body)
         dtype = "i32" if n.body.dtype == "b1" else n.body.dtype
         fn = self.combine(n.kind, dtype)
@@ -483,7 +617,37 @@ class _Writer:
             args.append(text)
         if name == "where":
             dtype = n.dtype
+        if self.half and dtype == "f32":
+            quick = tm.quick(name, args)
+            if name == "div" and n.args[1] in self.totals:
+                quick = f"{args[0]} * {self.inverse(n.args[1])}"
+            if name in tm.QUICK and self.beside_one(n):
+                self.helpers[f"_{name}"] = tm.QUICK[name]
+                quick = f"_{name}({args[0]})"
+            if quick is not None:
+                return self.fresh(quick)
         return self.fresh(tm.operation(name, args, dtype, n.dtype, self.fresh))
+
+    def inverse(self, total: Expr) -> str:
+        """1 / total, once a row: a division an element is as dear as its exponential."""
+        found = self.inverses.get(total.uid)
+        if found is None:
+            found = self.inverses[total.uid] = self.fresh(f"1.0 / {self.paren(total)}")
+        return found
+
+    def beside_one(self, n: Op) -> bool:
+        """Is `n` only ever added to a constant of at least 1, as in 1 + erf(x)?  Then its absolute error counts."""
+        if self.users is None:
+            self.users = {}
+            for m in self.k.nodes:
+                for c in m.children():
+                    self.users.setdefault(c.uid, []).append(m)
+        return all(
+            isinstance(u, Op) and u.name == "add" and any(isinstance(a, Const) and abs(a.value) >= 1 for a in u.args)
+            for u in self.users.get(n.uid, [])
+        )
+
+    users: dict[int, list[Expr]] | None = None
 
     def check_index(self, n: Op) -> str:
         i, size = self.tensor(n.args[0]), self.paren(n.args[1])
@@ -511,7 +675,7 @@ class _Writer:
 
     def mask(self, dims: int) -> list[str]:
         out = [self.xmask] if dims & _X and self.xmask else []
-        return out + (["rmask"] if dims & _R and self.rmask else [])
+        return out + ([self.rmask] if dims & _R and self.rmask else [])
 
     def load(self, n: Load) -> str:
         b = self.k.buffer(n.buffer)
@@ -540,7 +704,9 @@ class _Writer:
         return self.fresh(f"tl.load({b.name} + {at}{extra})")
 
     def store(self, s: Store) -> None:
-        dims = (_X | _R) if s.inner else _X
+        self.write(s, (_X | _R) if s.inner else _X)
+
+    def write(self, s: Write, dims: int) -> None:
         b = self.k.buffer(s.buffer)
         at = self.spread(s.index, dims)
         value = self.spread(s.value, dims) if self.dims.get(s.value.uid, 0) != dims else self.tensor(s.value)
@@ -552,6 +718,8 @@ class _Writer:
                 value = self.fresh(value)
         masks = self.mask(dims)
         extra = f", mask={' & '.join(masks)}" if masks else ""
+        if self.eviction == "evict_first" and dims & _R:
+            extra += ', eviction_policy="evict_first"'  # leaves the cache to rows that are read again
         self.line(f"tl.store({b.name} + {at}, {value}{extra})")
 
 

@@ -283,6 +283,14 @@ def index(x: Index | Expr | int) -> Index:
     raise TypeError(f"{x!r} is not an integer index")
 
 
+def flat(vars: Iterable[Var]) -> Index:
+    """The row-major position of a point of `vars`."""
+    out = ZERO
+    for v in vars:
+        out = out * v.extent + v
+    return out
+
+
 class FloorDiv(Expr):
     """dividend // divisor (rounding towards minus infinity), divisor positive."""
 

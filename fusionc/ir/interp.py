@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .expr import Const, Expr, FloorDiv, Index, Load, Mod, Op, Reduce, Scan, Size, Var
+from .expr import Const, Expr, FloorDiv, Index, Load, Mod, Op, Reduce, Scan, Size, Var, flat, index
 from .loop import Kernel, evaluate
 
 TORCH_DTYPE = {
@@ -47,10 +47,13 @@ def run(
     axis = [evaluate(v.extent, sizes) for v in kernel.axis]
     if any(n == 0 for n in loops):
         return
-    for part in _chunks(loops, math.prod(axis)):
-        frame = Frame(kernel, buffers, sizes, part, axis, upcast)
+    parts = 1 if kernel.part is None else evaluate(kernel.part.extent, sizes)
+    boxes = list(_shares(loops, parts)) if kernel.columns else _chunks(loops, math.prod(axis))
+    for share, box in enumerate(boxes):
+        frame = Frame(kernel, buffers, sizes, box, axis, upcast, share)
         # all values before all writes: an "inout" buffer is read at the point that writes it
-        writes = [(s.buffer, *frame.store(s.index, s.value, s.inner)) for s in kernel.stores]
+        writes = [(s.buffer, *frame.store(s.index, s.value, True, s.inner)) for s in kernel.stores]
+        writes += [(s.buffer, *frame.store(s.index, s.value, False, True)) for s in kernel.columns]
         for name, where, value in writes:
             buffers[name][where] = value.to(buffers[name].dtype)
 
@@ -66,6 +69,12 @@ def _chunks(loops: list[int], inner: int) -> Iterator[list[range]]:
     return (list(box) for box in itertools.product(*pieces))
 
 
+def _shares(loops: list[int], parts: int) -> Iterator[list[range]]:
+    """The loops of every part: the points whose flat position is p modulo `parts`; several loops are masked later."""
+    for p in range(parts):
+        yield [range(p, loops[0], parts)] if len(loops) == 1 else [range(m) for m in loops]
+
+
 class Frame:
     """Values of all nodes on one box of the loops."""
 
@@ -77,6 +86,7 @@ class Frame:
         box: list[range],
         axis: list[int],
         upcast: bool,
+        share: int = 0,
     ):
         self.buffers, self.sizes, self.upcast = buffers, sizes, upcast
         self.shape = [len(r) for r in box] + axis
@@ -87,13 +97,16 @@ class Frame:
             r = box[d] if d < self.rows else range(axis[d - self.rows])
             shape = [1] * len(self.shape)
             shape[d] = len(r)
-            self.memo[v.uid] = torch.arange(r.start, r.stop, dtype=torch.int64).reshape(shape)
+            self.memo[v.uid] = (torch.arange(len(r), dtype=torch.int64) * r.step + r.start).reshape(shape)
+        if kernel.part is not None:
+            self.memo[kernel.part.uid] = self.full(share, "i64")
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float64 if self.upcast and name in ("f16", "bf16", "f32") else TORCH_DTYPE[name]
 
-    def store(self, at: Index, value: Expr, inner: bool) -> tuple[Tensor, Tensor]:
-        shape = self.shape if inner else self.shape[: self.rows] + [1] * (len(self.shape) - self.rows)
+    def store(self, at: Index, value: Expr, rows: bool, inner: bool) -> tuple[Tensor, Tensor]:
+        """Flat positions and values of a store once a point of the loops (`rows`) and of the axis (`inner`)."""
+        shape = [n if (rows if d < self.rows else inner) else 1 for d, n in enumerate(self.shape)]
         where, what = self(at).expand(shape).reshape(-1), self(value).expand(shape).reshape(-1)
         return where, what
 
@@ -185,8 +198,15 @@ class Frame:
 
     def reduce(self, e: Reduce) -> Tensor:
         body = self(e.body)
+        if self.kernel.is_column_sum(e):
+            body = body.expand(self.shape[: self.rows] + list(body.shape[self.rows :]))
+            part = self.kernel.part
+            if part is not None and self.rows > 1:
+                mine = self(flat(self.kernel.loops) % part.extent - index(part)) == 0
+                body = torch.where(mine, body, torch.zeros_like(body))
+            return body.sum(list(range(self.rows)), keepdim=True, dtype=self.dtype(e.dtype))
         keep = list(body.shape[: self.rows])
-        body = body.expand(keep + self.shape[self.rows :]).reshape([*keep, -1])
+        body = body.expand(keep + self.shape[self.rows :]).reshape([*keep, math.prod(self.shape[self.rows :])])
         dtype = self.dtype(e.dtype)
         if body.shape[-1] == 0 and e.kind in ("max", "min", "argmax", "argmin"):
             out = self.full(0, e.dtype)

@@ -7,7 +7,18 @@
             inner stores                            Store(inner=True):  one element a point of `loops` × `axis`
 
 `axis` is empty for a pointwise kernel.  Every Reduce in the kernel is over exactly the variables of `axis`, and depends
-on nothing but `loops` outside; every Scan is along a single axis variable.  Loop variables are x0, x1, … and axis
+on nothing but `loops` outside; every Scan is along a single axis variable.
+
+A kernel that walks over rows may sum columns on the way (dweight and dbias of a norm beside its dx, in one read):
+
+        for each point of `axis`:
+            column stores                           ColumnStore: their Reduce nodes are sums over exactly `loops`
+
+With `part` (a variable, once `fusionc.schedule.columns` has staged the kernel) the points of `loops` are dealt out like
+cards, flat position n to share n % part.extent, and a column store happens once a share and point of `axis`, with sums
+over that share.
+
+Loop variables are x0, x1, … and axis
 variables r0, r1, … (slowest first), buffers in0, in1, …, out0, …, so kernels that compute the same are equal as values
 and as text: 32 identical layers are one kernel.
 """
@@ -39,13 +50,24 @@ class Buffer:
 
 
 @dataclass(frozen=True)
-class Store:
-    """buffer[index] = value (cast to the buffer's dtype), once per point of the loops (and of the axis, if inner)."""
+class Write:
+    """buffer[index] = value (cast to the buffer's dtype)."""
 
     buffer: str
     index: Index
     value: Expr
+
+
+@dataclass(frozen=True)
+class Store(Write):
+    """A write once per point of the loops (and of the axis, if inner)."""
+
     inner: bool
+
+
+@dataclass(frozen=True)
+class ColumnStore(Write):
+    """A write once per point of the axis (and of the part); its value may hold sums over the loops."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,8 @@ class Kernel:
     loops: tuple[Var, ...]
     axis: tuple[Var, ...]
     stores: tuple[Store, ...]
+    columns: tuple[ColumnStore, ...] = ()
+    part: Var | None = None
 
     @cached_property
     def text(self) -> str:
@@ -69,17 +93,30 @@ class Kernel:
     def digest(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    @property
+    def writes(self) -> tuple[Write, ...]:
+        return (*self.stores, *self.columns)
+
     @cached_property
     def nodes(self) -> tuple[Expr, ...]:
         """Every distinct expression node, children first."""
         roots: list[Expr] = []
-        for s in self.stores:
+        for s in self.writes:
             roots += (s.value, s.index)
         return tuple(walk(roots))
 
     @cached_property
     def reductions(self) -> tuple[Reduce, ...]:
-        return tuple(n for n in self.nodes if isinstance(n, Reduce))
+        """Every reduction over the axis."""
+        return tuple(n for n in self.nodes if isinstance(n, Reduce) and not self.is_column_sum(n))
+
+    @cached_property
+    def column_sums(self) -> tuple[Reduce, ...]:
+        """Every sum over the loops."""
+        return tuple(n for n in self.nodes if isinstance(n, Reduce) and self.is_column_sum(n))
+
+    def is_column_sum(self, r: Reduce) -> bool:
+        return bool(self.columns) and r.vars == self.loops
 
     @cached_property
     def scans(self) -> tuple[Scan, ...]:

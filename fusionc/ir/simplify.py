@@ -44,6 +44,8 @@ _GUESS = 1024  # stands for sizes that are known only at run time, in comparison
 
 def simplify(kernel: Kernel) -> Kernel:
     """An equal kernel with simpler loops; the same object if there is nothing to do."""
+    if kernel.columns:
+        return kernel  # made of simplified kernels (fusionc.schedule.columns)
     out = kernel
     for _ in range(8):
         before = out

@@ -43,7 +43,7 @@ from .expr import (
     Size,
     Var,
 )
-from .loop import Buffer, Kernel, Store
+from .loop import Buffer, ColumnStore, Kernel, Store
 from .ops import ARITY, COMPARE, PREDICATE
 
 _KEYWORDS = {"not": "not_", "and": "and_", "or": "or_"}
@@ -256,7 +256,8 @@ def _tree_size(e: Expr) -> int:
 def kernel_text(kernel: Kernel) -> str:
     """The canonical text of a kernel; `parse_kernel` inverts it."""
     out = ["kernel"]
-    extents = [v.extent for v in kernel.loops + kernel.axis] + [b.size for b in kernel.buffers]
+    part = (kernel.part,) if kernel.part is not None else ()
+    extents = [v.extent for v in kernel.loops + kernel.axis + part] + [b.size for b in kernel.buffers]
     ext = _Printer([], {}, share=False)
     for e in extents:
         _key(e)
@@ -266,11 +267,11 @@ def kernel_text(kernel: Kernel) -> str:
         out.append(f"  size  {s.name} >= {s.lower}")
     for b in kernel.buffers:
         out.append(f"  {b.kind:<5} {b.name}: {b.dtype}[{ext.memo[b.size.uid]}]{' scalar' if b.scalar else ''}")
-    for head, vars in (("for  ", kernel.loops), ("axis ", kernel.axis)):
+    for head, vars in (("part ", part), ("for  ", kernel.loops), ("axis ", kernel.axis)):
         for v in vars:
             out.append(f"  {head} {v.name} < {ext.memo[v.extent.uid]}")
     roots: list[Expr] = []
-    for st in kernel.stores:
+    for st in kernel.writes:
         roots += (st.value, st.index)
     p = _Printer([], {b.name: b.dtype for b in kernel.buffers})
     pending: list[Expr] = []
@@ -281,8 +282,8 @@ def kernel_text(kernel: Kernel) -> str:
     p.pending = pending
     p.flush()
     out += ["    " + line for line in p.lines]
-    for st in kernel.stores:
-        head = "inner" if st.inner else "row"
+    for st in kernel.writes:
+        head = "column" if not isinstance(st, Store) else "inner" if st.inner else "row"
         out.append(f"    {head} {st.buffer}[{p.memo[st.index.uid]}] = {p.value(st.value)}")
     return "\n".join(out) + "\n"
 
@@ -307,7 +308,15 @@ def parse_kernel(text: str) -> Kernel:
             p.line(line.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, AssertionError) as e:
             raise ValueError(f"kernel text, line {number} ({line.strip()[:60]!r}): {e}") from None
-    return Kernel(tuple(p.buffers.values()), tuple(p.sizes), tuple(p.loops), tuple(p.axis), tuple(p.stores))
+    return Kernel(
+        tuple(p.buffers.values()),
+        tuple(p.sizes),
+        tuple(p.loops),
+        tuple(p.axis),
+        tuple(p.stores),
+        tuple(p.columns),
+        p.part,
+    )
 
 
 class _Parser:
@@ -318,6 +327,8 @@ class _Parser:
         self.loops: list[Var] = []
         self.axis: list[Var] = []
         self.stores: list[Store] = []
+        self.columns: list[ColumnStore] = []
+        self.part: Var | None = None
 
     def define(self, name: str, value: Expr | None) -> None:
         if not _NAME.match(name):
@@ -343,21 +354,30 @@ class _Parser:
             if dtype not in DTYPES or not size_text.endswith("]"):
                 raise ValueError("a buffer is written 'name: dtype[size]'")
             self.buffers[name] = Buffer(name, dtype, self.index(_ast(size_text[:-1])), head, scalar)
-        elif head in ("for", "axis"):
+        elif head in ("for", "axis", "part"):
             name, _, extent = rest.partition(" < ")
             v = Var(name, self.index(_ast(extent)))
             self.define(name, v)
-            (self.loops if head == "for" else self.axis).append(v)
-        elif head in ("row", "inner"):
+            if head == "part":
+                if self.part is not None:
+                    raise ValueError("a kernel has one part")
+                self.part = v
+            else:
+                (self.loops if head == "for" else self.axis).append(v)
+        elif head in ("row", "inner", "column"):
             target, _, value = rest.partition("] = ")
             name, _, at = target.partition("[")
             if name not in self.buffers:
                 raise ValueError(f"{name!r} is not a buffer")
-            self.stores.append(Store(name, self.index(_ast(at)), self.value(_ast(value)), head == "inner"))
+            where, what = self.index(_ast(at)), self.value(_ast(value))
+            if head == "column":
+                self.columns.append(ColumnStore(name, where, what))
+            else:
+                self.stores.append(Store(name, where, what, head == "inner"))
         elif re.fullmatch(r"t\d+", head) and rest.startswith("= "):
             self.define(head, self.value(_ast(rest[2:])))
         else:
-            raise ValueError("the line is none of size, in, out, inout, for, axis, t…, row, inner")
+            raise ValueError("the line is none of size, in, out, inout, part, for, axis, t…, row, inner, column")
 
     # -- values ----
     def value(self, n: ast.expr) -> Expr:

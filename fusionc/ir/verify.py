@@ -41,7 +41,7 @@ from .expr import (
     walk,
 )
 from .interp import Frame
-from .loop import Kernel, Store, evaluate
+from .loop import Kernel, Store, Write, evaluate
 from .ops import ARITY, COMPARE, FLOAT_ONLY, PREDICATE
 
 _COMPUTE = frozenset(("b1", "u8", "i8", "i16", "i32", "i64", "f32", "f64"))
@@ -58,6 +58,7 @@ def verify(kernel: Kernel, where: str = "kernel") -> None:
 class _Verifier:
     def __init__(self, kernel: Kernel, where: str):
         self.k, self.where = kernel, where
+        self.part = (kernel.part,) if kernel.part is not None else ()
 
     def fail(self, found: str, hint: str = "") -> None:
         raise VerifyError(self.where, found, hint)
@@ -67,7 +68,7 @@ class _Verifier:
         self.binding()
         for n in self.k.nodes:
             self.types(n)
-        for s in self.k.stores:
+        for s in self.k.writes:
             self.store(s)
         self.buffers()
         self.accesses()
@@ -78,19 +79,23 @@ class _Verifier:
         k = self.k
         for what, names in (
             ("buffer", [b.name for b in k.buffers]),
-            ("variable", [v.name for v in k.loops + k.axis]),
+            ("variable", [v.name for v in k.loops + k.axis + self.part]),
             ("size", [s.name for s in k.sizes]),
         ):
             twice = {n for n in names if names.count(n) > 1}
             if twice:
                 self.fail(f"{what} {sorted(twice)[0]} is declared twice")
-        if not k.stores:
+        if not k.stores and not k.columns:
             self.fail("the kernel stores nothing")
-        for v in k.loops + k.axis:
+        if k.part is not None and not k.columns:
+            self.fail("the kernel has a part, but no column store")
+        if k.columns and not (k.loops and k.axis):
+            self.fail("column stores need both loops and an axis")
+        for v in k.loops + k.axis + self.part:
             if v.extent.free:
                 self.fail(f"the extent of {v.name} depends on loop variables", "extents must be made of sizes")
         known = set(k.sizes)
-        for n in walk([*k.nodes, *(v.extent for v in k.loops + k.axis), *(b.size for b in k.buffers)]):
+        for n in walk([*k.nodes, *(v.extent for v in k.loops + k.axis + self.part), *(b.size for b in k.buffers)]):
             if isinstance(n, Size) and n not in known:
                 self.fail(f"size {n.name} is used but is not an argument of the kernel")
 
@@ -113,9 +118,31 @@ class _Verifier:
                 self.fail(f"{r.kind} runs over {[v.name for v in r.vars]}, the axis is {[v.name for v in k.axis]}")
             if r.free - loops:
                 self.fail(f"{r.kind} depends on {sorted(v.name for v in r.free - loops)}, which no loop binds")
+        self.column_binding()
         for sc in k.scans:
             if sc.var not in axis:
                 self.fail(f"scan along {sc.var.name}, which is no axis variable")
+
+    def column_binding(self) -> None:
+        k = self.k
+        if not k.columns:
+            return
+        bound = frozenset(k.axis) | frozenset(self.part)
+        for s in k.columns:
+            loose = (s.index.free | s.value.free) - bound
+            if loose:
+                names = ", ".join(sorted(v.name for v in loose))
+                self.fail(f"column store to {s.buffer} depends on {names}", "it may depend on the axis and the part")
+        for r in k.column_sums:
+            if r.kind != "sum":
+                self.fail(f"{r.kind} over the loops", "columns are summed, nothing else")
+            if r.free - frozenset(k.axis):
+                self.fail("a column sum may depend on nothing but the axis")
+            if any(isinstance(n, Reduce) and k.is_column_sum(n) for n in walk([r.body])):
+                self.fail("a column sum inside a column sum")
+        for n in walk([e for st in k.stores for e in (st.index, st.value)]):
+            if isinstance(n, Reduce) and k.is_column_sum(n):
+                self.fail("a row or inner store reads a column sum", "sums over the loops are complete only at the end")
 
     # -- types ----------------------------------------------------------------------------------------------------
     def types(self, n: Expr) -> None:
@@ -184,14 +211,14 @@ class _Verifier:
             self.fail(text)
 
     # -- buffers --------------------------------------------------------------------------------------------------
-    def store(self, s: Store) -> None:
+    def store(self, s: Write) -> None:
         if s.index.dtype != "i64":
             self.fail(f"the index of the store to {s.buffer} is {s.index.dtype}")
 
     def buffers(self) -> None:
         k = self.k
         by_name = {b.name: b for b in k.buffers}
-        loaded, stored = {n.buffer for n in k.loads}, {s.buffer for s in k.stores}
+        loaded, stored = {n.buffer for n in k.loads}, {s.buffer for s in k.writes}
         for name in sorted(loaded | stored):
             if name not in by_name:
                 self.fail(f"{name} is used but is not a buffer of the kernel")
@@ -223,6 +250,13 @@ class _Verifier:
             self.inside(n.index, size[n.buffer], n.guard, f"load from {n.buffer}")
         for s in self.k.stores:
             self.inside(s.index, size[s.buffer], None, f"store to {s.buffer}")
+        across = self.across()
+        for c in self.k.columns:
+            across.inside(c.index, size[c.buffer], None, f"column store to {c.buffer}")
+
+    def across(self) -> _Verifier:
+        """A verifier of the points of column stores: part and axis."""
+        return _Verifier(Kernel(self.k.buffers, self.k.sizes, self.part, self.k.axis, ()), self.where)
 
     def inside(self, at: Index, size: Index, guard: Expr | None, what: str) -> None:
         facts = list(_facts(guard)) if guard is not None else []
@@ -257,19 +291,20 @@ class _Verifier:
 
     def writers(self) -> None:
         k = self.k
-        for s in k.stores:
-            vars = [v for v in (k.loops + k.axis if s.inner else k.loops) if v.extent is not ONE]
+        for s in k.writes:
+            over = self.part + k.axis if not isinstance(s, Store) else k.loops + k.axis if s.inner else k.loops
+            vars = [v for v in over if v.extent is not ONE]
             for v in vars:
                 if v not in s.index.free and v.extent.is_const and v.extent.value > 1:
                     self.fail(f"every point of {v.name} writes the same element of {s.buffer}", "one writer an element")
             if _injective(s.index, vars) is False:
                 self.fail(f"the store to {s.buffer} at {s.index!r} writes some element twice", "one writer an element")
             if _injective(s.index, vars) is None and _enumerable([s.index]) and not k.sizes:
-                values = _enumerate(k, s.index, None, {})
+                values = _enumerate(k if isinstance(s, Store) else self.across().k, s.index, None, {})
                 if values is not None and values.unique().numel() != values.numel():
                     self.fail(f"the store to {s.buffer} at {s.index!r} writes some element twice")
-        for n, a in enumerate(k.stores):
-            for b in k.stores[n + 1 :]:
+        for n, a in enumerate(k.writes):
+            for b in k.writes[n + 1 :]:
                 if a.buffer == b.buffer and a.index is b.index:
                     self.fail(f"two stores write {a.buffer} at {a.index!r}", "one writer an element")
 

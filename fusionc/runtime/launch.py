@@ -136,6 +136,8 @@ def interpret(
 
 def grid_of(kernel: Kernel, plan: Plan, sizes: dict[str, int]) -> int:
     """Number of programs to launch; 0 when there is nothing to do."""
+    if kernel.part is not None:
+        return evaluate(kernel.part.extent, sizes)
     return -(-evaluate(kernel.outer, sizes) // plan.xblock)
 
 
@@ -404,7 +406,7 @@ def _cuda_launcher(built: Compiled, kinds: list[str], grid: int | None) -> Calla
                 return False
             code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
             if code:
-                failed(code)
+                failed(code, grid, stream)
             return True
 
         fixed.aligned = aligned  # type: ignore[attr-defined]

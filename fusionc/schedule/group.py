@@ -399,7 +399,7 @@ class Grouper:
             else:
                 self._place(node, low)
         self._join_siblings()
-        return self._ordered()
+        return self.ordered()
 
     def _realized_inlines(self) -> set[Node]:
         """Inline nodes whose tensor is needed in memory all the same (a creation read by a call, or an output)."""
@@ -803,6 +803,12 @@ class Grouper:
             g.index[m] = tuple([index(substitute(i, mapping)) for i in other.index[m]])
             if m in other.axis_index:
                 g.axis_index[m] = {d: index(substitute(i, mapping)) for d, i in other.axis_index[m].items()}
+        self.combine(g, other)
+        return True
+
+    def combine(self, g: Group, other: Group) -> None:
+        """Put `g` in the place of `other` everywhere; the variables that the members are indexed with are left alone."""
+        for m in other.nodes:
             self.unit[m] = g
         g.nodes = sorted({*g.nodes, *other.nodes}, key=self.position.__getitem__)
         g.first, g.last = min(g.first, other.first), max(g.last, other.last)
@@ -817,7 +823,24 @@ class Grouper:
                 u.preds.discard(other)
                 u.preds.add(g)
         g.preds.discard(g)
-        return True
+
+    def adjacent(self, a: Group, b: Group) -> bool:
+        """True when no third unit must run between `a` and `b`, in either order: they may become one kernel."""
+        return not any(self._reaches([p], x) for x, y in ((a, b), (b, a)) for p in y.preds if p is not x)
+
+    def read_outside(self, node: Node, groups: tuple[Group, ...]) -> bool:
+        """Is the tensor of a member read by anything but the members of `groups`?"""
+        stack = list(node.users)
+        while stack:
+            u = stack.pop()
+            low = self.lowered.get(u)
+            if low is None:
+                return True
+            if low.kind == "view" or u in self.inline:
+                stack.extend(u.users)
+            elif self.unit.get(u) not in groups:
+                return True
+        return False
 
     # -- siblings ----------------------------------------------------------------------------------------------------
     def _join_siblings(self) -> None:
@@ -918,7 +941,7 @@ class Grouper:
         return not self._reaches([p for p in g.preds if p is not other], other)
 
     # -- order -------------------------------------------------------------------------------------------------------
-    def _ordered(self) -> list[Unit]:
+    def ordered(self) -> list[Unit]:
         """Units in an executable order that stays close to the graph's."""
         import heapq
 

@@ -16,6 +16,7 @@ class Plan:
     rblock       points of `axis` per step (Triton: power of two); 0: the whole axis at once, kept in registers
     warps        warps per program (Triton)
     stages       software pipeline depth (Triton)
+    unroll       tiles of a looped axis that are loaded at once (Triton)
     columns      C++: vectorise along the last loop instead of the axis (reductions over a slow dimension)
     parallel     C++: use threads
     """
@@ -27,6 +28,7 @@ class Plan:
     stages: int = 1
     columns: bool = False
     parallel: bool = True
+    unroll: int = 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -37,7 +39,13 @@ class Plan:
         if not isinstance(data, dict) or set(data) != {f.name for f in fields(Plan)}:
             raise ValueError("a plan must have exactly the fields of Plan")
         plan = Plan(**data)
-        for name, lo, hi in (("xblock", 1, 1 << 16), ("rblock", 0, 1 << 16), ("warps", 1, 32), ("stages", 1, 8)):
+        for name, lo, hi in (
+            ("xblock", 1, 1 << 16),
+            ("rblock", 0, 1 << 16),
+            ("warps", 1, 32),
+            ("stages", 1, 8),
+            ("unroll", 1, 16),
+        ):
             v = getattr(plan, name)
             if type(v) is not int or not lo <= v <= hi:
                 raise ValueError(f"plan field {name} must be an integer in [{lo}, {hi}], not {v!r}")

@@ -9,7 +9,7 @@ inner store needs the result of a reduction: then one exchange is enough.
 
 from __future__ import annotations
 
-from ..ir.expr import FLOATS, Const, Expr, Index, Load, Reduce, Rewriter, Size, Var, index
+from ..ir.expr import FLOATS, Const, Expr, Index, Load, Reduce, Rewriter, Size, Var, flat, index
 from ..ir.loop import Buffer, Kernel, Store, evaluate
 from ..ir.ops import and_, op
 from .rules_triton import contiguous_in_loops
@@ -97,8 +97,8 @@ def split(kernel: Kernel, parts: int) -> tuple[Kernel, Kernel] | None:
     ]
     # columns stay neighbours in memory: [parts, outer]; rows keep their partial results together: [outer, parts]
     columns = contiguous_in_loops(kernel, {z.name: _GUESS for z in kernel.sizes})
-    flat = _flat(kernel.loops)
-    step, row = (kernel.outer, flat) if columns else (index(1), flat * parts)
+    place = flat(kernel.loops)
+    step, row = (kernel.outer, place) if columns else (index(1), place * parts)
     at = row + index(p) * step
     extra: list[Buffer] = []
     q = Var("r0", index(parts))
@@ -175,13 +175,6 @@ def identity(kind: str, dtype: str) -> Const:
     if dtype in FLOATS:
         return Const(float("-inf") if low else float("inf"), dtype)
     return Const(_LOWEST[dtype] if low else _HIGHEST[dtype], dtype)
-
-
-def _flat(vars: tuple[Var, ...]) -> Index:
-    out = index(0)
-    for v in vars:
-        out = out * v.extent + v
-    return out
 
 
 def _kernel(

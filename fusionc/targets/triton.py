@@ -19,8 +19,9 @@ from ..ir.loop import Kernel, evaluate
 from ..progress import progress
 from ..runtime import device as devices
 from ..runtime import launch
+from ..schedule.columns import stage
 from ..schedule.plan import Plan
-from ..schedule.rules_triton import default_plan
+from ..schedule.rules_triton import column_parts, default_plan
 from ..schedule.split import should_split, split
 from .tune_triton import Session
 
@@ -50,7 +51,7 @@ def compile_all(
     from ..artifacts import kernel_record
 
     cross = cx.target not in ("triton", "interpret")
-    device = devices.known(cx.target if cross else "sm_90") if cx.target != "triton" else devices.properties(cx.device)
+    device = device_of(cx)
     parts: dict[str, list[Part]] = {}
     problems: dict[str, str] = {}
     for symbol, kernel in kernels.items():
@@ -117,11 +118,20 @@ def usage_note(compiled: launch.Compiled) -> str:
     )
 
 
+def device_of(cx: Context) -> devices.DeviceProperties:
+    """The GPU that plans are made for."""
+    if cx.target == "triton":
+        return devices.properties(cx.device)
+    return devices.known(cx.target if cx.target != "interpret" else "sm_90")
+
+
 def _parts(cx: Context, symbol: str, kernel: Kernel, device: Any) -> list[Part]:
     hints = {s.name: cx.hints.get(s.name, 64) for s in kernel.sizes}
     pieces: list[Kernel] = [kernel]
-    count = should_split(kernel, hints, "triton", device.processors)
-    if count > 1:
+    count = 1 if kernel.columns else should_split(kernel, hints, "triton", device.processors)
+    if kernel.columns:
+        pieces = list(stage(kernel, max(1, column_parts(kernel, hints, device))))
+    elif count > 1:
         two = split(kernel, count)
         if two is not None:
             pieces = list(two)
