@@ -10,19 +10,24 @@ from typing import Any
 
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
 from .causal_mask import CausalMask
+from .conv_bias import ConvBias
 from .conv_bn import ConvBatchNorm
+from .conv_relu import ConvRelu
 from .counters import Counters
 from .cse import CommonSubexpressions
 from .decode_attention import DecodeAttention
+from .depthwise import Depthwise
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
 from .linear_cross_entropy import LinearCrossEntropy
 from .manager import named_approximate, run, run_passes, static_inputs
+from .max_pool import MaxPool
 from .outer_product import OuterProduct
 from .pad_matmul import PadMatmul
 from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .skinny_linear import SkinnyLinear
+from .strided_conv import StridedConv
 from .strip import Strip
 
 
@@ -45,7 +50,12 @@ PIPELINE: tuple[Step, ...] = (
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
-    Step(30, OuterProduct(), "graph", "before products are merged: this one is none"),
+    Step(28, OuterProduct(), "graph", "before products are merged: this one is none"),
+    Step(30, Depthwise(), "graph", "takes the bias along, so before it is split off"),
+    Step(31, ConvBias(), "graph", "once equal convolutions are one node"),
+    Step(32, MaxPool(), "graph", "moves in front of the bias that was just split off"),
+    Step(33, StridedConv(), "graph", "a convolution without bias has fewer spellings"),
+    Step(34, ConvRelu(), "graph", "takes back the biases that only relu follows"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
     Step(43, SkinnyLinear(), "graph", "after q/k/v and gate/up are one product; takes in norms before they are kernels"),
     Step(45, PadMatmul(), "graph", "after siblings were merged: their width together counts"),

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from . import conv_bn, horizontal_matmul, pad_matmul
+from . import conv_bn, depthwise, horizontal_matmul, pad_matmul
 
 Compute = Callable[[list[torch.Tensor]], torch.Tensor]
 RECIPES: dict[str, tuple[int, Callable[..., Compute]]] = {  # word: number of arguments, function
+    "depthwise_taps": (3, depthwise.rebuild),
     "concatenate": (3, horizontal_matmul.rebuild),
     "fold_batch_norm": (5, conv_bn.rebuild),
     "pad": (5, pad_matmul.rebuild),

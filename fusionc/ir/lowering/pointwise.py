@@ -458,9 +458,28 @@ def _gelu_of(x: E, tanh: bool) -> E:
     return mul(mul(x, fc(0.5, x)), add(fc(1, x), unary("erf", mul(x, fc(math.sqrt(0.5), x)))))
 
 
+_LONG_GELU = ("cpu",)  # where erf is as fast
+
+
+def _gelu_of_half(x: E) -> E:
+    """x·Φ(x) by Abramowitz and Stegun 7.1.26, for results of at most 11 bits: a third of the instructions of erf.
+
+    Φ's error is 7e-8 of 1, and it does not cancel for negative x as 1 + erf(x) does in float32.
+    """
+    t = add(mul(unary("abs", x), fc(0.3275911 * math.sqrt(0.5), x)), fc(1, x))
+    t = unary("rsqrt", mul(t, t))  # 1 / t is many instructions, this is one
+    p: E = fc(0.5 * 1.061405429, x)
+    for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        p = add(mul(p, t), fc(0.5 * c, x))
+    tail = mul(mul(p, t), unary("exp2", mul(mul(x, x), fc(-0.5 * math.log2(math.e), x))))
+    return mul(x, where(compare("lt", x, fc(0, x)), tail, sub(fc(1, x), tail)))
+
+
 @register("aten.gelu.default", "pointwise")
 def _gelu(ctx: Context, node: Node, x: Value, approximate: str = "none") -> Value:
     work = compute_dtype(dtype_of(node))
+    if approximate == "none" and dtype_of(node) in ("bf16", "f16") and node.meta["val"].device.type not in _LONG_GELU:
+        return pointwise(ctx, shape_of(node), dtype_of(node), [x], _gelu_of_half, work)
     return pointwise(ctx, shape_of(node), dtype_of(node), [x], lambda e: _gelu_of(e, approximate == "tanh"), work)
 
 

@@ -1,0 +1,229 @@
+"""Triton texts of the depthwise convolution: row-Toeplitz on matrix instructions, and direct with register blocking.
+
+Row-Toeplitz (contiguous NCHW, stride 1). For one channel and one kernel row i the rows of the result are a product
+
+    y[rows, w0 : w0 + TW] += x[rows + i, s0 : s0 + KD] @ T_i       T_i[a, b] = taps[i, (s0 + a) − (w0 + b) + padding]
+
+with rows = all (image, line) pairs: K small matrix products per tile, most of whose columns are real work where TW is not
+small against K. T_i is constant along its diagonals, so its rows are windows of one reversed, zero-padded row R of taps;
+``pack`` stores R in eight copies, shifted by 0 … 7 elements, so that every run of eight elements of every T_i is one
+aligned 16-byte load. Columns of the window outside of the kernel are multiplied by zero, hence an infinity or NaN in x
+reaches the whole tile's row of the result, not only the pixels that the kernel touches.
+
+Direct (channels-last, any stride and dilation). A program owns BR strips of a line for a block of channels; a pixel of
+the input is loaded once per strip and kernel row, and used for all taps that meet it.
+
+Source: T. Y. Ding et al., RepLKNet (arXiv 2203.06717) for why; the Toeplitz form is that of implicit-GEMM depthwise
+kernels (MegEngine's cutlass fork), here by rows; sizes as measured on an H200 (NOTES.md).
+"""
+
+from __future__ import annotations
+
+ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
+
+_HEAD = '''
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "gelu_erf":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu":  # Abramowitz and Stegun 7.1.26: a third of erf's instructions, enough for 11 bits
+        t = tl.abs(x) * 0.23164189 + 1.0
+        t = tl.rsqrt(t * t)
+        p = (((0.5307027145 * t - 0.7265760135) * t + 0.7107068705) * t - 0.142248368) * t + 0.127414796
+        p = p * t * tl.exp2(x * x * -0.7213475204444817)
+        x = x * tl.where(x < 0, p, 1.0 - p)
+    elif ACTIVATION == "gelu_tanh":
+        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    return x
+'''
+
+TOEPLITZ = _HEAD + '''
+
+@triton.jit
+def pack(taps, packed, KH: tl.constexpr, KW: tl.constexpr, C: tl.constexpr, DW: tl.constexpr, FIRST: tl.constexpr,
+         L: tl.constexpr, BLOCK: tl.constexpr):
+    """packed[c, i, m, u] = R[u + m], R[v] = taps[i, (FIRST − v) / DW, c] where that is a tap, else 0."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    u = at % L
+    m = at // L % 8
+    i = at // (L * 8) % KH
+    c = at // (L * 8 * KH)
+    step = FIRST - u - m
+    j = step // DW
+    ok = (c < C) & (step >= 0) & (step % DW == 0) & (j < KW)
+    w = tl.load(taps + (i * KW + j) * C + c, mask=ok, other=0.0)
+    tl.store(packed + at, w.to(packed.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def conv(x, packed, bias, y, rows, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr,
+         OW: tl.constexpr, KH: tl.constexpr, DH: tl.constexpr, PH: tl.constexpr, PA: tl.constexpr, L: tl.constexpr,
+         TILES: tl.constexpr, TW: tl.constexpr, KD: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr,
+         ACTIVATION: tl.constexpr):
+    """One channel, BM rows, TW columns."""
+    pid = tl.program_id(0)
+    c = tl.program_id(1)
+    tile = pid % TILES
+    row = pid // TILES * BM + tl.arange(0, BM)
+    live = row < rows
+    n = (row // OH).to(tl.int64)
+    h = row % OH
+    a = tl.arange(0, KD)
+    b = tl.arange(0, TW)
+    column = tile * TW - PA + a
+    inside = (column >= 0) & (column < W)
+    top = h - PH
+    pixels = x + (n * (C * H * W) + c * (H * W) + top * W)[:, None] + column[None, :]
+    q = KD - 1 - a
+    diagonals = packed + c.to(tl.int64) * (KH * 8 * L) + (q % 8 * L + q // 8 * 8)[:, None] + b[None, :]
+    total = tl.full((BM, TW), 0.0, tl.float32)
+    for i in range(KH):
+        line = top + i * DH
+        mask = (live & (line >= 0) & (line < H))[:, None] & inside[None, :]
+        window = tl.load(pixels + i * (DH * W), mask=mask, other=0.0)
+        t = tl.load(diagonals + i * (8 * L))
+        total = tl.dot(window, t, total, input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias + c).to(tl.float32)
+    out = tile * TW + b
+    at = y + (n * (C * OH * OW) + c * (OH * OW) + h * OW)[:, None] + out[None, :]
+    tl.store(at, activate(total, ACTIVATION).to(y.dtype.element_ty), mask=live[:, None] & (out < OW)[None, :])
+
+
+@triton.jit
+def turn(x, y, A: tl.constexpr, B: tl.constexpr, TA: tl.constexpr, TB: tl.constexpr):
+    """y[n, b, a] = x[n, a, b]: channels-last to contiguous and back."""
+    pid = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    across: tl.constexpr = (B + TB - 1) // TB
+    a = pid // across * TA + tl.arange(0, TA)
+    b = pid % across * TB + tl.arange(0, TB)
+    found = tl.load(x + n * (A * B) + a[:, None] * B + b[None, :], mask=(a < A)[:, None] & (b < B)[None, :])
+    tl.store(y + n * (A * B) + b[:, None] * A + a[None, :], tl.trans(found), mask=(b < B)[:, None] & (a < A)[None, :])
+'''
+
+
+WEIGHT = '''
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sum(a, b):
+    return a + b
+
+
+@triton.jit
+def weight(x, grad, out, rows, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
+           KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+           PA: tl.constexpr, TILES: tl.constexpr, TW: tl.constexpr, KD: tl.constexpr, KP: tl.constexpr,
+           BM: tl.constexpr, PARTS: tl.constexpr):
+    """out[part, i, :, c]: sums along the diagonals of Σ grad[rows, w0 : w0 + TW]ᵀ @ x[rows + i, s0 : s0 + KD]."""
+    i = tl.program_id(0) % KH
+    part = tl.program_id(0) // KH
+    c = tl.program_id(1).to(tl.int64)
+    a = tl.arange(0, KD)
+    b = tl.arange(0, TW)
+    total = tl.full((TW, KD), 0.0, tl.float32)
+    steps = (rows + BM - 1) // BM * TILES
+    for step in range(part, steps, PARTS):
+        tile = step % TILES
+        row = step // TILES * BM + tl.arange(0, BM)
+        live = row < rows
+        n = (row // OH).to(tl.int64)
+        h = row % OH
+        right = tile * TW + b
+        given = tl.load(grad + (n * (C * OH * OW) + c * (OH * OW) + h * OW)[:, None] + right[None, :],
+                        mask=live[:, None] & (right < OW)[None, :], other=0.0)
+        line = h - PH + i * DH
+        column = tile * TW - PA + a
+        inside = (live & (line >= 0) & (line < H))[:, None] & ((column >= 0) & (column < W))[None, :]
+        pixels = tl.load(x + (n * (C * H * W) + c * (H * W) + line * W)[:, None] + column[None, :], mask=inside, other=0.0)
+        total = tl.dot(tl.trans(given), pixels, total, input_precision="ieee")
+    j = tl.arange(0, KP)
+    at = b[:, None] + (j * DW)[None, :] + (PA - PW)
+    ok = (at >= 0) & (at < KD)
+    diagonal = tl.where(ok, tl.gather(total, tl.where(ok, at, 0), 1), 0.0)
+    found = tl.reduce(diagonal, 0, _sum)
+    tl.store(out + ((part * KH + i) * KW + j) * C + c, found, mask=j < KW)
+'''
+
+
+def direct(
+    channels: int, height: int, width: int, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+    dilation: tuple[int, int], strip: int, block: int
+) -> str:  # fmt: skip
+    """Text of ``conv(x, taps, bias, y, strips, BR, BIAS, ACTIVATION)`` with everything else as literals.
+
+    A strip is ``strip`` pixels of a line; ``strips`` counts those of all images. ``block`` is the number of channels per
+    program (a power of two). Only the loop over the kernel's rows stays a loop: unrolled whole, a 7×7 kernel takes ten
+    times as long to compile and is no faster.
+    """
+    kh, kw = kernel
+    out = out_sizes((height, width), kernel, stride, padding, dilation)
+    across = -(-out[1] // strip)
+    blocks = -(-channels // block)
+    whole = channels % block == 0
+    lane = "" if whole else " & lane[None, :]"
+    given = "" if whole else ", mask=lane, other=0.0"
+    offsets = sorted({o * stride[1] + j * dilation[1] for o in range(strip) for j in range(kw)})
+    last = (across - 1) * strip * stride[1] - padding[1]
+    lines = [
+        _HEAD,
+        "",
+        "@triton.jit",
+        "def conv(x, taps, bias, y, strips, BR: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr):",
+        "    pid = tl.program_id(0)",
+        f"    c = pid % {blocks} * {block} + tl.arange(0, {block})",
+        f"    lane = c < {channels}",
+        f"    strip = pid // {blocks} * BR + tl.arange(0, BR)",
+        "    live = strip < strips",
+        f"    p = strip % {out[0]}",  # strips above each other in one program: their lines meet in the L1 cache
+        f"    q = strip // {out[0]} % {across}",
+        f"    n = (strip // {out[0] * across}).to(tl.int64)",
+        f"    top = p * {stride[0]} - {padding[0]}",
+        f"    left = q * {strip * stride[1]} - {padding[1]}",
+        f"    corner = x + (n * {height * width * channels} + (top * {width} + left) * {channels})[:, None] + c[None, :]",
+        "    weights = taps + c",
+    ]
+    lines += [f"    t{o} = tl.full((BR, {block}), 0.0, tl.float32)" for o in range(strip)]
+    lines.append(f"    for i in range({kh}):")
+    lines.append(f"        line = top + i * {dilation[0]}")
+    lines.append(f"        inside = live & (line >= 0) & (line < {height})")
+    lines.append(f"        pixels = corner + i * {dilation[0] * width * channels}")
+    for k in offsets:
+        test = _inside("left", k, padding[1], last, width)
+        lines.append(f"        x{k} = tl.load(pixels + {k * channels}, mask=(inside{test})[:, None]{lane}, other=0.0)")
+    for j in range(kw):
+        lines.append(f"        w = tl.load(weights + i * {kw * channels} + {j * channels}{given}).to(tl.float32)[None, :]")
+        lines += [f"        t{o} += x{o * stride[1] + j * dilation[1]}.to(tl.float32) * w" for o in range(strip)]
+    lines += ["    if BIAS:", f"        offset = tl.load(bias + c{given}).to(tl.float32)[None, :]"]
+    lines += [f"        t{o} += offset" for o in range(strip)]
+    place = f"n * {out[0] * out[1] * channels} + (p * {out[1]} + q * {strip}) * {channels}"
+    lines.append(f"    place = y + ({place})[:, None] + c[None, :]")
+    for o in range(strip):
+        tail = f" & (q * {strip} + {o} < {out[1]})" if o + (across - 1) * strip >= out[1] else ""
+        value = f"activate(t{o}, ACTIVATION).to(y.dtype.element_ty)"
+        lines.append(f"    tl.store(place + {o * channels}, {value}, mask=(live{tail})[:, None]{lane})")
+    return "\n".join(lines) + "\n"
+
+
+def _inside(name: str, offset: int, padding: int, last: int, size: int) -> str:
+    """Tests that ``name + offset`` lies in the image, without those that always hold; starts with " & "."""
+    test = f" & ({name} + {offset} >= 0)" if offset < padding else ""
+    return test + (f" & ({name} + {offset} < {size})" if last + offset >= size else "")
+
+
+def out_sizes(size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+              dilation: tuple[int, int]) -> tuple[int, int]:  # fmt: skip
+    """Height and width of the result."""
+    h, w = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, kernel, stride, padding, dilation))
+    return h, w

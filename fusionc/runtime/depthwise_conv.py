@@ -1,0 +1,338 @@
+"""Launching the depthwise convolution: which kernels serve a shape, which of them is the fastest, and their calls.
+
+Candidates are plain tuples, so that a choice can be remembered on disk:
+
+    ("library",)                                        ATen or cuDNN, then the activation
+    ("direct", strip, block, rows, warps)               channels-last, any stride and dilation
+    ("toeplitz", TW, KD, BM, warps, stages)             contiguous, stride 1, half precision
+    ("turned", TW, KD, BM, warps, stages)               the same for channels-last, between two transpositions
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codegen.templates import depthwise_conv as template
+from .launch import load_module
+
+Candidate = tuple[Any, ...]
+_HALF = (torch.bfloat16, torch.float16)
+_UNROLLED = 128  # multiply-adds of a strip and kernel row that may stand in a text
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that the kernels depend on, except the number of images."""
+
+    channels: int
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    dtype: torch.dtype
+    last: bool  # channels-last?
+    bias: bool
+    activation: str
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        return template.out_sizes(self.size, self.kernel, self.stride, self.padding, self.dilation)
+
+
+# -- candidates -------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=512)
+def candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
+    """Implementations for a shape, a good default first."""
+    found: list[Candidate] = []
+    wide = shape.kernel[0] * shape.kernel[1] > 81
+    if shape.last:
+        ours = _direct(shape, images)
+        found += [("turned", *c) for c in _toeplitz(shape, images)] + ours if wide else ours
+    else:
+        found += [("toeplitz", *c) for c in _toeplitz(shape, images)]
+    found.append(("library",))
+    return tuple(found)
+
+
+def _toeplitz(shape: Shape, images: int) -> list[Candidate]:
+    """(TW, KD, BM, warps, stages): whole lines where they fit, else windows with 16-byte aligned starts."""
+    if shape.stride != (1, 1) or shape.dtype not in _HALF:
+        return []
+    width, out = shape.size[1], shape.out[1]
+    reach = (shape.kernel[1] - 1) * shape.dilation[1] + 1
+    tiles: list[tuple[int, int]] = []
+    side = _power(max(width, out, 16))
+    if side <= 64:
+        tiles.append((side, side))
+    ahead = -(-shape.padding[1] // 8) * 8
+    for tw in (64, 32, 16):
+        kd = _power(ahead + tw + reach - 1 - shape.padding[1])
+        if tw < side and kd <= 128 and (not tiles or kd <= 2 * tw):
+            tiles.append((tw, kd))
+    many = images * shape.out[0] >= 256
+    found: list[Candidate] = []
+    for k, (tw, kd) in enumerate(tiles[:2]):
+        found.append((tw, kd, 128 if many else 64, 4, 3))
+        if many and k == 0:
+            found += [(tw, kd, 256, 8, 3), (tw, kd, 128, 4, 4), (tw, kd, 128, 8, 3)]
+    return found
+
+
+def _direct(shape: Shape, images: int) -> list[Candidate]:
+    """("direct", strip, block, rows, warps): strips that waste little of a line, four channels a thread.
+
+    H200: two channels a thread are up to twice slower, 64 channels per program too; narrow images want short strips.
+    """
+    out, kw = shape.out[1], shape.kernel[1]
+    if kw * 4 > _UNROLLED or not shape.last:
+        return []
+    fitting = [s for s in (14, 8, 7, 4) if kw * s <= _UNROLLED and -(-out // s) * s <= 1.25 * out] or [4]
+    strips = sorted(fitting, key=lambda s: abs(s - (14 if out >= 56 else 7 if out > 7 else 4)))[:3]
+    block = min(32, _power(shape.channels))
+    return [("direct", s, block, 4 * 32 * warps // block, warps) for s in strips for warps in (4, 2)]
+
+
+def _power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _activation(shape: Shape) -> str:
+    """The kernels' word: a shorter gelu serves results of half precision."""
+    return "gelu_erf" if shape.activation == "gelu" and shape.dtype not in _HALF else shape.activation
+
+
+# -- launches ---------------------------------------------------------------------------------------------------------
+
+
+def launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, *, interpret: bool = False) -> Tensor:
+    """Run one candidate. x is dense in the layout that ``shape`` names; taps [kh, kw, C] is contiguous."""
+    if interpret:
+        from . import interpreter
+        from . import launch as launching
+
+        with interpreter.lock, launching._loading, interpreter.repaired(), launching._interpreting(True):
+            return _launch(how, shape, x, taps, bias, True)
+    return _launch(how, shape, x, taps, bias, False)
+
+
+def _launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, interpret: bool) -> Tensor:
+    if how[0] == "library":
+        return library(x, taps, bias, shape)
+    layout = torch.channels_last if shape.last else torch.contiguous_format
+    y = torch.empty((x.shape[0], shape.channels, *shape.out), dtype=x.dtype, device=x.device, memory_format=layout)
+    if how[0] == "direct":
+        _run_direct(how, shape, x, taps, bias, y, interpret)
+    elif how[0] == "toeplitz":
+        _run_toeplitz(how, shape, x, taps, bias, y, interpret)
+    else:
+        module = load_module(template.TOEPLITZ, interpret=interpret)
+        flat = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels)
+        result = torch.empty(y.shape, dtype=x.dtype, device=x.device)
+        _run_toeplitz(how, shape, flat, taps, bias, result, interpret)
+        _turn(module, result, y, shape.channels, shape.out[0] * shape.out[1])
+    return y
+
+
+_compiling = threading.local()  # .on: kernels are compiled, not started
+
+
+def _start(fn: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    if getattr(_compiling, "on", False):
+        fn.warmup(*args, grid=grid, **options)
+    else:
+        fn[grid](*args, **options)
+
+
+def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int) -> None:
+    grid = (-(-a // 64) * -(-b // 64), x.shape[0])
+    _start(module.turn, grid, x, y, A=a, B=b, TA=64, TB=64, num_warps=4)
+
+
+def _run_direct(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
+                interpret: bool) -> None:  # fmt: skip
+    _, strip, block, rows, warps = how
+    text = template.direct(shape.channels, *shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strip,
+                           block)  # fmt: skip
+    module = load_module(text, interpret=interpret)
+    strips = x.shape[0] * shape.out[0] * -(-shape.out[1] // strip)
+    grid = (-(-strips // rows) * -(-shape.channels // block),)
+    _start(module.conv, grid, x, taps, taps if bias is None else bias, y, strips, BR=rows, BIAS=bias is not None,
+                      ACTIVATION=_activation(shape), num_warps=warps, num_stages=1)  # fmt: skip
+
+
+def _run_toeplitz(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
+                  interpret: bool) -> None:  # fmt: skip
+    _, tw, kd, bm, warps, stages = how
+    (h, w), (oh, ow), (kh, kw) = shape.size, shape.out, shape.kernel
+    c, ahead = shape.channels, 0 if kd >= w and tw >= ow else -(-shape.padding[1] // 8) * 8
+    length = tw + kd
+    module = load_module(template.TOEPLITZ, interpret=interpret)
+    packed = torch.empty(c * kh * 8 * length, dtype=x.dtype, device=x.device)
+    _start(
+        module.pack, (-(-packed.numel() // 1024),), taps, packed,
+        KH=kh, KW=kw, C=c, DW=shape.dilation[1], FIRST=kd - 1 + shape.padding[1] - ahead, L=length, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    rows, tiles = x.shape[0] * oh, -(-ow // tw)
+    _start(
+        module.conv, (-(-rows // bm) * tiles, c), x, packed, packed if bias is None else bias, y, rows,
+        C=c, H=h, W=w, OH=oh, OW=ow, KH=kh, DH=shape.dilation[0], PH=shape.padding[0], PA=ahead, L=length, TILES=tiles,
+        TW=tw, KD=kd, BM=bm, BIAS=bias is not None, ACTIVATION=_activation(shape), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def library(x: Tensor, taps: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
+    """ATen's convolution, then the activation in place."""
+    weight = taps.to(x.dtype).permute(2, 0, 1).unsqueeze(1).contiguous()
+    if shape.last:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = bias if bias is None else bias.to(x.dtype)
+    y = torch.ops.aten.convolution(x, weight, bias, shape.stride, shape.padding, shape.dilation, False, [0, 0], shape.channels)
+    return activated(y, shape.activation)
+
+
+def activated(y: Tensor, activation: str) -> Tensor:
+    """The activation, in place."""
+    if activation == "relu":
+        return y.relu_()
+    if activation in ("gelu", "gelu_tanh"):
+        return torch.ops.aten.gelu_(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return torch.ops.aten.silu_(y) if activation == "silu" else y
+
+
+# -- the operator -----------------------------------------------------------------------------------------------------
+
+
+def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+                   dilation: Sequence[int], activation: str) -> Tensor:  # fmt: skip
+    """fusionc::depthwise_conv on a GPU: the fastest candidate for this shape."""
+    from .tune import choose
+
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    if not last:
+        x = x.contiguous()
+    taps = taps.contiguous()
+    n, c, h, w = x.shape
+    kh, kw, _ = taps.shape
+    shape = Shape(c, (h, w), (kh, kw), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]),
+                  x.dtype, last and not x.is_contiguous(), bias is not None, activation)  # fmt: skip
+    if n * c * h * w == 0 or min(shape.out) <= 0:
+        return library(x, taps, bias, shape)
+    options = candidates(shape, n)
+    key = f"depthwise_conv {n} {shape} {taps.dtype}"
+
+    def right(how: Candidate) -> bool:
+        want = library(x, taps, bias, shape).float()
+        return bool((launch(how, shape, x, taps, bias).float() - want).norm() <= 0.02 * want.norm())
+
+    def prepare(how: Candidate) -> None:
+        _compiling.on = True
+        try:
+            if how != ("library",):
+                launch(how, shape, x, taps, bias)
+        finally:
+            _compiling.on = False
+
+    how = choose(key, options, lambda each: launch(each, shape, x, taps, bias), device=x.device, check=right, prepare=prepare)
+    return launch(how, shape, x, taps, bias)
+
+
+# -- the gradient of the taps -----------------------------------------------------------------------------------------
+
+
+def launch_weight(how: Candidate, shape: Shape, grad: Tensor, x: Tensor, *, interpret: bool = False) -> Tensor:
+    """The gradient of the taps [kh, kw, C] in float32 by one candidate: ("library",), or
+    ("toeplitz" or "turned", TW, KD, BM, warps, stages, parts)."""
+    if how[0] == "library":
+        return _library_weight(shape, grad, x)
+    if interpret:
+        from . import interpreter
+        from . import launch as launching
+
+        with interpreter.lock, launching._loading, interpreter.repaired(), launching._interpreting(True):
+            return _run_weight(how, shape, grad, x, True)
+    return _run_weight(how, shape, grad, x, False)
+
+
+def _run_weight(how: Candidate, shape: Shape, grad: Tensor, x: Tensor, interpret: bool) -> Tensor:
+    kind, tw, kd, bm, warps, stages, parts = how
+    (h, w), (oh, ow), (kh, kw), c = shape.size, shape.out, shape.kernel, shape.channels
+    if kind == "turned":
+        turning = load_module(template.TOEPLITZ, interpret=interpret)
+        flat = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (grad, x)]
+        for source, place in zip((grad, x), flat):
+            _turn(turning, source, place, source.shape[2] * source.shape[3], c)
+        grad, x = flat
+    ahead = 0 if kd >= w and tw >= ow else -(-shape.padding[1] // 8) * 8
+    module = load_module(template.WEIGHT, interpret=interpret)
+    out = torch.empty((parts, kh, kw, c), dtype=torch.float32, device=x.device)
+    _start(
+        module.weight, (kh * parts, c), x, grad, out, x.shape[0] * oh,
+        C=c, H=h, W=w, OH=oh, OW=ow, KH=kh, KW=kw, DH=shape.dilation[0], DW=shape.dilation[1], PH=shape.padding[0],
+        PW=shape.padding[1], PA=ahead, TILES=-(-ow // tw), TW=tw, KD=kd, KP=_power(kw), BM=bm, PARTS=parts,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out[0] if parts == 1 else out.sum(0)
+
+
+def _library_weight(shape: Shape, grad: Tensor, x: Tensor) -> Tensor:
+    weight = torch.empty((shape.channels, 1, *shape.kernel), dtype=x.dtype, device=x.device)
+    found = torch.ops.aten.convolution_backward(grad, x, weight, None, shape.stride, shape.padding, shape.dilation, False,
+                                                [0, 0], shape.channels, [False, True, False])[1]  # fmt: skip
+    return found.squeeze(1).permute(1, 2, 0).float().contiguous()
+
+
+@functools.lru_cache(maxsize=512)
+def weight_candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
+    """Implementations of the gradient of the taps, a good default first."""
+    found: list[Candidate] = []
+    tiles = list(dict.fromkeys(c[:2] for c in _toeplitz(shape, images)))[:1]
+    for tw, kd in tiles:
+        steps = -(-images * shape.out[0] // 64) * -(-shape.out[1] // tw)
+        parts = max(1, min(steps // 4, 8, 512 // (shape.channels * shape.kernel[0])))
+        for bm, warps in ((64, 4), (128, 4), (128, 8)):
+            found.append(("turned" if shape.last else "toeplitz", tw, kd, bm, warps, 3, parts))
+    return (*found, ("library",))
+
+
+def depthwise_conv_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int],
+                          dilation: Sequence[int]) -> Tensor:  # fmt: skip
+    """fusionc::depthwise_conv_weight on a GPU: the fastest candidate for this shape."""
+    from .tune import choose
+
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
+    n, c, h, w = x.shape
+    shape = Shape(c, (h, w), (kernel[0], kernel[1]), (1, 1), (padding[0], padding[1]), (dilation[0], dilation[1]), x.dtype,
+                  last, False, "")  # fmt: skip
+    if n * c * h * w == 0 or min(shape.out) <= 0:
+        return _library_weight(shape, grad, x)
+    options = weight_candidates(shape, n)
+
+    def right(how: Candidate) -> bool:
+        want = _library_weight(shape, grad, x)
+        return bool((launch_weight(how, shape, grad, x) - want).norm() <= 0.02 * want.norm())
+
+    def prepare(how: Candidate) -> None:
+        _compiling.on = True
+        try:
+            if how != ("library",):
+                launch_weight(how, shape, grad, x)
+        finally:
+            _compiling.on = False
+
+    key = f"depthwise_conv_weight {n} {shape}"
+    how = choose(key, options, lambda each: launch_weight(each, shape, grad, x), device=x.device, check=right, prepare=prepare)
+    return launch_weight(how, shape, grad, x)

@@ -1,0 +1,150 @@
+"""Depthwise convolution: each kernel in Triton's interpreter against F.conv2d in float64; compiled for sm_90."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fusionc.codegen.templates import depthwise_conv as template
+from fusionc.ops import load
+from fusionc.runtime import depthwise_conv as runtime
+from fusionc.runtime.depthwise_conv import Shape
+
+load("depthwise_conv")
+ACT = {"": lambda y: y, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh")}
+
+
+def make(n=2, c=3, size=(9, 10), kernel=(3, 3), stride=(1, 1), padding=None, dilation=(1, 1), dtype=torch.float16,
+         last=False, bias=True, activation=""):  # fmt: skip
+    padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation)) if padding is None else padding
+    shape = Shape(c, size, kernel, stride, padding, dilation, dtype, last, bias, activation)
+    rng = torch.Generator().manual_seed(c * size[0] + kernel[1])
+    x = torch.randn(n, c, *size, generator=rng).to(dtype)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    taps = (torch.randn(*kernel, c, generator=rng) / kernel[0]).to(dtype)
+    b = torch.randn(c, generator=rng).to(dtype) if bias else None
+    weight = taps.double().permute(2, 0, 1).unsqueeze(1)
+    want = F.conv2d(x.double(), weight, None if b is None else b.double(), stride, padding, dilation, c)
+    return shape, x, taps, b, ACT[activation](want)
+
+
+def check(how, shape, x, taps, b, want) -> None:
+    got = runtime.launch(how, shape, x, taps, b, interpret=True)
+    assert got.shape == want.shape and got.dtype == x.dtype
+    assert got.is_contiguous(memory_format=torch.channels_last if shape.last else torch.contiguous_format)
+    tolerance = 1e-5 if x.dtype == torch.float32 else 1e-3
+    assert (got.double() - want).norm() <= tolerance * want.norm()
+
+
+TOEPLITZ = [
+    ({"kernel": (7, 7), "size": (9, 14)}, (16, 16)),
+    ({"kernel": (7, 7), "size": (6, 40), "c": 2}, (16, 32)),
+    ({"kernel": (5, 13), "size": (8, 56), "c": 1, "activation": "gelu"}, (64, 64)),
+    ({"kernel": (31, 31), "size": (7, 20), "n": 1, "c": 1, "activation": "silu"}, (32, 32)),
+    ({"kernel": (3, 5), "size": (12, 25), "dilation": (2, 3), "bias": False}, (32, 32)),
+    ({"kernel": (3, 7), "size": (9, 33), "padding": (0, 1), "activation": "relu", "c": 2}, (16, 32)),
+    ({"kernel": (4, 6), "size": (7, 12), "padding": (3, 5), "activation": "gelu_tanh"}, (32, 32)),
+]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("given", "tile"), TOEPLITZ, ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_toeplitz(given: dict, tile: tuple[int, int], last: bool) -> None:
+    check(("turned" if last else "toeplitz", *tile, 16, 4, 2), *make(**given, last=last))
+
+
+DIRECT = [
+    {"kernel": (7, 7), "size": (9, 14)},
+    {"kernel": (3, 3), "size": (9, 11), "stride": (2, 2), "c": 40, "dtype": torch.float32},
+    {"kernel": (5, 3), "size": (9, 11), "dilation": (2, 3), "activation": "gelu", "bias": False},
+    {"kernel": (2, 4), "size": (8, 9), "padding": (0, 2), "stride": (1, 3), "activation": "relu"},
+    {"kernel": (1, 5), "size": (1, 7), "n": 1, "c": 1, "activation": "silu", "dtype": torch.float32},
+]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("given", DIRECT, ids=str)
+@pytest.mark.parametrize(("strip", "block"), [(4, 16), (7, 32)])
+def test_direct(given: dict, strip: int, block: int) -> None:
+    check(("direct", strip, block, 8, 4), *make(**given, last=True))
+
+
+@pytest.mark.parametrize("given", [*(g for g, _ in TOEPLITZ[:3]), *({**g, "last": True} for g in DIRECT)], ids=str)
+def test_reference_and_library(given: dict) -> None:
+    shape, x, taps, b, want = make(**given)
+    got = torch.ops.fusionc.depthwise_conv(x, taps, b, shape.stride, shape.padding, shape.dilation, shape.activation)
+    assert (got.double() - want).norm() <= 1e-3 * want.norm() and got.stride() == \
+        torch.ops.aten.convolution(x, taps.permute(2, 0, 1)[:, None].contiguous(), b, shape.stride, shape.padding,
+                                   shape.dilation, False, [0, 0], shape.channels).stride()  # fmt: skip
+    assert (runtime.library(x, taps, b, shape).double() - want).norm() <= 3e-3 * want.norm()
+    torch.library.opcheck(torch.ops.fusionc.depthwise_conv.default, (x, taps, b, shape.stride, shape.padding, shape.dilation,
+                          shape.activation), test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("given", "tile"), [TOEPLITZ[1], TOEPLITZ[4], TOEPLITZ[6]], ids=str)
+@pytest.mark.parametrize(("last", "parts"), [(False, 1), (True, 3)])
+def test_gradient_of_taps(given: dict, tile: tuple[int, int], last: bool, parts: int) -> None:
+    shape, x, taps, _, want = make(**{**given, "bias": False, "activation": ""}, last=last)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    wide = taps.double().requires_grad_()
+    F.conv2d(x.double(), wide.permute(2, 0, 1).unsqueeze(1), None, shape.stride, shape.padding, shape.dilation,
+             shape.channels).backward(grad.double())  # fmt: skip
+    how = ("turned" if last else "toeplitz", *tile, 16, 4, 2, parts)
+    for got in (runtime.launch_weight(how, shape, grad, x, interpret=True), runtime._library_weight(shape, grad, x),
+                torch.ops.fusionc.depthwise_conv_weight(grad, x, shape.kernel, shape.padding, shape.dilation)):
+        assert got.dtype == torch.float32 and got.shape == taps.shape and got.is_contiguous()
+        assert (got - wide.grad).norm() <= 2e-3 * wide.grad.norm()
+
+
+def test_candidates_fit_the_shape() -> None:
+    def kinds(**given):  # type: ignore[no-untyped-def]
+        shape = make(n=1, **given)[0]
+        return [c[0] for c in runtime.candidates(shape, 32)]
+
+    assert set(kinds(size=(8, 56), kernel=(7, 7))) == {"toeplitz", "library"}
+    assert set(kinds(size=(8, 56), kernel=(7, 7), last=True)) == {"direct", "library"}
+    assert kinds(size=(8, 16), kernel=(31, 31), last=True)[0] == "turned"
+    assert kinds(size=(8, 16), kernel=(7, 7), stride=(2, 2)) == ["library"]
+    assert kinds(size=(8, 16), kernel=(7, 7), dtype=torch.float32) == ["library"]
+    for width in (7, 14, 28, 56, 112, 200):
+        for k in (3, 7, 13, 31, 51):
+            shape = make(n=1, c=1, size=(4, width), kernel=(k, k))[0]
+            for tw, kd, *_ in runtime._toeplitz(shape, 64):
+                whole = kd >= width and tw >= width
+                assert whole or kd >= -(-(k // 2) // 8) * 8 + tw + k // 2, (width, k, tw, kd)
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize("how", [("toeplitz", 64, 64, 128, 4, 3), ("toeplitz", 32, 64, 128, 4, 3),
+                                 ("direct", 14, 64, 8, 8)], ids=str)  # fmt: skip
+def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fusionc.runtime.launch import _usage, load_module
+
+    constants = {"BIAS": True, "ACTIVATION": "gelu"}
+    if how[0] == "direct":
+        module = load_module(template.direct(256, 56, 56, (7, 7), (1, 1), (3, 3), (1, 1), how[1], how[2]))
+        constants |= {"BR": how[3]}
+    else:
+        module = load_module(template.TOEPLITZ)
+        constants |= {"C": 256, "H": 56, "W": 56, "OH": 56, "OW": 56, "KH": 7, "DH": 1, "PH": 3}
+        constants |= {"L": how[1] + how[2], "PA": 0 if how[1] == 64 else 8, "TILES": -(-56 // how[1]), "TW": how[1],
+                      "KD": how[2], "BM": how[3]}  # fmt: skip
+    fn = module.conv
+    kinds = {n: "constexpr" if n in constants else "i32" if n in ("rows", "strips") else "*bf16" for n in fn.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if kinds[n] == "*bf16"}
+    source = ASTSource(fn=fn, signature=kinds, constexprs=constants, attrs=attrs)
+    warps = how[4]
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    registers, spills = _usage(built)
+    assert spills <= 0 and registers < 255
+    if how[0] == "toeplitz":
+        assert "wgmma" in built.asm["ptx"] and "cp.async.cg.shared.global [ %r" in built.asm["ptx"]

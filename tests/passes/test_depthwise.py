@@ -1,0 +1,153 @@
+"""Depthwise convolutions as one operator: branches, bias, activation, values, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusionc.passes import recipes
+from fusionc.passes.depthwise import Depthwise
+from tests.passes.helpers import check_values, refusals, rewritten
+
+
+class OnCpu(Depthwise):
+    devices = ("cpu",)
+    dtypes = (torch.float64, torch.float64)
+
+
+def conv(x: str, w: str, b: str = "None", p: int = 3, s: int = 1, d: int = 1, groups: int = 4) -> str:
+    return f"aten.convolution(%{x}, %{w}, {b}, [{s}, {s}], [{p}, {p}], [{d}, {d}], False, [0, 0], {groups})"
+
+
+ONE = f"""
+%x: f64[2, 4, 9, 8]{{288, 1, 32, 4}} = input
+%w: f64[4, 1, 7, 7] = input  # static
+%b: f64[4] = input
+%y: f64[2, 4, 9, 8]{{288, 1, 32, 4}} = {conv("x", "w", "%b")}
+%g: f64[2, 4, 9, 8]{{288, 1, 32, 4}} = aten.gelu(%y)
+return (%g)
+"""
+BLOCK = f"""
+%x: f64[2, 4, 9, 8] = input
+%w7: f64[4, 1, 7, 7] = input  # static
+%b7: f64[4] = input  # static
+%w5: f64[4, 1, 5, 5] = input  # static
+%b5: f64[4] = input  # static
+%w3: f64[4, 1, 3, 3] = input  # static
+%y7: f64[2, 4, 9, 8] = {conv("x", "w7", "%b7")}
+%y5: f64[2, 4, 9, 8] = {conv("x", "w5", "%b5", 2)}
+%a: f64[2, 4, 9, 8] = aten.add(%y7, %y5)
+%y3: f64[2, 4, 9, 8] = {conv("x", "w3", p=3, d=3)}
+%s: f64[2, 4, 9, 8] = aten.add(%y3, %a)
+%r: f64[2, 4, 9, 8] = aten.relu(%s)
+return (%r)
+"""
+
+
+def test_frozen_weight_bias_and_activation() -> None:
+    assert rewritten(OnCpu(), ONE) == """
+%x: f64[2, 4, 9, 8]{288, 1, 32, 4} = input
+%w: f64[4, 1, 7, 7] = input  # static
+%b: f64[4] = input
+%derived_0: f64[7, 7, 4] = input
+%depthwise_conv: f64[2, 4, 9, 8]{288, 1, 32, 4} = fusionc.depthwise_conv(%x, %derived_0, %b, [1, 1], [3, 3], [1, 1], "gelu")
+return (%depthwise_conv)
+"""
+    check_values(OnCpu(), ONE, fired=1, exact=False)
+
+
+def test_branches_merge() -> None:
+    assert rewritten(OnCpu(), BLOCK).splitlines()[7:] == [
+        "%derived_0: f64[7, 7, 4] = input",
+        "%_to_copy: f64[4] = aten._to_copy(%b7, dtype=torch.float64)",
+        "%add: f64[4] = aten.add(%_to_copy, %b5)",
+        '%depthwise_conv: f64[2, 4, 9, 8] = fusionc.depthwise_conv(%x, %derived_0, %add, [1, 1], [3, 3], [1, 1], "relu")',
+        "return (%depthwise_conv)",
+    ]
+    check_values(OnCpu(), BLOCK, fired=1, exact=False)
+
+
+@pytest.mark.parametrize(("old", "new", "fired"), [
+    ("%w5: f64[4, 1, 5, 5] = input  # static", "%w5: f64[4, 1, 5, 5] = input", 3),  # not frozen
+    ("%w5: f64[4, 1, 5, 5] = input", "%w5: f64[4, 1, 9, 1] = input", 3),  # neither covers the other
+    ("aten.add(%y7, %y5)", "aten.add(%y7, %y5, alpha=2)", 3),
+    ("return (%r)", "return (%r, %y7)", 3),  # read elsewhere
+    ("return (%r)", "return (%r, %s)", 1),  # the activation stays apart
+], ids=str)
+def test_branches_that_do_not_merge(old: str, new: str, fired: int) -> None:
+    text = BLOCK.replace(old, new)
+    if "9, 1]" in new:
+        text = text.replace('%w5, %b5, [1, 1], [2, 2]', '%w5, %b5, [1, 1], [4, 0]')
+    check_values(OnCpu(), text, fired=fired, exact=False)
+
+
+@pytest.mark.parametrize("activation", ["aten.relu(%y)", "aten.silu(%y)", 'aten.gelu(%y, approximate="tanh")', "aten.sin(%y)"])
+def test_activations_of_weights_in_training(activation: str) -> None:
+    text = ONE.replace("aten.gelu(%y)", activation).replace("  # static", "")
+    new = check_values(OnCpu(), text, fired=1, exact=False)
+    assert len(list(new.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default))) == 1
+
+
+def test_training_has_no_derived_weights() -> None:
+    assert "derived" not in rewritten(OnCpu(), ONE, "forward")
+    assert rewritten(OnCpu(), BLOCK, "forward").count("fusionc.depthwise_conv") == 3
+
+
+def test_stride_dilation_and_other_paddings() -> None:
+    check_values(OnCpu(), ONE.replace("[2, 4, 9, 8]{288, 1, 32, 4} = aten", "[2, 4, 4, 4]{64, 1, 16, 4} = aten")
+                 .replace("[1, 1], [3, 3], [1, 1]", "[2, 2], [6, 6], [2, 2]")
+                 .replace("aten.gelu(%y)", "aten.sin(%y)").replace("[2, 4, 4, 4]{64, 1, 16, 4}", "[2, 4, 5, 4]{80, 1, 16, 4}"),
+                 fired=1, exact=False)  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"f64": "i64", "aten.gelu(%y)": "aten.neg(%y)"}, "not of one floating dtype (y)"),
+    ({"[4, 1, 7, 7]": "[4, 1, 1, 1]", "[3, 3]": "[0, 0]"}, "one tap is a product (y)"),
+    ({"%x: f64[2, 4, 9, 8]{288, 1, 32, 4}": "%x: f64[2, 4, 9, 8]{576, 72, 8, 1}", "{288, 1, 32, 4}": ""},
+     "the input is not dense (y)"),
+    ({"{288, 1, 32, 4}": "", "9, 8] = aten": "5, 4] = aten", "[1, 1], [3, 3]": "[2, 2], [3, 3]"},
+     "no kernel of ours for contiguous images of this dtype and stride (y)"),
+])  # fmt: skip
+def test_refusals(changes: dict[str, str], reason: str) -> None:
+    text = ONE
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    assert refusals(OnCpu(), text) == [reason]
+
+
+def test_refusals_of_odd_values() -> None:
+    """Values that ATen does not give on a CPU, so the graph is not verified."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from fusionc.graph.facts import Facts
+    from fusionc.graph.text import parse
+
+    size = ShapeEnv().create_unbacked_symint()
+    for name, change, reason in (
+        ("y", lambda n: n.meta.update(val=torch.empty(2, 4, 9, 8, dtype=torch.float64)),
+         "the result has another layout than the input"),
+        ("b", lambda n: n.meta.update(val=torch.empty(4)), "a weight or bias has another dtype"),
+        ("y", lambda n: setattr(n, "args", (*n.args[:3], [size, size], *n.args[4:])), "a size is symbolic"),
+    ):
+        gm = parse(ONE)
+        change(next(n for n in gm.graph.nodes if n.name == name))
+        facts = Facts(gm)
+        (match,) = OnCpu().find(facts)
+        refused = OnCpu().check(match, facts)
+        assert refused is not None and refused.reason == reason
+
+
+def test_recipe() -> None:
+    weights = [torch.randn(4, 1, 7, 7), torch.randn(4, 1, 3, 3)]
+    made = recipes.rebuild(["depthwise_taps", [7, 7], [[0, 0, 1, 1], [0, 0, 3, 3]], "float32"], 2)(weights)
+    want = weights[0].squeeze(1).permute(1, 2, 0).clone()
+    want[::3, ::3] += weights[1].squeeze(1).permute(1, 2, 0)
+    torch.testing.assert_close(made, want, rtol=0, atol=0)
+    for wrong in ([[7], [[0, 0, 1, 1]], "float32"], [[7, 7], [[0, 0, 1]], "float32"], [[7, 7], [[0, 0, 1, -1]], "float32"],
+                  [[7, 7], [[0, 0, 1, 1]], "int8"], [[7, 7], [], "float32"]):
+        with pytest.raises((ValueError, TypeError)):
+            recipes.rebuild(["depthwise_taps", *wrong], 1)
+
+
+def test_elsewhere_nothing_changes() -> None:
+    check_values(Depthwise(), ONE, fired=0)
