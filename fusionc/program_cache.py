@@ -120,7 +120,7 @@ def _own_sources() -> str:
     """Hash of the top-level modules that shape a Program."""
     digest = hashlib.sha256()
     home = os.path.dirname(os.path.abspath(__file__))
-    names = "artifacts backend compiler inplace many program_cache rescue warm warm_training"
+    names = "artifacts backend compiler decompose inplace many program_cache rescue warm warm_training"
     for name in [f"{n}.py" for n in names.split()]:
         with open(os.path.join(home, name), "rb") as stream:
             digest.update(hashlib.sha256(stream.read()).digest())
