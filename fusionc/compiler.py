@@ -201,6 +201,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
             clock = time.perf_counter()
             cx.record.kernels.clear()  # of an earlier round
             direct = inplace.write_in_place(cx, grouper, units, lowered, _stable_inputs(cx))
+            reused = inplace.reuse_operands(cx, grouper, units, lowered, direct) if cx.target == "cpp" else {}
             fused, symbols = many.compile_bundles(cx, many.find(cx, grouper, units, lowered, direct))
             inside = {id(m) for b in fused for m in b.members}
             more, bad = _compile_kernels(cx, [item for item in lowered if id(item) not in inside])
@@ -216,7 +217,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     else:
         raise errors.FusioncError(f"grouping of graph {cx.record.name} did not settle")
     clock = time.perf_counter()
-    out = _link(cx, grouper, units, lowered, symbols, fused, direct)
+    out = _link(cx, grouper, units, lowered, symbols, fused, direct, reused)
     cx.record.timings["program"] = time.perf_counter() - clock
     return out
 
@@ -505,9 +506,15 @@ class _Linker:
         self.name[node] = name
 
     direct: dict[Node, Node] = {}
+    reused: dict[Node, Node] = {}
 
     def output(self, node: Node) -> str:
-        """Name of the buffer for a result: a new one, or the input that it is written to."""
+        """Name of the buffer for a result: a new one, the input that it is written to, or the operand that it replaces."""
+        if node in self.reused:
+            self.tensor(self.reused[node])
+            self.expect(self.reused[node])
+            name = self.name[node] = self.tensor(self.reused[node])
+            return name
         if node in self.direct:
             name = self.name[node] = self.tensor(self.direct[node])
             return name
@@ -594,11 +601,12 @@ def _keeps_strides(node: Node) -> bool:
 def _link(
     cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowered], symbols: dict[str, Any],
     fused: Sequence[many.Bundle] = (), direct: Mapping[Node, Node] | None = None,
+    reused: Mapping[Node, Node] | None = None,
 ) -> Callable[[list[Any]], Any]:  # fmt: skip
     link = _Linker(cx, grouper, lowered, symbols)
     p = link.program
     link.stable = _stable_inputs(cx)
-    link.direct = dict(direct or {})
+    link.direct, link.reused = dict(direct or {}), dict(reused or {})
     record = cx.record
     names = {r.symbol: r.name for r in record.kernels}
     bundle_of = {id(m): b for b in fused for m in b.members}

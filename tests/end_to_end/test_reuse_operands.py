@@ -1,0 +1,88 @@
+"""A pointwise kernel writes over a matmul's result where nobody else looks at it again, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusionc import inplace
+
+
+def alone(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    return F.gelu(x @ w) @ v
+
+
+def returned(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    h = x @ w
+    return F.gelu(h), h
+
+
+def read_later(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    h = x @ w
+    return F.gelu(h) @ v, h.t() @ x
+
+
+def seen_through_a_view(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    h = x @ w
+    return F.gelu(h) @ v, h.view(-1)[::3]
+
+
+def other_place(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    h = x @ w
+    return (h + h.flip(0)) @ v
+
+
+def transposed(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    return torch.exp(-(x @ w).abs()).t().contiguous()
+
+
+def twice(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    return F.gelu((F.relu(x @ w) @ v) @ w)
+
+
+@pytest.mark.parametrize(
+    "f, times",
+    [
+        (alone, 1),
+        (returned, 0),
+        (read_later, 0),
+        (seen_through_a_view, 0),
+        (other_place, 0),
+        (transposed, 0),
+        (twice, 2),
+    ],
+)
+def test_reuse(f: Callable[..., Any], times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    whole = inplace.reuse_operands
+    monkeypatch.setattr(inplace, "reuse_operands", lambda *a: found.append(0) or _count(whole(*a), found))
+    torch.manual_seed(0)
+    x, w, v = torch.randn(512, 64), torch.randn(64, 640), torch.randn(640, 64)
+    compiled = torch.compile(f, backend="fusionc", options={"strict": True, "cache": False})
+    kept = []
+    for _ in range(3):
+        y = torch.randn_like(x)
+        got, want = compiled(y, w, v), f(y, w, v)
+        kept.append((got, want))
+    for got, want in kept:  # a later call must not write over an earlier one's result
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+    assert sum(found) == times
+
+
+def _count(result: dict[Any, Any], found: list[int]) -> dict[Any, Any]:
+    found.append(len(result))
+    return result
+
+
+def test_gradients() -> None:
+    torch.manual_seed(0)
+    x, w, v = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((512, 64), (64, 640), (640, 64)))
+    want = torch.autograd.grad(alone(x, w, v).square().sum(), (x, w, v))
+    got = torch.autograd.grad(torch.compile(alone, backend="fusionc")(x, w, v).square().sum(), (x, w, v))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
