@@ -516,7 +516,8 @@ class TritonKernel:
         built = self.compile(wide)
         if "cubin" in built.asm:
             kinds = [("i64" if wide else "i32") if t == "size" else t for _, t in parameters(self.kernel)]
-            direct = _cuda_launcher(built, kinds, grid)
+            with torch.cuda.device(self._index()):  # the launcher remembers the context in which the kernel was loaded
+                direct = _cuda_launcher(built, kinds, grid)
             if direct is not None:
                 return direct
         handle = built.handle
