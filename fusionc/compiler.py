@@ -665,9 +665,10 @@ def finish(cx: Context, program: prog.Program, derived: Sequence[Any]) -> Callab
 
 def _compiled(cx: Context, program: prog.Program) -> Callable[[list[Any]], Any]:
     """The callable of a Program, replayed as a CUDA graph where that is legal and pays."""
-    from .runtime import cudagraph
+    from .runtime import cudagraph, device
 
     call = program.compile({**_namespace(cx), **rescue.entry(program, cx.loops)}, cx.record.name)
+    call = device.on_device(call, cx.device)
     return cudagraph.wrap(call, program, cx.record, cx.config, cx.device, cx.target)
 
 

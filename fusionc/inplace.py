@@ -7,6 +7,7 @@ and reads of it only the element that it writes, the input becomes a buffer of t
 A result is written in place if all of this holds (else the `copy_` stays as it is):
     the copied value is a result of a pointwise kernel, of the input's dtype, sizes and strides, and no view;
     nothing else writes the input, and nothing reads what the `copy_` returns;
+    the value is not written to another input as well (equal values are one node): the second `copy_` stays;
     the value does not leave the graph (it would be the input itself);
     whoever else reads the input comes before the kernel; the kernel reads it at the element that it writes, unguarded;
     the input's layout is guarded, and dense: two of its elements never share memory.
@@ -45,7 +46,7 @@ def write_in_place(
     state = _State(cx, grouper, units, lowered, stable)
     out: dict[Node, Node] = {}
     for unit in copies:
-        found = state.rewrite(unit)
+        found = state.rewrite(unit) if unit.node.args[1] not in out else None
         if found is not None:
             out[found[0]] = found[1]
             units.remove(unit)

@@ -38,6 +38,8 @@ Key = dict[str, Any]
 FORMAT = 1
 stats: Counter[str] = Counter()  # "hit", "miss", "stored" and reasons for not storing, of this process
 _IMPORTED = time.time()
+# Top-level modules that decide what a Program does; a test holds the list of the others.
+_SHAPING = "artifacts backend compiler decompose inplace many program_cache rescue warm warm_training".split()
 _FREE = ("dump", "cache", "progress", "verify")  # options that change no result
 _RECORDS: dict[str, Any] = {"kernels": KernelRecord, "calls": CallRecord, "groups": GroupRecord}
 
@@ -120,8 +122,7 @@ def _own_sources() -> str:
     """Hash of the top-level modules that shape a Program."""
     digest = hashlib.sha256()
     home = os.path.dirname(os.path.abspath(__file__))
-    names = "artifacts backend compiler decompose inplace many program_cache rescue warm warm_training"
-    for name in [f"{n}.py" for n in names.split()]:
+    for name in [f"{n}.py" for n in _SHAPING]:
         with open(os.path.join(home, name), "rb") as stream:
             digest.update(hashlib.sha256(stream.read()).digest())
     return digest.hexdigest()

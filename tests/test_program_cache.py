@@ -321,3 +321,12 @@ def test_hostile_entries_are_misses(compiled: Callable[..., Any], tmp_path: Path
         assert program_cache.stats["hit"] == 0, str(payload)[:200]
     compiled(f)(x)
     assert program_cache.stats["hit"] == 1
+
+
+def test_the_key_holds_every_module_that_shapes_a_program() -> None:
+    """A new top-level module must be named there, or here as one that changes no Program."""
+    from fusionc import program_cache
+
+    harmless = set("__init__ cli config dump errors explanation html modules progress record repro standalone".split())
+    home = Path(program_cache.__file__).parent
+    assert {p.stem for p in home.glob("*.py")} - harmless == set(program_cache._SHAPING)

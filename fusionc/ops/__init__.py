@@ -25,13 +25,28 @@ def load(name: str) -> None:
         from . import skinny_linear  # noqa: F401
 
 
-def late(find: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    """The function that ``find`` returns, found at the first call: kernels are launched by packages to the right of this one."""
+def late(find: Callable[[], Callable[..., Any]], name: str, instead: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that ``find`` returns, found at the first call: kernels are launched by packages to the right of this one.
+
+    A kernel that cannot be built or launched (some GPU has too little shared memory for it) costs speed, with one
+    warning, not the answer: ``instead`` computes it.
+    """
     ready: list[Callable[..., Any]] = []
 
     def call(*args: Any) -> Any:
-        if not ready:
-            ready.append(find())
-        return ready[0](*args)
+        try:
+            if not ready:
+                ready.append(find())
+            return ready[0](*args)
+        except Exception as e:  # whatever Triton or the driver say
+            import torch
+
+            from ..errors import warn_once
+
+            if isinstance(e, torch.OutOfMemoryError):
+                raise
+            warn_once(f"{name}:{type(e).__name__}", f"fusionc's kernel of {name} does not run here ({type(e).__name__}: {e}); "
+                      "ATen computes it instead. Please report this")  # fmt: skip
+            return instead(*args)
 
     return call

@@ -68,5 +68,5 @@ def _kernel(name: str) -> Callable[..., Any]:
 
 for _name, _reference in (("decode_attention", attention), ("decode_attention_update", update)):
     _library.impl(_name, _reference, "CPU")
-    _library.impl(_name, late(functools.partial(_kernel, _name)), "CUDA")
+    _library.impl(_name, late(functools.partial(_kernel, _name), _name, _reference), "CUDA")
     torch.library.register_fake(f"fusionc::{_name}", _shape, lib=_library)

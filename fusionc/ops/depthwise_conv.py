@@ -11,10 +11,13 @@ Source     ``codegen/templates/depthwise_conv.py`` has the kernels and their sou
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import late
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("depthwise_conv(Tensor x, Tensor taps, Tensor? bias, SymInt[] stride, SymInt[] padding, "
@@ -38,11 +41,14 @@ def _reference(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[in
     return y.to(x.dtype).contiguous(memory_format=layout_of(x))
 
 
-def _cuda(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-          dilation: Sequence[int], activation: str) -> Tensor:  # fmt: skip
-    home = importlib.import_module("fusionc.runtime.depthwise_conv")
-    with torch.cuda.device_of(x):
-        return home.depthwise_conv(x, taps, bias, stride, padding, dilation, activation)
+def _launcher(name: str) -> Callable[..., Tensor]:
+    found = getattr(importlib.import_module("fusionc.runtime.depthwise_conv"), name)
+
+    def launch(x: Tensor, *args: Any) -> Tensor:
+        with torch.cuda.device_of(x):
+            return found(x, *args)
+
+    return launch
 
 
 def _fake(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
@@ -64,12 +70,6 @@ def _weight_reference(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: S
     return found.squeeze(1).permute(1, 2, 0).contiguous()
 
 
-def _weight_cuda(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    home = importlib.import_module("fusionc.runtime.depthwise_conv")
-    with torch.cuda.device_of(x):
-        return home.depthwise_conv_weight(grad, x, kernel, padding, dilation)
-
-
 def _weight_fake(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty((*kernel, x.shape[1]), dtype=wide)
@@ -77,7 +77,8 @@ def _weight_fake(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequen
 
 _LIBRARY.impl("depthwise_conv", _reference, "CPU")
 _LIBRARY.impl("depthwise_conv_weight", _weight_reference, "CPU")
-_LIBRARY.impl("depthwise_conv_weight", _weight_cuda, "CUDA")
+_LIBRARY.impl("depthwise_conv_weight", late(lambda: _launcher("depthwise_conv_weight"), "depthwise_conv_weight",
+                                             _weight_reference), "CUDA")  # fmt: skip
 torch.library.register_fake("fusionc::depthwise_conv_weight", _weight_fake, lib=_LIBRARY)
-_LIBRARY.impl("depthwise_conv", _cuda, "CUDA")
+_LIBRARY.impl("depthwise_conv", late(lambda: _launcher("depthwise_conv"), "depthwise_conv", _reference), "CUDA")
 torch.library.register_fake("fusionc::depthwise_conv", _fake, lib=_LIBRARY)

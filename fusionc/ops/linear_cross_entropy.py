@@ -68,6 +68,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ign
              label_smoothing: float, dtype: torch.dtype, wanted: Sequence[bool]) -> tuple[Tensor, ...]:  # fmt: skip
     """(loss, dx, dw, db); gradients that are not wanted are empty."""
     with torch.amp.autocast(x.device.type, enabled=False):
+        target = target.contiguous()  # the kernel counts on it
         tokens, width = x.shape
         words = weight.shape[0]
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32

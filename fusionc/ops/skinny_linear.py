@@ -58,5 +58,9 @@ def _shape(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
 
 
 _library.impl("skinny_linear", reference, "CPU")
-_library.impl("skinny_linear", late(lambda: importlib.import_module("fusionc.targets.skinny").linear), "CUDA")
+_library.impl(
+    "skinny_linear",
+    late(lambda: importlib.import_module("fusionc.targets.skinny").linear, "skinny_linear", reference),
+    "CUDA",
+)
 torch.library.register_fake("fusionc::skinny_linear", _shape, lib=_library)

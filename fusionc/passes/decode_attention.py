@@ -104,6 +104,8 @@ class DecodeAttention(Pass):
             return Refuse("more than its first result is used", node)
         if mask is not None and (len(shape(mask) or ()) != 4 or dtype(mask) not in (torch.bool, torch.float32, dtype(q))):
             return Refuse("a mask of another form", node)
+        if mask is not None and not _covers(mask, q, key):
+            return Refuse("a mask of another form", node)
         heads, width = shape(q)[1], shape(q)[3]  # type: ignore[index]
         key, value = _unrepeated(key, heads), _unrepeated(value, heads)
         groups = shape(key)[1]  # type: ignore[index]
@@ -168,6 +170,13 @@ def _arguments(node: Node) -> dict[str, Any]:
 
 def _is(node: Any, *targets: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def _covers(mask: Node, q: Node, key: Node) -> bool:
+    """[B or 1, H or 1, 1, S]: the kernel reads a number for each key, so a mask spread over the keys is not one."""
+    sizes, queries, keys = shape(mask), shape(q), shape(key)
+    assert sizes is not None and queries is not None and keys is not None
+    return sizes[0] in (1, queries[0]) and sizes[1] in (1, queries[1]) and tuple(sizes[2:]) == (1, keys[2])
 
 
 def _unrepeated(node: Node, heads: int) -> Node:

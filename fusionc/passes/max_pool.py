@@ -53,6 +53,9 @@ class MaxPool(Pass):
             return Refuse("what is pooled is not floating point", match.pool)
         if shape(match.source) != shape(match.pool.args[0]) or like.dtype != match.pool.args[0].meta["val"].dtype:
             return Refuse("an operator before it changes shape or dtype", match.pool)
+        padding, dilation = (_numbers(match.pool, place, default) for place, default in ((3, 0), (4, 1)))
+        if match.chain and any(n != 0 for n in padding) and any(n != 1 for n in dilation):
+            return Refuse("a window may hold nothing but padding, which relu would change", match.pool)
         return None
 
     def replace(self, match: Match, facts: Facts) -> None:
@@ -66,6 +69,11 @@ class MaxPool(Pass):
                 made = edit.insert(graph, old.target, args, dict(old.kwargs), origin=(old,), val=val)
         for user in list(pool.users):
             edit.replace(user, made)
+
+
+def _numbers(pool: Node, place: int, default: int) -> list[Any]:
+    given: Any = pool.args[place] if len(pool.args) > place else default
+    return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
 def _monotone(node: Node) -> bool:

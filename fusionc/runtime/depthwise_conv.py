@@ -223,6 +223,7 @@ def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequenc
     if not last:
         x = x.contiguous()
     taps = taps.contiguous()
+    bias = bias.contiguous() if bias is not None else None
     n, c, h, w = x.shape
     kh, kw, _ = taps.shape
     shape = Shape(c, (h, w), (kh, kw), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]),

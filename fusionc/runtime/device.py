@@ -7,7 +7,9 @@ both processes.  Nothing here imports triton.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -89,6 +91,25 @@ def properties(device: torch.device | str | int | None = None) -> DeviceProperti
     found = _query(torch.cuda.current_device() if index is None else index)
     measured = _bandwidth.get(found.arch)
     return found if measured is None else replace(found, bandwidth=measured)
+
+
+def on_device(call: Callable[[list[Any]], Any], device: torch.device) -> Callable[[list[Any]], Any]:
+    """``call``, run with ``device`` as the current one, as ATen's operators see to by themselves.
+
+    Kernels are launched through the driver, which takes the current context: on a second GPU, whose default stream has
+    the same handle (0) as the first one's, that would be the wrong one.  Costs nothing where there is one GPU.
+    """
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        return call
+    index, current = device.index or 0, torch.cuda.current_device
+
+    def there(args: list[Any]) -> Any:
+        if current() == index:
+            return call(args)
+        with torch.cuda.device(index):
+            return call(args)
+
+    return there
 
 
 def set_bandwidth(arch: str, bytes_per_second: float) -> None:

@@ -315,7 +315,7 @@ _PACK = {"i1": "?7x", "i8": "b7x", "u8": "B7x", "i16": "h6x", "i32": "i4x", "i64
 
 @functools.lru_cache(maxsize=1)
 def _driver() -> Any:
-    """cuLaunchKernel, called without letting go of Python's lock: argument buffers are shared between calls."""
+    """cuLaunchKernel, called without letting go of Python's lock (the call is short)."""
     import ctypes
 
     fn = ctypes.PyDLL("libcuda.so.1").cuLaunchKernel
@@ -418,6 +418,8 @@ def _cuda_launcher(
         launch = _dependent_launch(threads, shared)
 
     context = _current_context()
+    # All calls share one buffer of arguments, and Python may switch threads between filling it and the launch.
+    lock = threading.Lock()
 
     def failed(code: int, grid: int, stream: int) -> None:  # (refers to `built`, which keeps the binary loaded)
         if code == _NO_CONTEXT and _use_context(context):
@@ -428,31 +430,34 @@ def _cuda_launcher(
     if grid is not None:
 
         def fixed(stream: int, *args: Any) -> None:
-            pack_into(values, 0, *args)
-            code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
-            if code:
-                failed(code, grid, stream)
+            with lock:
+                pack_into(values, 0, *args)
+                code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+                if code:
+                    failed(code, grid, stream)
 
         low, end = int.from_bytes(bytes([15] * len(kinds)), "little"), 8 * len(kinds)
 
         def aligned(stream: int, pointers: Sequence[int]) -> bool:
             """Like `fixed`, for pointers alone; False, without a launch, if one is no multiple of 16."""
-            pack_into(values, 0, *pointers)
-            if int.from_bytes(values[:end:8], "little") & low:
-                return False
-            code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
-            if code:
-                failed(code, grid, stream)
-            return True
+            with lock:
+                pack_into(values, 0, *pointers)
+                if int.from_bytes(values[:end:8], "little") & low:
+                    return False
+                code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+                if code:
+                    failed(code, grid, stream)
+                return True
 
         fixed.aligned = aligned  # type: ignore[attr-defined]
         return fixed
 
     def variable(grid: int, stream: int, *args: Any) -> None:
-        pack_into(values, 0, *args)
-        code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
-        if code:
-            failed(code, grid, stream)
+        with lock:
+            pack_into(values, 0, *args)
+            code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
+            if code:
+                failed(code, grid, stream)
 
     return variable
 
@@ -516,7 +521,8 @@ class TritonKernel:
         built = self.compile(wide)
         if "cubin" in built.asm:
             kinds = [("i64" if wide else "i32") if t == "size" else t for _, t in parameters(self.kernel)]
-            direct = _cuda_launcher(built, kinds, grid)
+            with torch.cuda.device(self._index()):  # the launcher remembers the context in which the kernel was loaded
+                direct = _cuda_launcher(built, kinds, grid)
             if direct is not None:
                 return direct
         handle = built.handle

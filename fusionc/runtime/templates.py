@@ -40,6 +40,7 @@ class Template:
         self.device, self.warps, self.stages = device, warps, stages
         self.dependent, self.exact = dependent, exact
         self._launch: Callable[..., None] | None = None
+        self._failure = ""  # of building, which would fail again
         self._lock = threading.Lock()
 
     def _source(self) -> Any:
@@ -72,18 +73,22 @@ class Template:
     def prepare(self) -> Callable[..., None]:
         """The launcher, compiled on first use; raises CompileError."""
         with self._lock:
+            if self._failure:
+                raise CompileError(self.name, None, self._failure)
             if self._launch is None:
                 from triton.runtime import driver
 
-                with torch.cuda.device(self.device):
-                    built = self.build(driver.active.get_current_target())
-                    try:
+                try:
+                    with torch.cuda.device(self.device):
+                        built = self.build(driver.active.get_current_target())
                         built.handle._init_handles()
-                    except Exception as e:
-                        raise CompileError(self.name, None, f"the binary cannot be loaded: {e}") from e
-                    launch = _cuda_launcher(built, list(self.kinds), None, self.dependent)
+                        launch = _cuda_launcher(built, list(self.kinds), None, self.dependent)
+                except Exception as e:
+                    self._failure = f"{type(e).__name__}: {e}"
+                    raise CompileError(self.name, None, f"it cannot be built and loaded: {self._failure}") from e
                 if launch is None:
-                    raise CompileError(self.name, None, "the kernel needs more than a plain launch")
+                    self._failure = "the kernel needs more than a plain launch"
+                    raise CompileError(self.name, None, self._failure)
                 self._launch = launch
             return self._launch
 

@@ -91,11 +91,12 @@ class Session:
         """Give parts the plans that the cache has for them, and pick those of the rest that are to be measured."""
         if self.effort is None:
             return
+        measures = self.uses is not None and not self.rig.recording()
         fresh: list[Entry] = []
         hints = [{s.name: self.cx.hints.get(s.name, 64) for s in p.kernel.sizes} for p in parts]
         moved = [sum(kernel_bytes(p.kernel, h)) for p, h in zip(parts, hints, strict=True)]
         for p, h, n in zip(parts, hints, moved, strict=True):
-            if self._recall(p, h) or self.uses is None or not n or not all(h.values()):
+            if self._recall(p, h) or not measures or self.uses is None or not n or not all(h.values()):
                 continue
             uses = self.uses.get(p.symbol.split("_part")[0], 1)
             us = space.lower_bound(p.kernel, h, self.device)
@@ -245,6 +246,10 @@ class Rig:
 
     def here(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.device(self.device)
+
+    def recording(self) -> bool:
+        """Is the caller recording a CUDA graph?  Waiting for the device would end that."""
+        return self.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     def kernel(self, source: str, p: Part, plan: Plan) -> launch.TritonKernel:
         return launch.TritonKernel(source, p.symbol, p.kernel, plan, self.device)

@@ -51,6 +51,18 @@ def test_update(target: str) -> None:
     assert copies(record) == 0 and not record.calls
 
 
+@pytest.mark.parametrize("target", ["cpp", pytest.param("interpret", marks=pytest.mark.interpret)])
+def test_a_value_written_to_two_inputs(target: str) -> None:
+    """Equal values are one node, which can be in one place only."""
+
+    def f(p: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> None:
+        torch.mul(x, 2, out=p)
+        torch.mul(x, 2, out=q)
+
+    record = check(f, lambda: [rand(6, 5), rand(6, 5, seed=1), rand(6, 5, seed=2)], target)
+    assert copies(record) == 1
+
+
 def test_a_value_that_leaves_is_no_alias() -> None:
     def f(p: torch.Tensor) -> torch.Tensor:
         q = p * 2

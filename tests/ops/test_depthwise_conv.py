@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -148,3 +150,14 @@ def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
     assert spills <= 0 and registers < 255
     if how[0] == "toeplitz":
         assert "wgmma" in built.asm["ptx"] and "cp.async.cg.shared.global [ %r" in built.asm["ptx"]
+
+
+def test_the_kernels_get_a_contiguous_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fusionc.runtime.depthwise_conv as home
+
+    def launch(how: Any, shape: Any, x: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        assert bias.is_contiguous()
+        return x
+
+    monkeypatch.setattr(home, "launch", launch)
+    home.depthwise_conv(torch.ones(1, 8, 4, 4), torch.ones(3, 3, 8), torch.ones(16)[::2], [1, 1], [1, 1], [1, 1], "")

@@ -156,3 +156,22 @@ def test_kernel(words: int, smoothing: float) -> None:
     assert losses[4].isnan() and buffer.equal(torch.arange(50.0) / 2)
     torch.testing.assert_close(losses[:4], expected[:4])
     torch.testing.assert_close(kernel[:4], plain[:4])
+
+
+def test_the_kernel_gets_contiguous_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads them one after the other; a column of a matrix of targets is none such."""
+    import fusionc.ops.linear_cross_entropy as home
+
+    seen: list[torch.Tensor] = []
+    plain = home._rows_plain
+
+    def rows(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> None:
+        seen.append(target)
+        plain(logits, target, *rest)
+
+    monkeypatch.setattr(home, "_rows_plain", rows)
+    x, weight = torch.randn(6, 4), torch.randn(9, 4)
+    target = torch.randint(0, 9, (6, 2))[:, 1]
+    found = home.linear_cross_entropy(x, weight, target)
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(x @ weight.t(), target))
+    assert seen and all(t.is_contiguous() for t in seen)

@@ -118,6 +118,8 @@ return (%y)
          "more than its first result is used (o)"),
         (PLAIN.replace("(%q, %k, %v)", "(%q, %k, %v, attn_mask=%m)").replace("%q:", "%m: bf16[1, 24] = input\n%q:"),
          "a mask of another form (o)"),
+        (PLAIN.replace("(%q, %k, %v)", "(%q, %k, %v, attn_mask=%m)").replace("%q:", "%m: bf16[1, 1, 1, 1] = input\n%q:"),
+         "a mask of another form (o)"),
     ],
 )  # fmt: skip
 def test_refusals(text: str, reason: str) -> None:

@@ -56,6 +56,19 @@ def test_refusals(old: str, new: str, reason: str) -> None:
     assert refusals(OnCpu(), STEM.replace(old, new)) == [reason]
 
 
+def test_windows_of_nothing_but_padding() -> None:
+    """Their maximum is -inf, also after relu: a window of taps at -1 and 2 over two pixels."""
+    text = """
+%x: f64[1, 1, 2, 2] = input
+%r: f64[1, 1, 2, 2] = aten.relu(%x)
+%p: (f64[1, 1, 1, 1], i64[1, 1, 1, 1]) = aten.max_pool2d_with_indices(%r, [2, 2], [1, 1], [1, 1], [3, 3])
+%v: f64[1, 1, 1, 1] = getitem(%p, 0)
+return (%v)
+"""
+    assert refusals(OnCpu(), text) == ["a window may hold nothing but padding, which relu would change (p)"]
+    check_values(OnCpu(), text, fired=0)
+
+
 def test_integers_and_dtype_changes() -> None:
     integers = STEM.replace("f64", "i64")
     assert refusals(OnCpu(), integers) == ["what is pooled is not floating point (p)"]

@@ -132,6 +132,16 @@ def test_small_kernels_and_off_are_left_alone(cx: Any) -> None:
         assert session.entries == [] and session.jobs() == []
 
 
+def test_nothing_is_measured_while_a_cuda_graph_is_recorded(cx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    rig = FakeRig({})
+    rig.device = torch.device("cuda", 0)
+    session = tune_triton.Session(cx, H200, {"k_0": 1}, rig)
+    session.consider([part(pointwise(1 << 26))])
+    assert session.entries == [] and session.jobs() == []
+
+
 def test_all_candidates_together_are_bounded(cx: Any) -> None:
     parts = [part(rows(1 << (10 + i), 4096), f"k_{i}") for i in range(8)]
     session = tune_triton.Session(cx, H200, {p.symbol: 9 for p in parts}, FakeRig({}))

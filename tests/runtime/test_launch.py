@@ -1,0 +1,55 @@
+"""The direct launcher, with the driver's function planted."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fusionc.runtime import launch
+
+PTX = ".visible .entry k(\n\t.param .u64 .ptr k_param_0\n)"
+
+
+@pytest.mark.parametrize("way", ["fixed", "aligned", "variable"])
+def test_threads_do_not_mix_their_arguments(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second thread that launches the same kernel in the middle of a launch must not change its arguments."""
+    inside, other_done = threading.Event(), threading.Event()
+    seen: dict[int, int] = {}
+
+    def driver(*args: Any) -> int:
+        stream, params = args[8], args[9]
+        if stream == 1:
+            inside.set()
+            other_done.wait(0.2)  # the other thread gets the chance to do harm
+        seen[stream] = ctypes.c_uint64.from_address(params[0]).value
+        return 0
+
+    monkeypatch.setattr(launch, "_driver", lambda: driver)
+    monkeypatch.setattr(launch, "_current_context", lambda: None)
+    meta = SimpleNamespace(num_warps=4, shared=0, num_ctas=1)
+    handle = SimpleNamespace(metadata=meta, function=7)
+    built = launch.Compiled("k", "sm_90", {"ptx": PTX}, 0, 0, 0, 0.0, {}, handle)
+    made: Any = launch._cuda_launcher(built, ["*fp32"], None if way == "variable" else 3)
+
+    def run(stream: int) -> None:
+        if way == "variable":
+            made(3, stream, 16 * stream)
+        elif way == "aligned":
+            assert made.aligned(stream, [16 * stream])
+        else:
+            made(stream, 16 * stream)
+
+    def other() -> None:
+        assert inside.wait(10)
+        run(2)
+        other_done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    run(1)
+    thread.join()
+    assert seen == {1: 16, 2: 32}
