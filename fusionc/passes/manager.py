@@ -251,6 +251,7 @@ def static_inputs(example_inputs: Sequence[Any]) -> frozenset[int]:
 
 
 def named_approximate(item: Pass, config: Any) -> bool:
-    """Approximate passes run only if the user put an instance of them into ``options``."""
+    """Approximate passes run only if the user put an instance of them, or an option of their name, into ``options``."""
     given = {getattr(p, "name", None) for p in getattr(config, "passes", ())}
-    return not isinstance(item.exactness, Approximate) or item.name in given
+    asked = getattr(config, item.name, None) is not None  # an option of the pass's own name
+    return not isinstance(item.exactness, Approximate) or item.name in given or asked
