@@ -29,7 +29,8 @@ def split(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """``model`` on ``inputs``, without a cache where its forward has that choice."""
     args, kwargs = split(inputs)
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    if "use_cache" in inspect.signature(inner.forward).parameters:
         kwargs.setdefault("use_cache", False)
     return model(*args, **kwargs)
 

@@ -138,7 +138,7 @@ class Surgeon:
             if whole and not self._needed(whole, live) and not self._adds(whole, s):
                 out[whole] = "attention"
             elif part and not self._needed(part, live):
-                out[part if part != inside[0] else part] = "attention" if part != inside[0] else "projection"
+                out[part] = "attention" if part != inside[0] else "projection"
                 out[last] = "projection"
             else:
                 raise OptionError(f"layer {s.index}: no module holds its attention alone.")
