@@ -9,7 +9,6 @@ fit is a sublayer with a ``refusal``, which says why.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""``fusionc.remove_attention`` on small models of many families: numbers, generate(), memory, refusals, budget."""
+"""``fusionc.remove_attention`` on small models of a few families: ranking, plans, refusals, budget."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from fusionc.errors import FallbackWarning, OptionError, reset_warnings
 from fusionc.removal.capture import call, logits
 from fusionc.removal.module import RemovedAttention
 
-from .models import DECODERS, ENCODERS, inputs, make, zeroed
-
-ALL = (*DECODERS, *ENCODERS)
+from .models import inputs, make
 
 
 @pytest.fixture(autouse=True)
@@ -30,44 +28,6 @@ def fresh() -> None:
 def values(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return logits(call(model, batch))
-
-
-@pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
-@pytest.mark.parametrize("kind", ALL)
-def test_same_numbers_as_zero_attention(kind: str) -> None:
-    model, batch = make(kind), inputs(kind)
-    original = values(model, batch)
-    expected = values(zeroed(copy.deepcopy(model), (2, 3)), batch)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    report = fusionc.remove_attention(model, [2, 3], inputs=batch)
-    found = values(model, batch)
-    assert report.plan.layers == (2, 3) and not report.refusals and report.unverified
-    assert (found - expected).abs().max() == 0 and (found - original).abs().max() > 1e-4
-    assert report.freed_bytes == size - sum(p.numel() * p.element_size() for p in model.parameters())
-    # at least the query, key, value and output matrices of two layers
-    assert report.freed_bytes >= 2 * 4 * (2 * 32 * 32 + 2 * 32 * 8)
-
-
-@pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
-@pytest.mark.parametrize("kind", DECODERS)
-def test_generate(kind: str) -> None:
-    model, prompt = make(kind), inputs(kind)["input_ids"][:1]
-    reference = zeroed(copy.deepcopy(model), (2, 4))
-    fusionc.remove_attention(model, [2, 4], inputs={"input_ids": prompt})
-    common = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True,
-              "attention_mask": torch.ones_like(prompt)}  # fmt: skip
-    found, expected = model.generate(prompt, **common), reference.generate(prompt, **common)
-    assert found.sequences.tolist() == expected.sequences.tolist()
-    held = [getattr(layer, "keys", None) for layer in found.past_key_values.layers]
-    assert [n for n, keys in enumerate(held) if keys is None or keys.numel() == 0] == [2, 4]  # their cache is gone
-
-
-@pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
-def test_generate_with_a_static_cache() -> None:
-    model, prompt = make("Llama"), inputs("Llama")["input_ids"][:1]
-    fusionc.remove_attention(model, [2, 4], inputs={"input_ids": prompt})
-    common = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(prompt), "disable_compile": True}
-    assert model.generate(prompt, cache_implementation="static", **common).tolist() == model.generate(prompt, **common).tolist()
 
 
 @pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
@@ -91,8 +51,8 @@ def test_uniform_refuses_fused_projections() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
-@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTNeoX", "FalconNew", "Bert"])
-@pytest.mark.parametrize("method", ["layer", "heads", "rope"])
+@pytest.mark.parametrize("kind, method", [("Llama", "rope"), ("GPT2", "layer"), ("GPTNeoX", "rope"), ("FalconNew", "heads"),
+                                          ("Bert", "layer")])  # fmt: skip
 def test_planted_layer(kind: str, method: str) -> None:
     model, batch = make(kind), inputs(kind)
     query = {"GPT2": "h.3.attn.c_attn", "GPTNeoX": "layers.3.attention.query_key_value",
