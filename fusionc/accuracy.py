@@ -80,7 +80,9 @@ class Plan:
         for item in data["entries"]:
             _shape("plan entry", item, {"layer": int, "name": str, "reason": str, "score": (int, float, type(None)),
                                         "weights": str})  # fmt: skip
-            if item["weights"] and not (len(item["weights"]) == _HASH and set(item["weights"]) <= set("0123456789abcdef")):
+            if item["weights"] and not (
+                len(item["weights"]) == _HASH and set(item["weights"]) <= set("0123456789abcdef")
+            ):
                 raise OptionError(f"the weight hash of layer {item['layer']} is not {_HASH} hexadecimal digits.")
             score = math.nan if item["score"] is None else float(item["score"])
             entries.append(Entry(item["layer"], item["name"], item["reason"], score, item["weights"]))
@@ -223,4 +225,15 @@ def within(plan: Plan, budget: float, worst: Mapping[int, float], apply: Callabl
         plan = plan.without(layer)
 
 
-__all__ = ["Agreement", "Change", "Entry", "Plan", "Report", "agreement", "change", "warn_unverified", "weight_hash", "within"]
+__all__ = [
+    "Agreement",
+    "Change",
+    "Entry",
+    "Plan",
+    "Report",
+    "agreement",
+    "change",
+    "warn_unverified",
+    "weight_hash",
+    "within",
+]

@@ -24,10 +24,10 @@ def test_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change_", [
     {"format": "other"}, {"total": "6"}, {"total": True}, {"entries": {}}, {"extra": 1}, {"total": 2},
-    {"entries": [{"layer": 1}]}, {"entries": [dict(layer=1, name="", reason="", score=0.0, weights="zz")]},
-    {"entries": [dict(layer=1, name="", reason="", score="0", weights="")]},
-    {"entries": [dict(layer=1, name="", reason="", score=None, weights="")] * 2},
-    {"entries": [dict(layer=-1, name="", reason="", score=None, weights="")]},
+    {"entries": [{"layer": 1}]}, {"entries": [{"layer": 1, "name": "", "reason": "", "score": 0.0, "weights": "zz"}]},
+    {"entries": [{"layer": 1, "name": "", "reason": "", "score": "0", "weights": ""}]},
+    {"entries": [{"layer": 1, "name": "", "reason": "", "score": None, "weights": ""}] * 2},
+    {"entries": [{"layer": -1, "name": "", "reason": "", "score": None, "weights": ""}]},
 ])  # fmt: skip
 def test_rejects(change_: dict, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(json.dumps(PLAN.to_json() | change_))

@@ -50,7 +50,9 @@ def default_inputs(model: nn.Module) -> Inputs:
     """Inputs that the model itself offers (``dummy_inputs``); raises OptionError if it has none."""
     found = getattr(model, "dummy_inputs", None)
     if not isinstance(found, Mapping):
-        raise OptionError("give inputs= (any inputs of the model): its sublayers are found by looking at one call of it.")
+        raise OptionError(
+            "give inputs= (any inputs of the model): its sublayers are found by looking at one call of it."
+        )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in found.items()}
 
@@ -69,7 +71,9 @@ def captured(model: nn.Module, inputs: Inputs) -> Iterator[Finder]:
     _run(model, inputs, keep)
     with_cores = [f for f in finders if next(f.cores(), None) is not None]
     if len(with_cores) > 1:
-        raise OptionError(f"Dynamo cuts the model into {len(with_cores)} graphs with attention; only one can be handled.")
+        raise OptionError(
+            f"Dynamo cuts the model into {len(with_cores)} graphs with attention; only one can be handled."
+        )
     try:
         yield with_cores[0] if with_cores else Finder(GraphModule(nn.Module(), torch.fx.Graph()), {}, set())
     finally:

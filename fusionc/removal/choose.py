@@ -13,7 +13,10 @@ from .scores import METHODS, score
 
 KIND = "remove_attention"
 MODES = ("identity", "uniform")
-PROTECT = (2, 1)  # layers kept at the start and at the end unless named one by one (the spec's default, not the paper's)
+PROTECT = (
+    2,
+    1,
+)  # layers kept at the start and at the end unless named one by one (the spec's default, not the paper's)
 
 
 def check(where: str, what: Any) -> Any:
@@ -33,11 +36,15 @@ def check(where: str, what: Any) -> Any:
             raise OptionError(f"{where} takes a fraction from 0 to below 1, found {what}.")
         return what
     elif isinstance(what, (list, tuple)):
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in what) or len(set(what)) < len(what):
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in what) or len(set(what)) < len(
+            what
+        ):
             raise OptionError(f"{where} takes different layer numbers from 0 up, found {list(what)!r:.80}.")
         return tuple(what)
     else:
-        raise OptionError(f"{where} takes a count, a fraction, a list of layer numbers or a Plan, found {type(what).__name__}.")
+        raise OptionError(
+            f"{where} takes a count, a fraction, a list of layer numbers or a Plan, found {type(what).__name__}."
+        )
     if plan.kind != KIND:
         raise OptionError(f"{where} was given a plan for {plan.kind!r}, not for {KIND!r}.")
     if plan.mode not in MODES:

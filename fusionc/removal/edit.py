@@ -60,7 +60,8 @@ def dead(gm: GraphModule) -> set[Node]:
         caches = {_root(w) for n in writes for w in writes[n]}
         more = {c for c in caches if c.op == "placeholder" and c not in gone and _only_written(c, found, writes)}
         if not more:
-            return found | {p for p in order if p.op == "placeholder" and p not in gone and all(u in found for u in p.users)} | gone
+            unread = {p for p in order if p.op == "placeholder" and all(u in found for u in p.users)}
+            return found | unread | gone
         gone |= more
 
 
@@ -72,8 +73,14 @@ def _root(node: Node) -> Node:
 
 def _only_written(cache: Node, found: set[Node], writes: dict[Node, list[Node]]) -> bool:
     readers = [u for u in cache.users if u not in found]
-    return bool(readers) and len(readers) < len(cache.users) and all(
-        u in writes and not [x for x in u.users if x not in found] and op(u).startswith("index_copy") for u in readers)
+    return (
+        bool(readers)
+        and len(readers) < len(cache.users)
+        and all(
+            u in writes and not [x for x in u.users if x not in found] and op(u).startswith("index_copy")
+            for u in readers
+        )
+    )
 
 
 def erase_writes(gm: GraphModule) -> int:

@@ -20,13 +20,16 @@ from torch.fx import GraphModule, Node
 from ..graph.facts import nodes_of, tensor, value, written_by
 from .scores import Coupling, Projection
 
-_VIEWS = set("view reshape transpose permute contiguous expand unsqueeze squeeze flatten unflatten split chunk narrow getitem "
-             "broadcast_to movedim swapaxes unbind repeat_interleave t mT T view_as reshape_as expand_as tensor_split".split())  # fmt: skip
+_VIEWS = set("tensor_split view reshape transpose permute contiguous expand unsqueeze squeeze flatten unflatten split chunk "
+            "narrow getitem "
+             "broadcast_to movedim swapaxes unbind repeat_interleave t mT T view_as reshape_as expand_as".split())  # fmt: skip
 _SAME = set("to float half bfloat16 double type type_as clone neg dropout detach identity".split())
 _SCALE = {"mul", "truediv", "div", "multiply", "divide"}
 _ADD = {"add", "sub", "iadd", "add_", "isub"}
 _NORM = set("layer_norm rms_norm group_norm pow square mean rsqrt sqrt var norm normalize linalg_vector_norm".split())
-_NORM_PARTS = _NORM | _SCALE | {"add", "sub", "to", "float", "type_as", "reciprocal", "rsub", "view", "reshape", "dropout"}
+_NORM_PARTS = (
+    _NORM | _SCALE | {"add", "sub", "to", "float", "type_as", "reciprocal", "rsub", "view", "reshape", "dropout"}
+)
 _SCORES = set("mul truediv div imul itruediv div_ mul_ add iadd add_ sub masked_fill masked_fill_ where view reshape to float "
               "type_as contiguous tanh clamp max maximum".split())  # fmt: skip
 _PRODUCT = {"matmul", "bmm", "baddbmm"}
@@ -179,7 +182,9 @@ class Finder:
     def _scores_below(self, node: Node, depth: int = 12) -> bool:
         if op(node) in _PRODUCT:
             return not self._is_linear(node)
-        return depth > 0 and op(node) in _SCORES and any(self._scores_below(a, depth - 1) for a in nodes_of(node.args[:3]))
+        return (
+            depth > 0 and op(node) in _SCORES and any(self._scores_below(a, depth - 1) for a in nodes_of(node.args[:3]))
+        )
 
     def _number(self, a: Any) -> float | None:
         if isinstance(a, (int, float)) and not isinstance(a, bool):
@@ -241,7 +246,9 @@ class Finder:
             if other in self.parameters and rows.bias is None and rows.linear.node is first:
                 return Rows(rows.linear, rows.ids, rows.mates, other, rows.factor)  # type: ignore[arg-type]
         if name in _NORM:
-            raise Refused("QK-norm: queries or keys are normalised after their projection, which erases the scale of the weights")
+            raise Refused(
+                "QK-norm: queries or keys are normalised after their projection, which erases the scale of the weights"
+            )
         self.unknown = f"its queries or keys pass through {name}"
         return None
 
@@ -316,7 +323,12 @@ class Finder:
     def _linear(self, node: Node, source: Any, weight: Any, bias: Any, turned: bool) -> Linear | None:
         if isinstance(weight, Node) and op(weight) in ("T", "t", "mT", "transpose"):
             weight, turned = weight.args[0], not turned
-        if weight not in self.parameters or not isinstance(source, Node) or bias is not None and bias not in self.parameters:
+        if (
+            weight not in self.parameters
+            or not isinstance(source, Node)
+            or bias is not None
+            and bias not in self.parameters
+        ):
             return None
         return Linear(node, source, weight, bias, turned)
 
@@ -345,7 +357,9 @@ class Finder:
         for _ in range(40):
             users = list(node.users)
             if len(users) != 1 or users[0].op == "output":
-                raise Refused("its output has other readers than the residual addition" if users else "its output is unused")
+                raise Refused(
+                    "its output has other readers than the residual addition" if users else "its output is unused"
+                )
             user = users[0]
             name = op(user)
             linear = self._is_linear(user)
@@ -382,7 +396,9 @@ class Finder:
         node = self._plain(s.queries.linear.source)
         found, gain, shift = self._through_norm(node, leaves)
         if found is None:
-            raise Refused("its output is not a plain residual addend: the stream that it reads is not what it is added to")
+            raise Refused(
+                "its output is not a plain residual addend: the stream that it reads is not what it is added to"
+            )
         s.residual, s.gain, s.shift = found, gain, shift
 
     def _leaves(self, s: Sublayer) -> set[Node]:
@@ -411,7 +427,11 @@ class Finder:
                 return node, gain, shift
             name = op(node)
             if name == "layer_norm" or name == "rms_norm":
-                names = ("input", "normalized_shape", "weight", "bias") if name == "layer_norm" else ("input", "shape", "weight")
+                names = (
+                    ("input", "normalized_shape", "weight", "bias")
+                    if name == "layer_norm"
+                    else ("input", "shape", "weight")
+                )
                 given = dict(zip(names, node.args)) | dict(node.kwargs)
                 gain, shift = self._vector(given.get("weight")), self._vector(given.get("bias"))
                 node = given["input"]
@@ -465,7 +485,14 @@ class Finder:
             raise Refused(s.refusal)
         assert s.queries is not None and s.keys is not None
         q, k = _by_head(s.queries.ids), _by_head(s.keys.ids)
-        if q is None or k is None or q.shape[1] != k.shape[1] or len(q) % len(k) or bool((q < 0).any()) or bool((k < 0).any()):
+        if (
+            q is None
+            or k is None
+            or q.shape[1] != k.shape[1]
+            or len(q) % len(k)
+            or bool((q < 0).any())
+            or bool((k < 0).any())
+        ):
             raise Refused("the heads of its queries and keys do not fit together")
         k = k.repeat_interleave(len(q) // len(k), 0)
         partner = None

@@ -128,7 +128,9 @@ class Surgeon:
         gm.recompile()
         lifeless = edit.dead(gm)
         live = {self.paths.get(id(self.finder.real[n])) for n in self.finder.parameters if twin[n] not in lifeless}
-        lost = {p for n in self.finder.parameters if twin[n] in lifeless and (p := self.paths.get(id(self.finder.real[n])))}
+        lost = {
+            p for n in self.finder.parameters if twin[n] in lifeless and (p := self.paths.get(id(self.finder.real[n])))
+        }
         out: dict[str, Any] = {}
         for s in gone:
             assert s.queries is not None and s.keys is not None and s.output is not None
@@ -305,8 +307,8 @@ def _apply(surgeon: Surgeon, plan: Plan, subs: Sequence[Sublayer]) -> None:
     theirs = [t for t in torch.utils._pytree.tree_leaves(expected) if isinstance(t, Tensor)]
     for a in mine:
         if not any(a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-3) for b in theirs):
-            raise OptionError("the edited module and the edited graph disagree: this model's attention cannot be removed from "
-                              "its modules; options={'remove_attention': ...} of the backend removes it from the graph.")  # fmt: skip
+            raise OptionError("the edited module and the edited graph disagree: this model's attention cannot leave "
+                              "its modules; options={'remove_attention': ...} of the backend removes it.")  # fmt: skip
 
 
 def _barred(model: nn.Module, subs: Sequence[Sublayer], mode: str) -> dict[int, str]:

@@ -73,7 +73,9 @@ def test_whole_backend() -> None:
     model, batch = make("Llama"), inputs("Llama")
     with torch.no_grad():
         expected = logits(zeroed(copy.deepcopy(model), (2, 3))(**batch))
-        found = logits(torch.compile(model, backend="fusionc", options={"remove_attention": [2, 3], "cache": False})(**batch))
+        found = logits(
+            torch.compile(model, backend="fusionc", options={"remove_attention": [2, 3], "cache": False})(**batch)
+        )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -211,7 +213,9 @@ def test_off_unless_asked_for() -> None:
     from fusionc.passes import pipeline
 
     assert "remove_attention" not in [item.name for _, item in pipeline("model", config)]
-    assert "remove_attention" in [item.name for _, item in pipeline("model", Config.parse(None, {"passes": [RemoveAttention(1)]}))]
+    assert "remove_attention" in [
+        item.name for _, item in pipeline("model", Config.parse(None, {"passes": [RemoveAttention(1)]}))
+    ]
     for wrong in (True, -1, 1.5, [0, 0], ["a"], "x", Plan("other", 1)):
         with pytest.raises(OptionError, match="remove_attention"):
             Config.parse(None, {"remove_attention": wrong})

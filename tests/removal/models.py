@@ -32,14 +32,18 @@ def make(kind: str, seed: int = 0) -> Any:
     elif kind == "FalconNew":
         model = t.FalconForCausalLM(t.FalconConfig(**SHAPE, **ids, new_decoder_architecture=True, num_kv_heads=2))
     elif kind == "OPT":
-        model = t.OPTForCausalLM(t.OPTConfig(**SHAPE, **ids, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64))
+        model = t.OPTForCausalLM(
+            t.OPTConfig(**SHAPE, **ids, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64)
+        )
     elif kind == "Bert":
         model = t.BertForMaskedLM(t.BertConfig(**SHAPE, intermediate_size=48, max_position_embeddings=64))
     elif kind == "ViT":
         small = {k: v for k, v in SHAPE.items() if k != "vocab_size"}
         model = t.ViTForImageClassification(t.ViTConfig(**small, intermediate_size=48, image_size=16, patch_size=4))
     else:
-        config = t.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0)
+        config = t.T5Config(
+            vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0
+        )
         model = t.T5ForConditionalGeneration(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -61,8 +65,8 @@ def inputs(kind: str, seed: int = 1) -> dict[str, Any]:
 
 def zeroed(model: Any, layers: tuple[int, ...]) -> Any:
     """Eager oracle: the attention output projections of these layers set to zero, which needs the names of the families."""
-    names = ("o_proj", "c_proj", "attention.dense", "self_attention.dense", "self_attn.dense", "out_proj", "attention.output.dense",
-             "attention.output")  # fmt: skip
+    names = ("attention.output.dense", "o_proj", "c_proj", "attention.dense", "self_attention.dense", "self_attn.dense")
+    names += ("out_proj",)
     with torch.no_grad():
         for n in layers:
             found = [(path, m) for path, m in model.named_modules()

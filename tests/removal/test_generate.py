@@ -37,5 +37,13 @@ def test_generate(kind: str) -> None:
 def test_generate_with_a_static_cache() -> None:
     model, prompt = make("Llama"), inputs("Llama")["input_ids"][:1]
     fusionc.remove_attention(model, [2, 4], inputs={"input_ids": prompt})
-    common = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(prompt), "disable_compile": True}
-    assert model.generate(prompt, cache_implementation="static", **common).tolist() == model.generate(prompt, **common).tolist()
+    common = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(prompt),
+        "disable_compile": True,
+    }
+    assert (
+        model.generate(prompt, cache_implementation="static", **common).tolist()
+        == model.generate(prompt, **common).tolist()
+    )

@@ -55,8 +55,12 @@ def test_uniform_refuses_fused_projections() -> None:
                                           ("Bert", "layer")])  # fmt: skip
 def test_planted_layer(kind: str, method: str) -> None:
     model, batch = make(kind), inputs(kind)
-    query = {"GPT2": "h.3.attn.c_attn", "GPTNeoX": "layers.3.attention.query_key_value",
-             "FalconNew": "h.3.self_attention.query_key_value", "Bert": "layer.3.attention.self.query"}.get(kind, "3.self_attn.q_proj")
+    query = {
+        "GPT2": "h.3.attn.c_attn",
+        "GPTNeoX": "layers.3.attention.query_key_value",
+        "FalconNew": "h.3.self_attention.query_key_value",
+        "Bert": "layer.3.attention.self.query",
+    }.get(kind, "3.self_attn.q_proj")
     (planted,) = [m for path, m in model.named_modules() if path.endswith(query)]
     with torch.no_grad():
         for p in planted.parameters():

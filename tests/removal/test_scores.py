@@ -81,7 +81,9 @@ def test_invariances(method: str) -> None:
     before = score(c, method)
     q, k = c.query, c.key
     assert q.bias is not None and k.bias is not None and c.gain is not None
-    scaled = replace(c, query=replace(q, weight=q.weight * 8, bias=q.bias * 8), key=replace(k, weight=k.weight / 8, bias=k.bias / 8))
+    scaled = replace(
+        c, query=replace(q, weight=q.weight * 8, bias=q.bias * 8), key=replace(k, weight=k.weight / 8, bias=k.bias / 8)
+    )
     assert score(scaled, method) == pytest.approx(before, rel=1e-12)
     # gain moved from the norm into the weights (the shift is what the norm adds after its gain)
     moved = replace(c, gain=None, shift=None,
