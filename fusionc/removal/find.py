@@ -149,7 +149,7 @@ class Finder:
             shape = getattr(tensor(given["query"]), "shape", None)
             if scale is None and shape is None:
                 raise Refused("the head dimension is unknown")
-            return given["query"], given["key"], float(scale if scale is not None else int(shape[-1]) ** -0.5)  # type: ignore[index]
+            return given["query"], given["key"], _real(scale if scale is not None else _size(shape[-1]) ** -0.5)  # type: ignore[index]
         node, scale = core.args[0], 1.0
         while isinstance(node, Node) and op(node) not in _PRODUCT:
             if op(node) not in _SCORES:
@@ -174,7 +174,7 @@ class Finder:
         if op(key) in ("transpose", "mT", "permute", "swapaxes", "t") and tensor(key) is not None:
             inner = key.args[0]
             a, b = tensor(inner), tensor(key)
-            if a is not None and b is not None and a.dim() == b.dim() and int(a.shape[-1]) == int(b.shape[-2]) \
+            if a is not None and b is not None and a.dim() == b.dim() and _size(a.shape[-1]) == _size(b.shape[-2]) \
                     and (op(key) != "permute" or a.dim() == 3):  # fmt: skip
                 return args[0], inner, scale  # type: ignore[return-value]
         return args[0], _Turned(key), scale  # type: ignore[return-value]
@@ -190,6 +190,8 @@ class Finder:
         if isinstance(a, (int, float)) and not isinstance(a, bool):
             return float(a)
         if isinstance(a, Node):
+            if isinstance(value(a), (torch.SymFloat, torch.SymInt)):
+                return _real(a)
             found = self._constant(a)
             if found is not None and found.numel() == 1:
                 return float(found)
@@ -213,7 +215,7 @@ class Finder:
     def _rows_of(self, node: Node, seen: dict[Node, Rows | None]) -> Rows | None:
         linear = self._is_linear(node)
         if linear is not None:
-            shape = [int(n) for n in value(node).shape]
+            shape = [_size(n) for n in value(node).shape]
             return Rows(linear, torch.arange(shape[-1], dtype=torch.int32).expand(shape), None, linear.bias)
         if node.op == "placeholder":  # a cache that is written before it is read
             return self._written(node, seen)
@@ -264,7 +266,7 @@ class Finder:
         found = value(node)
         if not isinstance(found, Tensor) or found.dim() != rows.ids.dim() or found.dim() < 2:
             return None
-        shape = [int(n) for n in found.shape]
+        shape = [_size(n) for n in found.shape]
 
         def fill(t: Any) -> Any:
             return None if t is None else t.narrow(0, 0, 1).narrow(-2, 0, 1).expand(*shape)
@@ -283,7 +285,7 @@ class Finder:
                     if r is None:
                         v = value(a)
                         if isinstance(v, Tensor):
-                            return torch.full([int(n) for n in v.shape], -1, dtype=torch.int32)
+                            return torch.full([_size(n) for n in v.shape], -1, dtype=torch.int32)
                         return _plain_number(v)
                     t = r.ids if pick == "ids" else r.mates
                     if t is None:
@@ -543,7 +545,27 @@ def tree(f: Any, x: Any) -> Any:
 
 
 def _plain_number(v: Any) -> Any:
-    return int(v) if isinstance(v, torch.SymInt) else v
+    return _size(v) if isinstance(v, torch.SymInt) else v
+
+
+def _real(x: Any) -> float:
+    """A number, or the one that a symbolic float (Dynamo's dynamic=True) stood for in the example call."""
+    found = value(x) if isinstance(x, Node) else x
+    if isinstance(found, (torch.SymFloat, torch.SymInt)):
+        found = found.node.hint
+    if not isinstance(found, (int, float)):
+        raise Refused("the scale of its scores is unknown")
+    return float(found)
+
+
+def _size(n: Any) -> int:
+    """A size as it was in the example call: row numbers do not depend on it, and ``int`` would add a guard."""
+    if not isinstance(n, torch.SymInt):
+        return int(n)
+    hint = n.node.hint
+    if hint is None:
+        raise Refused("its sizes depend on data")
+    return int(hint)
 
 
 def _trains(dropout: Node) -> bool:

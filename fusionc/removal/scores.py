@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 METHODS = ("layer", "heads", "rope")
+_CHUNK = 1 << 20  # elements folded at a time
 _SMALL = 1 << 22  # elements up to which float64 costs nothing worth saving
 
 
@@ -68,13 +69,27 @@ def score(c: Coupling, method: str = "layer") -> float:
     if method not in METHODS:
         raise ValueError(f"no score named {method!r}; there are {', '.join(METHODS)}")
     dtype = torch.float64 if c.query.weight.numel() <= _SMALL else torch.float32
-    query, key = (folded(p, c.gain, c.shift, dtype) for p in (c.query, c.key))
-    qrows, krows = c.query.rows.to(query.device), c.key.rows.to(query.device)
-    square = {"layer": _layer, "heads": _heads, "rope": _rope}[method](query, key, qrows, krows, c.partner)
+    if method == "layer":
+        query, key = (folded(p, c.gain, c.shift, dtype) for p in (c.query, c.key))
+        square = _layer(query, key, c.query.rows.to(query.device), c.key.rows.to(query.device))
+    else:
+        square = 0.0
+        some = max(
+            1, _CHUNK // (c.query.rows.shape[1] * c.query.weight.shape[1])
+        )  # heads that stay in the processor's cache
+        for qrows, krows in zip(c.query.rows.split(some), c.key.rows.split(some)):
+            a, b = (folded(_picked(p, r), c.gain, c.shift, dtype).view(*r.shape, -1)
+                    for p, r in ((c.query, qrows), (c.key, krows)))  # fmt: skip
+            square += _product(a, b) if method == "heads" or c.partner is None else _rotated(a, b, c.partner)
     return abs(c.scale) * math.sqrt(max(square, 0.0))
 
 
-def _layer(query: Tensor, key: Tensor, qrows: Tensor, krows: Tensor, partner: Tensor | None) -> float:
+def _picked(p: Projection, rows: Tensor) -> Projection:
+    picked = rows.flatten().to(p.weight.device)
+    return Projection(p.weight.detach()[picked], rows, None if p.bias is None else p.bias.detach()[picked])
+
+
+def _layer(query: Tensor, key: Tensor, qrows: Tensor, krows: Tensor) -> float:
     # Heads that share keys: (Σ q_h)ᵀ k, so their queries are added up first.
     kept, group = torch.unique(krows, dim=0, return_inverse=True)
     a = query[qrows]  # heads, head_dim, d
@@ -85,24 +100,16 @@ def _layer(query: Tensor, key: Tensor, qrows: Tensor, krows: Tensor, partner: Te
     return sum(float((part.T @ b).square().sum(dtype=torch.float64)) for part in a.split(1024, dim=1))
 
 
-def _heads(query: Tensor, key: Tensor, qrows: Tensor, krows: Tensor, partner: Tensor | None) -> float:
-    total = 0.0
-    for q, k in zip(qrows.split(8), krows.split(8)):
-        a, b = query[q], key[k]
-        total += float(((a @ a.mT) * (b @ b.mT)).sum(dtype=torch.float64))
-    return total
+def _product(a: Tensor, b: Tensor) -> float:
+    return float(((a @ a.mT) * (b @ b.mT)).sum(dtype=torch.float64))
 
 
-def _rope(query: Tensor, key: Tensor, qrows: Tensor, krows: Tensor, partner: Tensor | None) -> float:
-    if partner is None:
-        return _heads(query, key, qrows, krows, None)
-    partner = partner.to(qrows.device)
-    turned = (partner >= 0).nonzero()[:, 0]
-    total = 0.0
-    if len(turned) < len(partner):  # partial rotation: the rest is a plain product, and the mixed terms average to 0
-        still = (partner < 0).nonzero()[:, 0]
-        total += _heads(query, key, qrows[:, still], krows[:, still], None)
-    q, k = (m.square().sum(1, dtype=torch.float64)[rows] for m, rows in ((query, qrows), (key, krows)))
+def _rotated(a: Tensor, b: Tensor, partner: Tensor) -> float:
+    partner = partner.to(a.device)
+    turned, still = (found.nonzero()[:, 0] for found in (partner >= 0, partner < 0))
+    # partial rotation: the rest is a plain product, and the mixed terms average to 0
+    total = _product(a[:, still], b[:, still]) if len(still) else 0.0
+    q, k = (m.square().sum(2, dtype=torch.float64) for m in (a, b))
     mates = partner[turned]
     pairs = (q[:, turned] + q[:, mates]) * (k[:, turned] + k[:, mates])  # each pair twice
     return total + 0.25 * float(pairs.sum())

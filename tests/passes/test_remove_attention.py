@@ -79,6 +79,22 @@ def test_whole_backend() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_dynamic_length_compiles_once() -> None:
+    model, backend, graphs = make("Llama"), Backend([2]), []
+
+    def counting(gm: torch.fx.GraphModule, given: list[Any]) -> Any:
+        graphs.append(gm)
+        return backend(gm, given)
+
+    compiled, reference = torch.compile(model, backend=counting, dynamic=True), zeroed(copy.deepcopy(model), (2,))
+    for length in (9, 7, 5):
+        ids = torch.arange(3, 3 + length)[None]
+        with torch.no_grad():
+            found, expected = compiled(ids, use_cache=False).logits, reference(ids, use_cache=False).logits
+        assert backend.record.fired == 1 and (found - expected).abs().max() == 0
+    assert len(graphs) == 1
+
+
 def test_static_cache_is_not_written() -> None:
     """Of the removed layers neither keys nor values reach their buffers; the other layers and the length count go on."""
     from transformers import StaticCache
