@@ -7,6 +7,7 @@ Everything here is imported on first use, so that ``import fusionc`` costs milli
     fusionc.report()          records of the graphs compiled by this process, newest last
     fusionc.explain(f, *args) compile f and say what was fused, called, and refused, with the reasons
     fusionc.loss_only(model)  a module that returns only the loss, so that the logits need not be held
+    fusionc.remove_attention(model, n)  take attention sublayers out of a module (approximate), with a report; Plan: its file
     fusionc.refresh(model)    recompute folded weights now (for weights="manual")
 """
 
@@ -18,15 +19,17 @@ if TYPE_CHECKING:
     from fusionc.config import Config
 
 __version__ = "0.1.0"
-__all__ = ["Config", "__version__", "explain", "loss_only", "refresh", "report"]
+__all__ = ["Config", "Plan", "__version__", "explain", "loss_only", "refresh", "remove_attention", "report"]
 
 # Public name -> (module, attribute). No module of fusionc may carry one of these names: importing it would bind the
 # module over the function. tests/test_layering.py checks that.
 _LAZY = {
     "Config": ("fusionc.config", "Config"),
+    "Plan": ("fusionc.accuracy", "Plan"),
     "explain": ("fusionc.explanation", "explain"),
     "loss_only": ("fusionc.modules", "loss_only"),
     "refresh": ("fusionc.runtime.weights", "refresh"),
+    "remove_attention": ("fusionc.removal.module", "remove_attention"),
     "report": ("fusionc.record", "report"),
 }
 

@@ -46,6 +46,7 @@ class Config:
     cudagraphs       "auto", True or False
     verify           check every stage; FUSIONC_VERIFY
     tune             measure plans of kernels that cost time: "default", "off", "max" (that of max-autotune); FUSIONC_TUNE
+    remove_attention attention sublayers to leave out (approximate): a count, fraction, layer numbers or a Plan
     progress         "auto" (after 2 s, on a terminal), True or False
     """
 
@@ -62,6 +63,7 @@ class Config:
     verify: bool = False
     progress: bool | str = "auto"
     tune: str = "default"
+    remove_attention: Any = None
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Config:
@@ -95,6 +97,8 @@ class Config:
                 value = "a folder"
             elif isinstance(value, tuple):
                 value = list(value)
+            elif hasattr(value, "to_json"):
+                value = value.to_json()
             out[f.name] = value
         return out
 
@@ -186,6 +190,14 @@ def _passes(where: str, value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def _remove_attention(where: str, value: Any) -> Any:
+    if value is None:
+        return None
+    from fusionc.removal.choose import check
+
+    return check(where, value)
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "dump": _dump,
     "strict": _bool,
@@ -199,4 +211,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "verify": _bool,
     "progress": _choice("auto", True, False),
     "tune": _choice(*TUNE),
+    "remove_attention": _remove_attention,
 }

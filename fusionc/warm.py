@@ -57,6 +57,8 @@ class Warm:
         why = program_cache.refusal(self.config) or _ambient()
         if why:
             raise NotCacheable(why)
+        if self.config.remove_attention is not None:
+            raise NotCacheable("which sublayers are removed depends on the values of the weights")
         from .compiler import choose_target
 
         seats: dict[Node, int] = {}

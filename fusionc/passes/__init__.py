@@ -26,6 +26,7 @@ from .outer_product import OuterProduct
 from .pad_matmul import PadMatmul
 from .plain_attention import PlainAttention
 from .reinplace import Reinplace
+from .remove_attention import RemoveAttention
 from .skinny_linear import SkinnyLinear
 from .strided_conv import StridedConv
 from .strip import Strip
@@ -42,6 +43,7 @@ class Step:
 
 
 PIPELINE: tuple[Step, ...] = (
+    Step(0, RemoveAttention(), "model", "before anything is done to attention that the user wants gone"),
     Step(1, ConvBatchNorm(), "model", "while a convolution and its BatchNorm are still single calls with real weights"),
     Step(2, PlainAttention(), "model", "before AOTAutograd derives it; library calls that it makes go on to the next two"),
     Step(3, CausalMask(), "model", "while attention is one call and its mask a few named operators"),
@@ -74,10 +76,16 @@ def pipeline(level: str, config: Any = None) -> list[tuple[int, Pass]]:
     for step in PIPELINE:
         if step.level != level:
             continue
-        chosen = given if step.item is None else [step.item]
+        chosen = given if step.item is None else [_configured(step.item, config)]
         found.extend((step.position + offset, item) for offset, item in enumerate(chosen)
                      if item.name not in disabled and (step.item is None or named_approximate(item, config)))
     return found
+
+
+def _configured(item: Pass, config: Any) -> Pass:
+    """The pass with what the user asked of it."""
+    wanted = getattr(config, "remove_attention", None)
+    return RemoveAttention(wanted) if isinstance(item, RemoveAttention) and wanted is not None else item
 
 
 __all__ = ["PIPELINE", "Approximate", "Exact", "Exactness", "Match", "Pass", "PlainAttention", "Reassociates", "Refuse", "Step",

@@ -1,0 +1,99 @@
+"""Taking sublayers out of a torch-level graph: the addition goes, and cache writes that nobody reads any more."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..graph.facts import aliased_by, nodes_of, written_by
+from .find import Finder, Sublayer, op
+
+_QUIET = {"log_api_usage_once"}
+
+
+def remove(finder: Finder, s: Sublayer) -> None:
+    """Let the readers of ``x + attention`` read ``x`` (bit for bit what adding zero gives, up to the sign of zero)."""
+    assert s.add is not None and s.keep is not None
+    keep = s.keep
+    if op(s.add) not in ("iadd", "add_") and _written_later(s.add):  # or x itself would be overwritten
+        with s.add.graph.inserting_before(s.add):
+            clone = s.add.graph.call_function(torch.clone, (keep,))
+        clone.meta.update({k: v for k, v in s.add.meta.items() if k in ("val", "example_value", "nn_module_stack")})
+        keep = clone
+    s.add.replace_all_uses_with(keep)
+    s.add.graph.erase_node(s.add)
+
+
+def _written_later(node: Node) -> bool:
+    stack, seen = [node], {node}
+    while stack:
+        n = stack.pop()
+        for user in n.users:
+            if n in written_by(user):
+                return True
+            if n in aliased_by(user) and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def dead(gm: GraphModule) -> set[Node]:
+    """Nodes whose values reach neither a result nor a write that counts. A write into an input counts unless everything else
+    that reads the input is dead too: that is the cache of a removed sublayer."""
+    order = list(gm.graph.nodes)
+    writes = {n: list(nodes_of(written_by(n))) for n in order if written_by(n)}
+    gone: set[Node] = set()
+    while True:
+        found: set[Node] = set()
+        for n in reversed(order):
+            if n.op == "output" or n.op == "placeholder":
+                continue
+            if any(u not in found for u in n.users):
+                continue
+            if n in writes:
+                roots = {_root(w) for w in writes[n]}
+                if all(r.op == "placeholder" and r in gone for r in roots):
+                    found.add(n)
+                continue
+            if op(n) not in _QUIET:
+                found.add(n)
+        caches = {_root(w) for n in writes for w in writes[n]}
+        more = {c for c in caches if c.op == "placeholder" and c not in gone and _only_written(c, found, writes)}
+        if not more:
+            unread = {p for p in order if p.op == "placeholder" and all(u in found for u in p.users)}
+            return found | unread | gone
+        gone |= more
+
+
+def _root(node: Node) -> Node:
+    while (sources := aliased_by(node)) and node.op != "placeholder":
+        node = sources[0]
+    return node
+
+
+def _only_written(cache: Node, found: set[Node], writes: dict[Node, list[Node]]) -> bool:
+    readers = [u for u in cache.users if u not in found]
+    return (
+        bool(readers)
+        and len(readers) < len(cache.users)
+        and all(
+            u in writes and not [x for x in u.users if x not in found] and op(u).startswith("index_copy")
+            for u in readers
+        )
+    )
+
+
+def erase_writes(gm: GraphModule) -> int:
+    """Erase writes into caches that only removed sublayers read; returns how many. Pure dead nodes stay: AOTAutograd drops
+    them."""
+    lost = [n for n in dead(gm) if n.op != "placeholder" and written_by(n)]
+    for n in sorted(lost, key={n: i for i, n in enumerate(gm.graph.nodes)}.__getitem__, reverse=True):
+        _erase_tree(n)
+    return len(lost)
+
+
+def _erase_tree(node: Node) -> None:
+    for user in list(node.users):
+        _erase_tree(user)
+    if not node._erased:
+        node.graph.erase_node(node)

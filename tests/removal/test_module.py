@@ -1,0 +1,165 @@
+"""``fusionc.remove_attention`` on small models of a few families: ranking, plans, refusals, budget."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fusionc
+from fusionc.accuracy import Plan
+from fusionc.errors import FallbackWarning, OptionError, reset_warnings
+from fusionc.removal.capture import call, logits
+from fusionc.removal.module import RemovedAttention
+
+from .models import inputs, make
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    reset_warnings()
+
+
+def values(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return logits(call(model, batch))
+
+
+@pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
+@pytest.mark.parametrize("kind", ["Llama", "OPT", "Bert"])
+def test_uniform_equals_zero_queries(kind: str) -> None:
+    model, batch = make(kind), inputs(kind)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for path, p in reference.named_parameters():
+            if ".3." in path and any(f".{n}." in path for n in ("q_proj", "query")):
+                p.zero_()
+    fusionc.remove_attention(model, [3], inputs=batch, mode="uniform")
+    torch.testing.assert_close(values(model, batch), values(reference, batch), rtol=0, atol=1e-6)
+    names = [path for path, _ in model.named_parameters() if ".3." in path]
+    assert not [n for n in names if "q_proj" in n or "query" in n or "k_proj" in n or ".key." in n]
+
+
+def test_uniform_refuses_fused_projections() -> None:
+    with pytest.raises(OptionError, match="separate modules"):
+        fusionc.remove_attention(make("GPT2"), [3], inputs=inputs("GPT2"), mode="uniform")
+
+
+@pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
+@pytest.mark.parametrize("kind, method", [("Llama", "rope"), ("GPT2", "layer"), ("GPTNeoX", "rope"), ("FalconNew", "heads"),
+                                          ("Bert", "layer")])  # fmt: skip
+def test_planted_layer(kind: str, method: str) -> None:
+    model, batch = make(kind), inputs(kind)
+    query = {
+        "GPT2": "h.3.attn.c_attn",
+        "GPTNeoX": "layers.3.attention.query_key_value",
+        "FalconNew": "h.3.self_attention.query_key_value",
+        "Bert": "layer.3.attention.self.query",
+    }.get(kind, "3.self_attn.q_proj")
+    (planted,) = [m for path, m in model.named_modules() if path.endswith(query)]
+    with torch.no_grad():
+        for p in planted.parameters():
+            p.mul_(1e-3)
+    assert fusionc.remove_attention(model, 1, inputs=batch, method=method).plan.layers == (3,)
+
+
+@pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
+def test_blind_to_the_output_projection() -> None:
+    """The score's known limit: it looks at queries and keys only. The data-driven scorer sees it."""
+    model, batch = make("Llama"), inputs("Llama")
+    with torch.no_grad():
+        for n, scale in ((2, 1e-3), (4, 1e-6)):
+            model.model.layers[n].self_attn.q_proj.weight.mul_(scale if n == 2 else 1)
+            model.model.layers[n].self_attn.o_proj.weight.mul_(scale if n == 4 else 1)
+    other = copy.deepcopy(model)
+    assert fusionc.remove_attention(model, 1, inputs=batch).plan.layers == (2,)
+    assert fusionc.remove_attention(other, 1, calibration=[batch], scorer="cosine").plan.layers == (4,)
+
+
+@pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
+def test_counts_fractions_and_protection() -> None:
+    for what, count in ((0, 0), (2, 2), (0.5, 3), (6, 3)):
+        report = fusionc.remove_attention(make("Llama"), what, inputs=inputs("Llama"))
+        assert len(report.plan.entries) == count and set(report.plan.layers) <= {2, 3, 4}
+    assert "protected" in report.refusals[1] and "counts the tokens" in report.refusals[0]
+    report = fusionc.remove_attention(make("Bert"), 6, inputs=inputs("Bert"), protect=(0, 0))
+    assert report.plan.layers == (0, 1, 2, 3, 4, 5)
+
+
+def test_refuses_qk_norm() -> None:
+    report = fusionc.remove_attention(make("Qwen3"), 2, inputs=inputs("Qwen3"))
+    assert not report.plan.entries and all(why.startswith("QK-norm") for n, why in report.refusals.items() if n)
+
+
+def test_refuses_cross_attention() -> None:
+    from fusionc.removal.capture import _run
+    from fusionc.removal.find import Finder
+
+    found: list[str] = []
+
+    def backend(gm: Any, real: list[Any]) -> Any:
+        nodes = dict(zip(gm.graph.find_nodes(op="placeholder"), real))
+        subs = Finder(gm, nodes, {n for n, t in nodes.items() if isinstance(t, torch.nn.Parameter)}).sublayers()
+        found.extend(s.refusal for s in subs)
+        return gm.forward
+
+    class Cross(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (torch.nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            q, k, v = (f(z).view(1, -1, 2, 8).transpose(1, 2) for f, z in ((self.q, x), (self.k, y), (self.v, y)))
+            a = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return x + self.o(a.transpose(1, 2).reshape(1, -1, 16))
+
+    _run(Cross().eval(), (torch.randn(1, 4, 16), torch.randn(1, 5, 16)), backend)
+    assert found == ["cross-attention: queries and keys are made of different tensors"]
+
+
+def test_refuses_training_mode_and_wrong_requests() -> None:
+    model, batch = make("Llama"), inputs("Llama")
+    with pytest.raises(OptionError, match="training mode"):
+        fusionc.remove_attention(model.train(), 1, inputs=batch)
+    model.eval()
+    for what in (True, None, -1, 1.0, [1, 1], [9], "", {"format": "x"}):
+        with pytest.raises((OptionError, OSError)):
+            fusionc.remove_attention(model, what, inputs=batch)
+    with pytest.raises(OptionError, match="calibration"):
+        fusionc.remove_attention(model, 1, inputs=batch, error_budget=0.1)
+    with pytest.raises(OptionError, match="calibration"):
+        fusionc.remove_attention(model, 1, inputs=batch, scorer="cosine")
+    assert not [m for m in model.modules() if isinstance(m, RemovedAttention)]
+
+
+def test_plan_file_replays_and_is_checked(tmp_path: Path) -> None:
+    model, batch = make("Llama"), inputs("Llama")
+    twin, other = copy.deepcopy(model), make("Llama", seed=5)
+    with pytest.warns(FallbackWarning, match="unverified"):
+        report = fusionc.remove_attention(model, 2, inputs=batch)
+    report.plan.save(tmp_path / "plan.json")
+    again = fusionc.remove_attention(twin, tmp_path / "plan.json", calibration=[batch])
+    assert again.plan == report.plan == Plan.load(tmp_path / "plan.json") and not again.unverified
+    assert (values(model, batch) - values(twin, batch)).abs().max() == 0
+    with pytest.raises(OptionError, match="not those that the plan was made for"):
+        fusionc.remove_attention(other, report.plan, inputs=batch)
+    assert json.loads(json.dumps(again.to_json()))["agreement"]["top1"] <= 1
+
+
+def test_measured_and_rolled_back() -> None:
+    model, batch = make("Llama"), inputs("Llama")
+    original = values(model, batch)
+    report = fusionc.remove_attention(model, [2, 3, 4], calibration=[batch])
+    assert report.agreement is not None and report.agreement.kl > 0 and set(report.changes) == {2, 3, 4}
+    budget, model = report.agreement.kl * 0.9, make("Llama")
+    some = fusionc.remove_attention(model, [2, 3, 4], calibration=[batch], error_budget=budget)
+    worst = max(report.changes, key=lambda n: report.changes[n].relative_l2)
+    assert some.rolled_back[0] == worst and some.agreement is not None and some.agreement.kl <= budget
+    none = fusionc.remove_attention(model := make("Llama"), [2, 3], calibration=[batch], error_budget=0.0)
+    assert not none.plan.entries and none.freed_bytes == 0 and (values(model, batch) - original).abs().max() == 0
+    assert "rolled back" in str(none)
