@@ -39,7 +39,7 @@ FORMAT = 1
 stats: Counter[str] = Counter()  # "hit", "miss", "stored" and reasons for not storing, of this process
 _IMPORTED = time.time()
 # Top-level modules that decide what a Program does; a test holds the list of the others.
-_SHAPING = "artifacts backend compiler decompose inplace many program_cache rescue warm warm_training".split()
+_SHAPING = "accuracy artifacts backend compiler decompose inplace many program_cache rescue warm warm_training".split()
 _FREE = ("dump", "cache", "progress", "verify")  # options that change no result
 _RECORDS: dict[str, Any] = {"kernels": KernelRecord, "calls": CallRecord, "groups": GroupRecord}
 
@@ -111,7 +111,7 @@ def common_key(config: Config, device: torch.device, target: str) -> Key:
         "target": target,
         "device": str(device),
         "environment": environment_key(where if device.type in ("cpu", "cuda") else "cpu"),
-        "source": source_fingerprint(("ops", "graph", "passes", "ir", "schedule", "codegen", "runtime", "targets")),
+        "source": source_fingerprint(("ops", "graph", "passes", "removal", "ir", "schedule", "codegen", "runtime", "targets")),
         "compiler": _own_sources(),
         "switches": switches(),
     }
