@@ -21,10 +21,11 @@ from .codegen import program as prog
 from .config import Config
 from .ir.alike import Alike
 from .ir.build import Builder, Built
-from .ir.expr import Index, Size
+from .ir.expr import Index, Size, Var
 from .ir.loop import Kernel
 from .ir.simplify import simplify
 from .ir.sizes import Unsupported, free_sizes, size_index, sizes_index, strides_index
+from .ir.value import Idx
 from .record import CallRecord, GraphRecord, GroupRecord
 from .schedule.group import Call, Group, Grouper, Unit, is_view
 
@@ -282,19 +283,20 @@ def _build_kernels(
     return out, failed, apart
 
 
+_Description = tuple[
+    list[Node], list[Var], list[Var], dict[Node, Idx], dict[Node, dict[int, Index]], set[Node], Callable[[Node], bool]
+]
+
+
+def _described(grouper: Grouper, group: Group) -> _Description:
+    """A group as `Builder` and `Alike.key` take it."""
+    lowered = grouper.lowered.__contains__
+    return group.nodes, group.loops, group.axis, group.index, group.axis_index, grouper.inline, lowered
+
+
 def _build_one(cx: Context, grouper: Grouper, group: Group, wanted: list[Node]) -> Built:
     """The kernel of one group: built, or that of an earlier group that is alike (of 24 equal layers, 23 are)."""
-    key, nodes = cx.alike.key(
-        group.nodes,
-        group.loops,
-        group.axis,
-        group.index,
-        group.axis_index,
-        grouper.inline,
-        grouper.lowered.__contains__,
-        wanted,
-        cx.device.type,
-    )
+    key, nodes = cx.alike.key(*_described(grouper, group), wanted, cx.device.type)
     known = cx.alike.found.get(key)
     if known is None:
         built = _build_new(cx, grouper, group, wanted)
@@ -306,15 +308,7 @@ def _build_one(cx: Context, grouper: Grouper, group: Group, wanted: list[Node]) 
 
 
 def _build_new(cx: Context, grouper: Grouper, group: Group, wanted: list[Node]) -> Built:
-    builder = Builder(
-        group.nodes,
-        group.loops,
-        group.axis,
-        group.index,
-        group.axis_index,
-        grouper.inline,
-        grouper.lowered.__contains__,
-    )
+    builder = Builder(*_described(grouper, group))
     builder.device_type = cx.device.type
     built = builder.build(wanted)
     kernel = simplify(built.kernel)

@@ -7,15 +7,14 @@ loads, and how they hang together; not their names.  Making it costs a few perce
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from .build import inlined
 from .expr import Index, Var, index, substitute
-from .lowering.registry import LOWERINGS
 from .value import Idx
 
 
@@ -48,23 +47,11 @@ class Alike:
         seats: dict[Node, int] = {}
         lines: list[Any] = []
 
-        def inlined(node: Node) -> bool:
-            """Does the builder go on to this node's arguments?  (It mirrors `Builder._make`.)"""
-            if not is_lowered(node):
-                return False
-            if node.target is operator.getitem:
-                root = node
-                while root.target is operator.getitem:
-                    root = root.args[0]  # type: ignore[assignment]
-                return node in members or LOWERINGS[root.target].kind == "view"
-            low = LOWERINGS.get(node.target)
-            return low is not None and (low.kind == "view" or node in members or node in inline)
-
         def seat(node: Node) -> int:
             known = seats.get(node)
             if known is None:
                 known = seats[node] = len(seats)
-                if inlined(node):
+                if inlined(node, members, inline, is_lowered):
                     args = [_literal(a, seat) for a in node.args]
                     if node.kwargs:
                         args += [(k, _literal(v, seat)) for k, v in node.kwargs.items()]

@@ -106,17 +106,13 @@ class Builder:
             return size_index(val)
         if isinstance(val, (int, float, bool)):
             return val
-        if node.target is operator.getitem and self.is_lowered(node):
-            source: Node = node.args[0]  # type: ignore[assignment]
-            if node in self.members or LOWERINGS[_root_target(source)].kind == "view":
-                return self.value(source)[node.args[1]]
+        if not inlined(node, self.members, self.inline, self.is_lowered):
             return self._load(node)
-        low = LOWERINGS.get(node.target) if self.is_lowered(node) else None
-        if low is not None and (low.kind == "view" or node in self.members or node in self.inline):
-            args = torch.fx.node.map_arg(node.args, self.value)
-            kwargs = torch.fx.node.map_arg(node.kwargs, self.value)
-            return low.fn(self.ctx, node, *args, **kwargs)
-        return self._load(node)
+        if node.target is operator.getitem:
+            return self.value(node.args[0])[node.args[1]]  # type: ignore[arg-type]
+        args = torch.fx.node.map_arg(node.args, self.value)
+        kwargs = torch.fx.node.map_arg(node.kwargs, self.value)
+        return LOWERINGS[node.target].fn(self.ctx, node, *args, **kwargs)
 
     def _load(self, node: Node) -> Value:
         val = node.meta["val"]
@@ -145,6 +141,16 @@ class Builder:
         return val.dim() == 0 and val.device.type == "cpu" and self.device_type != "cpu"
 
     device_type = "cpu"
+
+
+def inlined(node: Node, members: set[Node], inline: set[Node], is_lowered: Callable[[Node], bool]) -> bool:
+    """Is the node computed inside the kernel of `members`, from its arguments, rather than loaded from memory?"""
+    if not is_lowered(node):
+        return False
+    if node.target is operator.getitem:
+        return node in members or LOWERINGS[_root_target(node)].kind == "view"
+    low = LOWERINGS.get(node.target)
+    return low is not None and (low.kind == "view" or node in members or node in inline)
 
 
 def _root_target(node: Node) -> Any:

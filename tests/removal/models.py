@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from fusionc.removal.capture import call, logits
+
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 6}
 WIDE = SHAPE | {"intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODERS = ("Llama", "Mistral", "Qwen2", "GPT2", "GPTNeoX", "Falcon", "FalconNew", "Phi", "OPT")
@@ -76,3 +78,9 @@ def zeroed(model: Any, layers: tuple[int, ...]) -> Any:
             for p in found[0][1].parameters():
                 p.zero_()
     return model
+
+
+def values(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """The model's logits (or last hidden state) in eager, without gradients."""
+    with torch.no_grad():
+        return logits(call(model, batch))

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
-import torch
 
 import fusionc
-from fusionc.errors import reset_warnings
-from fusionc.removal.capture import call, logits
 
-from .models import DECODERS, ENCODERS, inputs, make, zeroed
+from .models import DECODERS, ENCODERS, inputs, make, values, zeroed
 
 ALL = (*DECODERS, *ENCODERS)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    reset_warnings()
-
-
-def values(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        return logits(call(model, batch))
 
 
 @pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")

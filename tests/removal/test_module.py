@@ -12,22 +12,10 @@ import torch
 
 import fusionc
 from fusionc.accuracy import Plan
-from fusionc.errors import FallbackWarning, OptionError, reset_warnings
-from fusionc.removal.capture import call, logits
+from fusionc.errors import FallbackWarning, OptionError
 from fusionc.removal.module import RemovedAttention
 
-from .models import inputs, make
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    reset_warnings()
-
-
-def values(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        return logits(call(model, batch))
+from .models import inputs, make, values
 
 
 @pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")

@@ -120,6 +120,13 @@ def _div(a: E, b: E) -> E:
     return div(a, b)
 
 
+def _both(
+    ctx: Context, node: Node, a: Any, b: Any, dtype: str, work: str, fn: Callable[[Expr, Expr], Expr]
+) -> Value:
+    """`fn` of two operands, tensors or numbers, computed in `work`."""
+    return pointwise(ctx, shape_of(node), dtype, [as_value(ctx, a, work), as_value(ctx, b, work)], fn, work)
+
+
 @register(["aten.div.Tensor_mode", "aten.div.Scalar_mode"], "pointwise")
 def _div_mode(ctx: Context, node: Node, a: Any, b: Any, rounding_mode: str | None = None) -> Value:
     dtype = dtype_of(node)
@@ -134,22 +141,8 @@ def _div_mode(ctx: Context, node: Node, a: Any, b: Any, rounding_mode: str | Non
     elif rounding_mode == "floor":
         name = "floordiv"
     else:
-        return pointwise(
-            ctx,
-            shape_of(node),
-            dtype,
-            [as_value(ctx, a, work), as_value(ctx, b, work)],
-            lambda x, y: unary("trunc", div(x, y)),
-            work,
-        )
-    return pointwise(
-        ctx,
-        shape_of(node),
-        dtype,
-        [as_value(ctx, a, work), as_value(ctx, b, work)],
-        lambda x, y: binary(name, x, y),
-        work,
-    )
+        return _both(ctx, node, a, b, dtype, work, lambda x, y: unary("trunc", div(x, y)))
+    return _both(ctx, node, a, b, dtype, work, lambda x, y: binary(name, x, y))
 
 
 @register(["aten.remainder.Scalar", "aten.remainder.Tensor", "aten.fmod.Scalar", "aten.fmod.Tensor"], "pointwise")
@@ -159,14 +152,7 @@ def _remainder(ctx: Context, node: Node, a: Any, b: Any) -> Value:
     name = "mod" if node.target.overloadpacket is torch.ops.aten.remainder else "fmod"  # type: ignore[union-attr]
     if work not in FLOATS and (name == "fmod" or not (isinstance(b, int) and b != 0) or work not in INTS):
         raise Unsupported("integer remainder by a tensor (eager raises on zero)")
-    return pointwise(
-        ctx,
-        shape_of(node),
-        dtype,
-        [as_value(ctx, a, work), as_value(ctx, b, work)],
-        lambda x, y: binary(name, x, y),
-        work,
-    )
+    return _both(ctx, node, a, b, dtype, work, lambda x, y: binary(name, x, y))
 
 
 @register("aten.pow.Tensor_Scalar", "pointwise")
