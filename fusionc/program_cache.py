@@ -112,7 +112,7 @@ def common_key(config: Config, device: torch.device, target: str) -> Key:
         "device": str(device),
         "environment": environment_key(where if device.type in ("cpu", "cuda") else "cpu"),
         "source": source_fingerprint(("ops", "graph", "removal", "decomposition", "passes", "ir", "schedule", "codegen",
-                                      "runtime", "targets")),  # fmt: skip
+                                      "runtime", "targets")),
         "compiler": _own_sources(),
         "switches": switches(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,11 +45,11 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The weight's name in the graph, with the layer's where it is a folded one."""
-        weight = self.given.get("weight")
-        if not isinstance(weight, Node):
-            return self.node.name
-        return str(weight.meta["fusionc_from"][0]) if "fusionc_from" in weight.meta else weight.name
+        """The module's path, or the node's name where there is none."""
+        stack = list((self.node.meta.get("nn_module_stack") or {}).values())
+        path = str(stack[-1][0]) if stack else ""
+        words = re.sub(r"L\['self'\]|_modules\b|['\[\]]", ".", path)  # L['self'].layers.0
+        return re.sub(r"\.+", ".", words).strip(".") or self.node.name
 
 
 def sites(facts: Facts) -> list[Site]:

@@ -65,15 +65,16 @@ def _bound(plan: Plan) -> float:
 
 
 class LargeKernel(Pass):
-    """``what``: a Request or a Plan (None: nothing to do). ``device``: to choose for another device type than the graph's."""
+    """``what``: a Request or a Plan (None: nothing to do). ``device``: to choose for another device type than the graph's;
+    ``quiet``: somebody is measuring the error, so nobody need be told that nobody does."""
 
     name = KIND
     level = "model"
     exactness = Approximate("large kernels within an error bound; unverified unless measured")
 
-    def __init__(self, what: Any = None, device: str | None = None) -> None:
+    def __init__(self, what: Any = None, device: str | None = None, quiet: bool = False) -> None:
         self.what = check_option(KIND, what)
-        self.device = device
+        self.device, self.quiet = device, quiet
         self.known: dict[Any, tuple[Plan, dict[int, str]]] = {}  # the manager looks twice
 
     def find(self, facts: Facts) -> Iterable[Match]:
@@ -194,7 +195,8 @@ class LargeKernel(Pass):
             gm.meta[BOUNDS_KEY] = [
                 edit.Derived(f"bound_{s.index}", s.sources, _ratio(s.compute, f, match.limit), volatile=s.volatile)
                 for s, f in match.all]  # fmt: skip
-            warn_unverified(self.name)
+            if not self.quiet:
+                warn_unverified(self.name)
 
 
 def _sides(site: Site) -> tuple[int, int]:
