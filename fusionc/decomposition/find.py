@@ -15,7 +15,7 @@ from ..graph.edit import DERIVED_KEY, Derived
 from ..graph.facts import Facts, dtype, shape, tensor
 from .build import Geometry
 
-LARGE = 5  # taps along a side from which a kernel is looked at
+LARGE = 7  # taps along a side from which a kernel is looked at
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -48,7 +48,7 @@ class Site:
         """The module's path, or the node's name where there is none."""
         stack = list((self.node.meta.get("nn_module_stack") or {}).values())
         path = str(stack[-1][0]) if stack else ""
-        words = re.sub(r"L\['self'\]|_modules\b|['\[\]]", ".", path)  # L['self'].layers.0
+        words = re.sub(r"^L\['\w+'\]|_modules\b|['\[\]]", ".", path)  # L['self'].layers.0
         return re.sub(r"\.+", ".", words).strip(".") or self.node.name
 
 

@@ -3,7 +3,7 @@
 Math       conv(x, K) → conv(x, K'), K' = Σ columns × rows, square + bands, dense + dilated, shifted blocks, or filters on coarser
            images; max over channels of ‖K' − K‖ / ‖K‖ ≤ the bound: what white noise sees of it, relative to the output
 Exactness  Approximate: runs only with options={"large_kernel": {"method": ..., "error": ...}} (or a Plan)
-Legality   inference; two dimensions, depthwise, kernels from 5×5; weights are parameters or folded ones and their values decide:
+Legality   inference; two dimensions, depthwise, kernels from 7×7; weights are parameters or folded ones and their values decide:
            they are looked at when they change, and if the bound does not hold any more the exact graph runs instead
 Cost       a form is taken only if the machine's model (``decomposition/cost.py``) says that it is cheaper; then the cheapest one
 Source     ``decomposition/forms.py`` names the papers

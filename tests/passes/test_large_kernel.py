@@ -96,14 +96,14 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def test_text() -> None:
     backend = Backend(LOW_RANK)
-    run(backend, Net(norm=False, kernel=5, rank=1, bias=False), image(1, 4, 9, 8))
+    run(backend, Net(norm=False, kernel=7, rank=1, bias=False), image(1, 4, 9, 8))
     assert "\n" + re.sub(r"  # .*", "", show(backend.gm)) == """
-%l_self_modules_conv_parameters_weight_: f64[4, 1, 5, 5] = input
+%l_self_modules_conv_parameters_weight_: f64[4, 1, 7, 7] = input
 %l_x_: f64[1, 4, 9, 8] = input
-%derived_0: f64[4, 1, 5, 1] = input
-%derived_1: f64[4, 1, 1, 5] = input
-%conv2d_1: f64[1, 4, 9, 8] = torch.conv2d(%l_x_, %derived_0, None, (1, 1), (2, 0), (1, 1), 4)
-%conv2d_2: f64[1, 4, 9, 8] = torch.conv2d(%conv2d_1, %derived_1, None, (1, 1), (0, 2), (1, 1), 4)
+%derived_0: f64[4, 1, 7, 1] = input
+%derived_1: f64[4, 1, 1, 7] = input
+%conv2d_1: f64[1, 4, 9, 8] = torch.conv2d(%l_x_, %derived_0, None, (1, 1), (3, 0), (1, 1), 4)
+%conv2d_2: f64[1, 4, 9, 8] = torch.conv2d(%conv2d_1, %derived_1, None, (1, 1), (0, 3), (1, 1), 4)
 %relu: f64[1, 4, 9, 8] = torch.relu(%conv2d_2)
 return (%relu)
 """
