@@ -1,9 +1,15 @@
 """What a form costs against the convolution it stands for: seconds by a model of each machine, for decisions only.
 
 A depthwise convolution reads its input, writes its output and makes ``taps`` products per output; branches are added in one
-kernel. Rates are measured where we could (H200: a K × K filter by the row-Toeplitz kernel took 65 µs + 11.8 µs · K for
-32×256×56×56 in half precision, so what counts there is the number of rows; direct kernels reach about half of the peak rate;
-one thread of the CPU of our machine: 0.3 ns + 0.02 ns a tap and output in float32).
+kernel. What the products cost was measured, µs for 32×256×56×56 on an H200 with ``fusionc::depthwise_conv``, half precision:
+
+    filter          31×31  13×13  31×1  1×31  13×1  1×13  3×3  5×5 dilated
+    contiguous        385    199   381    64   198    80   67           91    the row-Toeplitz kernel: rows count, columns hardly
+    channels-last     437           135   116              56                 small ones directly, large ones turned round
+
+so that a column filter costs as much as the square there, and low rank pays in channels-last only, at rank 1. What goes to ATen
+(float32) takes 7862 for 31×31, 1135 for 31×1, 495 for 1×31, 244 for 3×3; its bilinear interpolation 2894, padding 104.
+One thread of the CPU of our machine needs 0.3 ns + 0.02 ns a tap for an output in float32.
 """
 
 from __future__ import annotations
@@ -20,29 +26,36 @@ WORTH = 0.95  # a form must be at least this much cheaper than the exact one: th
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes a second, operations a second, seconds for an output and a filter's row by matrix units, seconds a launch."""
+    """Bytes a second; seconds for an output: by taps, or by rows of the filter (matrix units) but at least ``floor``, and besides
+    ``fixed`` or ``turn``; ``launch``: seconds a kernel; ``interpolate``: seconds an output of an interpolation."""
 
     bandwidth: float
-    rate: float
+    tap: float
+    fixed: float = 0.0
     row: float = math.inf
+    floor: float = 0.0
+    turn: float = 0.0
     launch: float = 1e-6
+    interpolate: float = 0.0
 
 
-_CPU = Machine(25e9, 100e9)  # one thread
-_GPU = Machine(4.2e12, 31e12, launch=2e-6)
-_ROW = 0.46e-12
+_CPU = Machine(25e9, 0.02e-9)  # one thread
+_LIBRARY = Machine(4.2e12, 0.31e-12, fixed=25e-12, launch=2e-6, interpolate=113e-12)
+_CONTIGUOUS = Machine(4.2e12, math.inf, row=0.46e-12, floor=1.5e-12, launch=2e-6, interpolate=113e-12)
+_LAST = Machine(4.2e12, 0.135e-12, row=0.46e-12, turn=2.3e-12, launch=2e-6, interpolate=113e-12)
 
 
-def machine(kind: str, half: bool, threads: int = 1) -> Machine:
-    """The figures for a device type ("cpu", "cuda", …), with or without half precision."""
+def machine(kind: str, half: bool, last: bool = False, threads: int = 1) -> Machine:
+    """The figures for a device type ("cpu", "cuda", …), with or without half precision and channels-last images."""
     if kind == "cpu":
-        return Machine(_CPU.bandwidth * threads, _CPU.rate * threads)
-    return Machine(_GPU.bandwidth, _GPU.rate, _ROW if half else math.inf, _GPU.launch)
+        return Machine(_CPU.bandwidth * threads, _CPU.tap / threads)
+    return _LIBRARY if not half else _LAST if last else _CONTIGUOUS
 
 
 def convolution(m: Machine, size: tuple[int, int], read: float, written: float, bytes_each: int) -> float:
     """Seconds of one depthwise convolution with this filter, for so many elements of input and output."""
-    work = min(2 * size[0] * size[1] / m.rate, size[0] * math.ceil(size[1] / 32) * m.row)
+    by_rows = max(size[0] * math.ceil(size[1] / 32) * m.row, m.floor) + m.turn
+    work = min(size[0] * size[1] * m.tap + m.fixed, by_rows)
     return m.launch + (read + written) * bytes_each / m.bandwidth + written * work
 
 
@@ -71,6 +84,7 @@ def cost(form: Form, m: Machine, g: Geometry, batch: int, image: Sequence[int], 
     for taps, factor in form.levels:
         small = read / factor**2
         total += 3 * m.launch + (4 * read + 2 * small) * bytes_each / m.bandwidth  # pad, average, interpolate
+        total += written * m.interpolate
         total += convolution(m, (taps, taps), small, small, bytes_each)
     return total + _add(m, bool(form.dense) + len(form.levels), written, bytes_each)
 

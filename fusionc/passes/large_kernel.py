@@ -125,7 +125,8 @@ class LargeKernel(Pass):
     def _choose(self, site: Site, weight: Tensor) -> Choice | str:
         x, g = tensor(site.given["input"]), site.geometry
         assert x is not None and g is not None
-        machine = costs.machine(self.device or x.device.type, x.element_size() == 2, torch.get_num_threads())
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        machine = costs.machine(self.device or x.device.type, x.element_size() == 2, last, torch.get_num_threads())
         batch, _, *image = (_hint(n) for n in x.shape)
         symbolic = not all(isinstance(n, int) for n in x.shape[2:])
         asked = self.what

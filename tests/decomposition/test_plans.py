@@ -17,7 +17,7 @@ WHAT = {"method": "low_rank", "error": 5e-2}
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusionc.decomposition.cost.machine", lambda *_: Machine(1e15, 1e9, launch=0.0))
+    monkeypatch.setattr("fusionc.decomposition.cost.machine", lambda *_: Machine(1e15, 1e-9, launch=0.0))
     torch._dynamo.reset()
     reset_warnings()
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def test_decides_for_another_device() -> None:
 
     def machine(kind: str, *_: object) -> Machine:
         seen.append(kind)
-        return Machine(1e15, 1e9, launch=0.0)
+        return Machine(1e15, 1e-9, launch=0.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fusionc.decomposition.cost.machine", machine)

@@ -28,7 +28,7 @@ LOW_RANK = {"method": "low_rank", "error": 1e-2}
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     # a machine where only products cost time: the images of these tests are small
-    monkeypatch.setattr("fusionc.decomposition.cost.machine", lambda *_: Machine(1e15, 1e9, launch=0.0))
+    monkeypatch.setattr("fusionc.decomposition.cost.machine", lambda *_: Machine(1e15, 1e-9, launch=0.0))
     torch._dynamo.reset()
     reset_warnings()
     torch.manual_seed(0)
