@@ -21,6 +21,7 @@ parser.add_argument("--errors", type=float, nargs="+", default=[0.03], help="bou
 parser.add_argument("--methods", nargs="+", default="low_rank inception dilated_sparse shiftwise recursive auto".split())
 parser.add_argument("--channels", type=int, default=16)
 parser.add_argument("--size", type=int, default=40, help="side of the images in the network")
+parser.add_argument("--threads", type=int, default=1, help="one by default: more give other times beside other work")
 parser.add_argument("--plan", metavar="FILE", help="write the plan of the last line")
 
 
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
     warnings.simplefilter("ignore", FallbackWarning)  # "unverified": the table below is the verification
     torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
     console, model = Console(width=120), network(args.channels)
     x = torch.randn(1, args.channels, args.size, args.size)
     results: dict[str, dict[str, float]] = {}
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
     def timed(call: Any) -> float:
         spent = []
-        for _ in range(3):
+        for _ in range(4):
             start = time.perf_counter()
             call(x)
             spent.append(time.perf_counter() - start)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,8 +65,8 @@ def test_remove_attention() -> None:
 
 
 def test_large_kernels(tmp_path: Path) -> None:
-    results = example("large_kernels").main(["--channels", "4", "--methods", "recursive", "shiftwise", "auto",
-                                             "--plan", str(tmp_path / "plan.json")])  # fmt: skip
+    arguments = ["--channels", "4", "--threads", str(torch.get_num_threads()), "--plan", str(tmp_path / "plan.json")]
+    results = example("large_kernels").main([*arguments, "--methods", "recursive", "shiftwise", "auto"])
     assert [results[f"{method} 0.03"]["layers"] for method in ("recursive", "shiftwise", "auto")] == [0, 1, 4]
     for row in results.values():
         assert row["predicted"] <= 0.03 and row["measured"] <= 0.03 and row["result"] <= 0.03

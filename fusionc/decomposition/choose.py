@@ -178,7 +178,7 @@ def _without(left: Tensor, b: Branch) -> Tensor:
 
 
 def _shiftwise(kernel: Tensor, energy: Tensor, g: Geometry, bound: float, cost: Cost, limit: float) -> Found:
-    """Blocks of 3×3 on a grid through the middle, those with most energy first."""
+    """Blocks of 3×3 on a grid through the middle, those with most energy first: as many as two bands have, no more."""
     axes = []
     for k in g.kernel:
         first = (k // 2 - 1) % 3  # the middle block is centred
@@ -190,7 +190,7 @@ def _shiftwise(kernel: Tensor, energy: Tensor, g: Geometry, bound: float, cost: 
     left = (1 - sums[:, order].cumsum(1)).clamp_min(0)
     left[energy.sum((1, 2)) == 0] = 0
     worst = left.max(0).values.sqrt()
-    for n in range(1, len(order) + 1):
+    for n in range(1, min(len(order), len(axes[0]) + len(axes[1])) + 1):
         form = Branches("shiftwise", g.kernel, tuple(sorted((blocks[i] for i in order[:n]), key=lambda b: b.at)))
         yield form, float(worst[n - 1])
         if cost(form) >= limit:

@@ -237,7 +237,7 @@ def test_cost_counts_bytes_products_and_launches() -> None:
 
     assert share(machine("cuda", True), 1, 2) > 1 and share(machine("cuda", True, last=True), 1, 2) < 0.8
     assert share(machine("cuda", True, last=True), 2, 2) > 1 > share(machine("cuda", False), 2, 4)
-    assert share(machine("cpu", False), 4, 4) < 0.6
+    assert share(machine("cpu", False), 8, 4) < 0.2 and share(machine("cpu", False, last=True), 3, 4) < 0.7
 
 
 @pytest.mark.parametrize("last, size, microseconds", [
