@@ -48,6 +48,7 @@ class Config:
     tune             measure plans of kernels that cost time: "default", "off", "max" (that of max-autotune); FUSIONC_TUNE
     remove_attention attention sublayers to leave out (approximate): a count, fraction, layer numbers or a Plan
     large_kernel     sums of cheaper filters for large kernels (approximate): {"method": ..., "error": ...} or a Plan
+    fft_conv         True: long convolutions along one axis through the Fourier transform where cheaper (rounds differently)
     progress         "auto" (after 2 s, on a terminal), True or False
     """
 
@@ -66,6 +67,7 @@ class Config:
     tune: str = "default"
     remove_attention: Any = None
     large_kernel: Any = None
+    fft_conv: bool | None = None
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Config:
@@ -223,4 +225,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "tune": _choice(*TUNE),
     "remove_attention": _remove_attention,
     "large_kernel": _large_kernel,
+    "fft_conv": lambda where, value: _bool(where, value) or None,
 }

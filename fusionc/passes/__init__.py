@@ -17,6 +17,7 @@ from .counters import Counters
 from .cse import CommonSubexpressions
 from .decode_attention import DecodeAttention
 from .depthwise import Depthwise
+from .fft_conv import FftConv
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
 from .large_kernel import LargeKernel
@@ -25,6 +26,7 @@ from .manager import named_approximate, run, run_passes, static_inputs
 from .max_pool import MaxPool
 from .outer_product import OuterProduct
 from .pad_matmul import PadMatmul
+from .per_example_conv import PerExampleConv
 from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .remove_attention import RemoveAttention
@@ -54,7 +56,9 @@ PIPELINE: tuple[Step, ...] = (
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
+    Step(27, PerExampleConv(), "graph", "takes the bias along, so before it is split off"),
     Step(28, OuterProduct(), "graph", "before products are merged: this one is none"),
+    Step(29, FftConv(), "graph", "before the convolution is taken by anything else"),
     Step(30, Depthwise(), "graph", "takes the bias along, so before it is split off"),
     Step(31, ConvBias(), "graph", "once equal convolutions are one node"),
     Step(32, MaxPool(), "graph", "moves in front of the bias that was just split off"),
