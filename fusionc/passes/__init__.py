@@ -31,6 +31,7 @@ from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .remove_attention import RemoveAttention
 from .skinny_linear import SkinnyLinear
+from .stacked_sum import StackedSum
 from .strided_conv import StridedConv
 from .strip import Strip
 
@@ -56,6 +57,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
+    Step(26, StackedSum(), "graph", "once equal stacks are one node, so that all of its readers can go"),
     Step(27, PerExampleConv(), "graph", "takes the bias along, so before it is split off"),
     Step(28, OuterProduct(), "graph", "before products are merged: this one is none"),
     Step(29, FftConv(), "graph", "before the convolution is taken by anything else"),

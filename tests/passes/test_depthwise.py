@@ -151,3 +151,27 @@ def test_recipe() -> None:
 
 def test_elsewhere_nothing_changes() -> None:
     check_values(Depthwise(), ONE, fired=0)
+
+
+CONTINUOUS = f"""
+%x: f64[2, 4, 9, 8] = input
+%at: f64[49, 2] = input  # static
+%w1: f64[2, 5] = input  # static
+%w2: f64[5, 4] = input  # static
+%h: f64[49, 5] = aten.mm(%at, %w1)
+%t: f64[49, 5] = aten.tanh(%h)
+%k: f64[49, 4] = aten.mm(%t, %w2)
+%kt: f64[4, 49]{{1, 4}} = aten.t(%k)
+%kc: f64[4, 49] = aten.clone(%kt, memory_format=torch.contiguous_format)
+%w: f64[4, 1, 7, 7] = aten.view(%kc, [4, 1, 7, 7])
+%y: f64[2, 4, 9, 8] = {conv("x", "w")}
+%r: f64[2, 4, 9, 8] = aten.silu(%y)
+return (%r)
+"""
+
+
+def test_kernels_made_by_a_network() -> None:
+    # CKConv, FlexConv: the taps are turned in the graph, and the operator takes them as any others
+    gm = check_values(OnCpu(), CONTINUOUS, fired=1, exact=False)
+    assert "fusionc_derived" not in gm.meta
+    assert "= fusionc.depthwise_conv(%x, %view" in rewritten(OnCpu(), CONTINUOUS).splitlines()[-2]
