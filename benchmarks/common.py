@@ -235,7 +235,7 @@ def records(spec: str) -> list[Any]:
 
 
 def counts(spec: str, before: Sequence[Any]) -> dict[str, Any] | None:
-    """Graphs, kernels, calls of our operators and unexpected library calls that fusionc recorded since ``before``; None for other backends."""
+    """Graphs, kernels, calls of our operators and unexpected library calls since ``before``; None for other backends."""
     if spec.partition(":")[0] != "fusionc":
         return None
     new = [g for g in records(spec) if not any(g is old for old in before)]
