@@ -6,16 +6,18 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..graph.facts import aliased_by, nodes_of, written_by
-from .find import Finder, Sublayer, op
+from .find import Sublayer
+from .parts import op
 
 _QUIET = {"log_api_usage_once"}
 
 
-def remove(finder: Finder, s: Sublayer) -> None:
-    """Let the readers of ``x + attention`` read ``x`` (bit for bit what adding zero gives, up to the sign of zero)."""
+def remove(s: Sublayer) -> None:
+    """Let the readers of ``x + sublayer(x)`` read ``x`` (bit for bit what adding zero gives, up to the sign of zero)."""
     assert s.add is not None and s.keep is not None
     keep = s.keep
-    if op(s.add) not in ("iadd", "add_") and _written_later(s.add):  # or x itself would be overwritten
+    in_place = op(s.add) in ("iadd", "add_") and s.add.args[0] is keep  # whoever writes the sum wrote x before, too
+    if not in_place and written_later(s.add):  # or x itself would be overwritten
         with s.add.graph.inserting_before(s.add):
             clone = s.add.graph.call_function(torch.clone, (keep,))
         clone.meta.update({k: v for k, v in s.add.meta.items() if k in ("val", "example_value", "nn_module_stack")})
@@ -24,7 +26,8 @@ def remove(finder: Finder, s: Sublayer) -> None:
     s.add.graph.erase_node(s.add)
 
 
-def _written_later(node: Node) -> bool:
+def written_later(node: Node) -> bool:
+    """Somebody writes into the node's memory after it was made."""
     stack, seen = [node], {node}
     while stack:
         n = stack.pop()
@@ -83,13 +86,14 @@ def _only_written(cache: Node, found: set[Node], writes: dict[Node, list[Node]])
     )
 
 
-def erase_writes(gm: GraphModule) -> int:
-    """Erase writes into caches that only removed sublayers read; returns how many. Pure dead nodes stay: AOTAutograd drops
-    them."""
+def erase_writes(gm: GraphModule) -> list[str]:
+    """Erase writes into caches that only removed sublayers read; returns the names of these inputs. Pure dead nodes stay:
+    AOTAutograd drops them."""
     lost = [n for n in dead(gm) if n.op != "placeholder" and written_by(n)]
+    caches = sorted({_root(w).name for n in lost for w in nodes_of(written_by(n))})
     for n in sorted(lost, key={n: i for i, n in enumerate(gm.graph.nodes)}.__getitem__, reverse=True):
         _erase_tree(n)
-    return len(lost)
+    return caches
 
 
 def _erase_tree(node: Node) -> None:

@@ -11,7 +11,7 @@ MLP: a residual addend that is computed from the stream and parameters alone, by
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -129,6 +129,14 @@ class Finder:
             for s, n in zip(found, blocks):
                 s.index = n
         return found
+
+    def again(self, s: Sublayer) -> Sublayer:
+        """``s`` with its addition looked up anew: removing the other addend of a parallel block took it away."""
+        if s.part == "attention":
+            out, add, keep, _ = stream.addition(self.reader, cores.result(s.core))
+        else:
+            out, add, keep, _ = stream.addition(self.reader, s.core, s.output)
+        return replace(s, out=out, add=add, keep=keep)
 
     # -- for the scores -----------------------------------------------------------------------------------------------
     def coupling(self, s: Sublayer) -> Coupling:

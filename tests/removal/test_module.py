@@ -13,7 +13,7 @@ import torch
 import fusionc
 from fusionc.accuracy import Plan
 from fusionc.errors import FallbackWarning, OptionError
-from fusionc.removal.module import RemovedAttention
+from fusionc.removal.module import Removed
 
 from .models import inputs, make, values
 
@@ -122,7 +122,7 @@ def test_refuses_training_mode_and_wrong_requests() -> None:
         fusionc.remove_attention(model, 1, inputs=batch, error_budget=0.1)
     with pytest.raises(OptionError, match="calibration"):
         fusionc.remove_attention(model, 1, inputs=batch, scorer="cosine")
-    assert not [m for m in model.modules() if isinstance(m, RemovedAttention)]
+    assert not [m for m in model.modules() if isinstance(m, Removed)]
 
 
 def test_plan_file_replays_and_is_checked(tmp_path: Path) -> None:
