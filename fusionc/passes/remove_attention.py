@@ -49,7 +49,7 @@ class RemoveAttention(Pass):
             yield Match({"refusal": "it is in training mode", "core": subs[0].core}, (subs[0].core,))
             return
         barred = {s.place: "its keys or values leave the graph: use fusionc.remove_attention on the module"
-                  for s in subs if not s.refusal and s.part == "attention" and self._escapes(s, facts)}  # fmt: skip
+                  for s in subs if not s.refusal and s.part == "attention" and self._escapes(finder, s, facts)}  # fmt: skip
         weights = [facts.real[n] for s in subs for n in s.weights if n in facts.real]
         key = (len(subs), *barred, *((id(w), w._version) for w in weights))
         if key not in self.known:
@@ -68,12 +68,10 @@ class RemoveAttention(Pass):
             assert fresh.add is not None
             yield Match({"refusal": "", "sublayer": fresh, "last": s is gone[-1]}, (s.core, fresh.add))
 
-    def _escapes(self, s: Sublayer, facts: Facts) -> bool:
+    def _escapes(self, finder: Finder, s: Sublayer, facts: Facts) -> bool:
         """A tensor between the projections and the core is a result of the graph (a growing cache)."""
-        assert s.queries is not None and s.keys is not None
         stack: list[Node] = list(s.core.all_input_nodes)
         seen: set[Node] = set()
-        stop = {s.queries.linear.node, s.keys.linear.node}
         results = set(facts.gm.graph.output_node().all_input_nodes)
         for _ in range(200):
             if not stack:
@@ -84,7 +82,7 @@ class RemoveAttention(Pass):
             seen.add(node)
             if node in results:
                 return True
-            if node not in stop:
+            if finder.reader.linear(node) is None:  # what is before the projections lives without the attention
                 stack.extend(node.all_input_nodes)
         return False
 

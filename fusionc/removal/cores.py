@@ -74,9 +74,13 @@ def inputs(core: Node, reader: Reader) -> tuple[Node, Node | Turned, float]:
         node = operands[0]
     if not isinstance(node, Node):
         raise Refused("its scores are no single product")
-    args = node.args[1:3] if op(node) == "baddbmm" else node.args[:2]
+    args: Any = node.args[:2]
     if op(node) == "baddbmm":
-        scale *= float(node.kwargs.get("alpha", 1.0))  # type: ignore[arg-type]
+        given = dict(zip(("input", "batch1", "batch2"), node.args)) | dict(node.kwargs)
+        args = (given["batch1"], given["batch2"])
+        scale *= float(given.get("alpha", 1.0))
+    if len(args) < 2:
+        raise Refused("its scores are no single product")
     key: Any = args[1]
     while isinstance(key, Node) and op(key) == "contiguous":
         key = key.args[0]

@@ -42,7 +42,8 @@ def written_later(node: Node) -> bool:
 
 def dead(gm: GraphModule) -> set[Node]:
     """Nodes whose values reach neither a result nor a write that counts. A write into an input counts unless everything else
-    that reads the input is dead too: that is the cache of a removed sublayer."""
+    that reads the input is dead too: that is the cache of a removed sublayer. A write into a tensor of the graph's own counts
+    if somebody alive reads the tensor."""
     order = list(gm.graph.nodes)
     writes = {n: list(nodes_of(written_by(n))) for n in order if written_by(n)}
     gone: set[Node] = set()
@@ -54,18 +55,33 @@ def dead(gm: GraphModule) -> set[Node]:
             if any(u not in found for u in n.users):
                 continue
             if n in writes:
-                roots = {_root(w) for w in writes[n]}
-                if all(r.op == "placeholder" and r in gone for r in roots):
+                if all(_root(w) in gone for w in writes[n]):
                     found.add(n)
                 continue
             if op(n) not in _QUIET:
                 found.add(n)
         caches = {_root(w) for n in writes for w in writes[n]}
-        more = {c for c in caches if c.op == "placeholder" and c not in gone and _only_written(c, found, writes)}
+        more = {c for c in caches - gone if (_only_written if c.op == "placeholder" else _unread)(c, found, writes)}
         if not more:
             unread = {p for p in order if p.op == "placeholder" and all(u in found for u in p.users)}
-            return found | unread | gone
+            return found | unread | {c for c in gone if c.op == "placeholder"}
         gone |= more
+
+
+def _unread(own: Node, found: set[Node], writes: dict[Node, list[Node]]) -> bool:
+    """Nobody alive reads this tensor or a view of it: they are only made, viewed and written."""
+    stack, seen = [own], {own}
+    while stack:
+        n = stack.pop()
+        for user in n.users:
+            if user in found or user in seen:
+                continue
+            if user.op == "output" or not (n in aliased_by(user) or set(writes.get(user, ())) == {n}):
+                return False
+            if n in aliased_by(user):
+                seen.add(user)
+                stack.append(user)
+    return True
 
 
 def _root(node: Node) -> Node:

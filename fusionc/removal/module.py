@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -85,8 +85,8 @@ def without_keys(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _fill(template: Any, zero: Tensor) -> Any:
-    if isinstance(template, tuple):
-        return tuple(_fill(t, zero) for t in template)
+    if isinstance(template, (tuple, list)):
+        return type(template)(_fill(t, zero) for t in template)
     return zero if template == "zero" else None
 
 
@@ -97,8 +97,16 @@ def _template(result: Any, shape: torch.Size) -> Any:
         parts: list[Any] = []
         for r in result:
             parts.append(None if "zero" in parts else _template(r, shape))
-        return tuple(parts)
+        return parts if isinstance(result, list) else tuple(parts)
     return None
+
+
+class Stuck(Exception):
+    """Sublayers that cannot leave their modules: place → reason."""
+
+    def __init__(self, reasons: dict[Place, str]) -> None:
+        super().__init__()
+        self.reasons = reasons
 
 
 class Surgeon:
@@ -149,7 +157,7 @@ class Surgeon:
         assert s.queries is not None and s.keys is not None
         q, k = self.owner(s.queries.linear.weight), self.owner(s.keys.linear.weight)
         if q == k or s.queries.linear.bias is not s.queries.bias or s.keys.linear.bias is not s.keys.bias:
-            raise OptionError("mode='uniform' needs separate modules for queries and keys.")
+            raise Stuck({s.place: "mode='uniform' needs separate modules for queries and keys"})
         for path, rows in ((q, s.queries), (k, s.keys)):
             self.put(path, ZeroOutput(int(rows.linear.node.meta["example_value"].shape[-1])))
         above = self.model.get_submodule(_common([q, k]))
@@ -176,6 +184,7 @@ class Surgeon:
             p for n in self.finder.parameters if twin[n] in lifeless and (p := self.paths.get(id(self.finder.real[n])))
         }
         out: dict[str, Any] = {}
+        stuck: dict[Place, str] = {}
         for s in gone:
             assert s.output is not None
             inside = list(dict.fromkeys(self.owner(m.weight) for m in s.maps if m is not s.output))
@@ -188,9 +197,12 @@ class Surgeon:
             elif not any(self._needed(path, live) for path in (*inside, last)):
                 out |= dict.fromkeys((*inside, last), "projection")
             else:
-                raise OptionError(f"layer {s.place}: no module holds it alone.")
+                stuck[s.place] = "no module holds it alone: the rest of the model needs its weights"
+                continue
             if s.out is not None and edit.written_later(s.out):
                 self.written.add(whole if whole in out else last)
+        if stuck:
+            raise Stuck(stuck)
         for path in sorted({p.rpartition(".")[0] for p in lost}):
             if not any(path == o or path.startswith(o + ".") for o in out) and not self._needed(path, live):
                 out[path] = "norm"
@@ -207,13 +219,15 @@ class Surgeon:
 
     def apply(self, edits: dict[str, Any]) -> None:
         """Replace the modules; those called are looked at first, to know what they take and return."""
-        wanted = [p for p, kind in edits.items() if kind == "sublayer" and p not in self.seats]
+        wanted = [p for p, kind in edits.items() if kind != "projection" and p not in self.seats]
         hooks = []
         for path in wanted:
 
             def hook(module: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> None:
                 given = [*enumerate(args), *kwargs.items()]
                 first = next((r for r in torch.utils._pytree.tree_leaves(result) if isinstance(r, Tensor)), None)
+                if edits[path] == "norm" and (len(given) != 1 or result is not first or given[0][0] != 0):
+                    return  # it does something else than map one tensor: let it stand
                 seat = next((k for k, t in given if isinstance(t, Tensor) and first is not None and t.shape == first.shape
                              and t.dtype == first.dtype), None)  # fmt: skip
                 if seat is not None and first is not None:
@@ -235,7 +249,7 @@ class Surgeon:
             elif kind == "projection":
                 old = self.model.get_submodule(path)
                 self.put(path, ZeroOutput(_width(old), path in self.written))
-            else:
+            elif path in self.seats:
                 self.put(path, nn.Identity())
 
 
@@ -310,19 +324,27 @@ def remove_attention(model: nn.Module, what: Any, *, inputs: Inputs = None, cali
                                         name=lambda _, s: _path_of(surgeon, s))  # fmt: skip
         original = _logits(model, batches)
 
+        stuck: dict[Place, str] = {}
+
         def apply(p: Plan) -> Agreement:
             surgeon.undo()
-            _apply(surgeon, p, subs)
+            _apply(surgeon, _rest(p, stuck), subs)
             return agreement(original, _logits(model, batches)) if batches else Agreement(0.0, 1.0, 0.0)
 
         rolled: tuple[Place, ...] = ()
         found: Agreement | None
         try:
-            if error_budget is not None:
-                worst = {n: c.relative_l2 for n, c in changes.items()}
-                plan, found, rolled = within(plan, error_budget, worst, apply)
-            else:
-                found = apply(plan)
+            while True:
+                try:
+                    if error_budget is not None:
+                        worst = {n: c.relative_l2 for n, c in changes.items()}
+                        plan, found, rolled = within(_rest(plan, stuck), error_budget, worst, apply)
+                    else:
+                        found = apply(plan)
+                    break
+                except Stuck as e:
+                    stuck |= e.reasons
+            plan, refusals = _rest(plan, stuck), refusals | stuck
         except BaseException:
             surgeon.undo()
             raise
@@ -332,6 +354,12 @@ def remove_attention(model: nn.Module, what: Any, *, inputs: Inputs = None, cali
     kept = {e.place for e in plan.entries}
     return Report(plan, {n: c for n, c in changes.items() if n in kept} if mode == "identity" else {},
                   found if batches else None, rolled, refusals, before - _bytes(model))  # fmt: skip
+
+
+def _rest(plan: Plan, stuck: Iterable[Place]) -> Plan:
+    for place in stuck:
+        plan = plan.without(place)
+    return plan
 
 
 def _path_of(surgeon: Surgeon, s: Sublayer) -> str:

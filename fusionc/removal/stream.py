@@ -14,6 +14,8 @@ from .parts import ADD, SAME, SCALE, VIEWS, Linear, Reader, Refused, op, trains
 _NORM_PARTS = set("layer_norm rms_norm group_norm pow square mean rsqrt sqrt var norm normalize linalg_vector_norm add sub to "
                   "float type_as reciprocal rsub view reshape dropout".split()) | SCALE  # fmt: skip
 
+_TWO = SCALE | {"add", "sub", "rsub"}  # of these the second argument counts, too
+
 
 def addition(reader: Reader, node: Node, output: Linear | None = None) -> tuple[Node, Node, Node, Linear]:
     """(addend, the addition, what it is added to, the output projection) of the branch that ``node`` lies on.
@@ -23,6 +25,8 @@ def addition(reader: Reader, node: Node, output: Linear | None = None) -> tuple[
     """
     for _ in range(40):
         users = list(node.users)
+        if len(users) > 1 and all(op(u) in _NORM_PARTS for u in users):
+            raise Refused("its output is not a plain residual addend: a norm comes first")
         if len(users) != 1 or users[0].op == "output":
             raise Refused("its output has other readers than the residual addition" if users else "its output is unused")
         user = users[0]
@@ -93,7 +97,7 @@ def through_norm(reader: Reader, node: Node, ends: set[Node]) -> tuple[Node | No
         if name not in _NORM_PARTS:
             return None, None, None
         rest = []
-        for a in [a for a in node.args[:2] if isinstance(a, Node)]:
+        for a in [a for a in node.args[: 2 if name in _TWO else 1] if isinstance(a, Node)]:
             c = reader.constant(a)
             if c is None:
                 rest.append(a)

@@ -34,8 +34,11 @@ def test_uniform_equals_zero_queries(kind: str) -> None:
 
 
 def test_uniform_refuses_fused_projections() -> None:
-    with pytest.raises(OptionError, match="separate modules"):
-        fusionc.remove_attention(make("GPT2"), [3], inputs=inputs("GPT2"), mode="uniform")
+    model = make("GPT2")
+    before = values(model, inputs("GPT2"))
+    report = fusionc.remove_attention(model, [3], inputs=inputs("GPT2"), mode="uniform")
+    assert not report.plan.entries and "separate modules" in report.refusals[3]
+    assert (values(model, inputs("GPT2")) - before).abs().max() == 0
 
 
 @pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
