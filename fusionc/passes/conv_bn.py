@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, dtype, shape, tensor, value
+from . import constants
 from .base import Match, Pass, Reassociates, Refuse
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
@@ -37,15 +38,10 @@ class ConvBatchNorm(Pass):
 
     def find(self, facts: Facts) -> Iterator[Match]:
         """batch_norm calls whose input is a convolution or linear call."""
-        for node in list(facts.gm.graph.nodes):
-            if node.op != "call_function" or node.target is not torch.nn.functional.batch_norm:
-                continue
-            given = _arguments(node, _BN_NAMES, (None, None, None, None, None, False, 0.1, 1e-5))
-            conv = given["input"]
-            if isinstance(conv, Node) and conv.op == "call_function" and \
-                    conv.target in _CONVOLUTIONS | _TRANSPOSED | _LINEAR:
-                layer = _arguments(conv, ("input", "weight", "bias"), (None, None, None))
-                yield Match({"bn": node, "conv": conv, "given": given, "layer": layer}, (conv, node))
+        for node in list(facts.gm.graph.find_nodes(op="call_function", target=torch.nn.functional.batch_norm)):
+            found = folding(node)
+            if found is not None:
+                yield found
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality."""
@@ -61,10 +57,10 @@ class ConvBatchNorm(Pass):
         for part in parts:
             if part is None:
                 continue
-            if not isinstance(part, Node) or part.op != "placeholder" or part not in facts.static:
-                return Refuse("a weight or statistic is not a parameter or buffer", part if isinstance(part, Node) else bn)
             if part in facts.mutated:
                 return Refuse("a weight or statistic is written by the graph", part)
+            if constants.constant(part, facts) is None:
+                return Refuse("a weight or statistic is not a parameter or buffer", part if isinstance(part, Node) else bn)
         if not isinstance(given["eps"], (int, float)):
             return Refuse("eps is not a number", bn)
         if dtype(weight) not in _FLOATING or dtype(conv) != dtype(weight) or dtype(bn) != dtype(weight):
@@ -86,17 +82,17 @@ class ConvBatchNorm(Pass):
         names = ("running_mean", "running_var", "weight", "bias")
         parts = [layer["weight"], layer["bias"], *[given[name] for name in names]]
         present = tuple(part is not None for part in parts)
-        sources = [facts.position(part) for part in parts if part is not None]
+        sources = [part for part in parts if part is not None]
         eps, axis = float(given["eps"]), 1 if conv.target in _TRANSPOSED else 0
         share = f"conv_bn {present} {eps!r} {axis} {groups} "
         recipe = ["fold_batch_norm", list(present), eps.hex(), axis, groups]
         key = edit.value_key(gm.graph)
-        moving = [facts.position(given[name]) for name in ("running_mean", "running_var")]
-        weight = edit.add_derived(gm, sources, _fold(present, eps, axis, groups, False),
-                                  edit.fake_empty(like, like.shape, _layout(like)), share + "w", (conv, bn), key, moving,
-                                  [*recipe, False])
-        bias = edit.add_derived(gm, sources, _fold(present, eps, axis, groups, True), edit.fake_empty(like, [out]),
-                                share + "b", (conv, bn), key, moving, [*recipe, True])
+        moving = [given[name] for name in ("running_mean", "running_var")]
+        weight = constants.add(facts, sources, _fold(present, eps, axis, groups, False),
+                               edit.fake_empty(like, like.shape, _layout(like)), share + "w", [*recipe, False],
+                               (conv, bn), moving)  # fmt: skip
+        bias = constants.add(facts, sources, _fold(present, eps, axis, groups, True), edit.fake_empty(like, [out]),
+                             share + "b", [*recipe, True], (conv, bn), moving)  # fmt: skip
         names_in = ("input", "weight", "bias")
         args = (*[layer["input"], weight, bias], *conv.args[3:])
         kwargs = {name: part for name, part in conv.kwargs.items() if name not in names_in}
@@ -104,9 +100,25 @@ class ConvBatchNorm(Pass):
             folded = edit.insert(gm.graph, conv.target, args, kwargs, origin=(conv, bn), val=value(bn), key=key)
         edit.replace(bn, folded)
         edit.erase_dead([conv])
+        constants.drop_unused(gm)
 
 
-def _arguments(node: Node, names: tuple[str, ...], defaults: tuple[Any, ...]) -> dict[str, Any]:
+def folding(bn: Node) -> Match | None:
+    """BatchNorm and the layer that it follows."""
+    given = norm_arguments(bn)
+    conv = given["input"]
+    if not isinstance(conv, Node) or conv.op != "call_function" or conv.target not in _CONVOLUTIONS | _TRANSPOSED | _LINEAR:
+        return None
+    layer = arguments(conv, ("input", "weight", "bias"), (None, None, None))
+    return Match({"bn": bn, "conv": conv, "given": given, "layer": layer}, (conv, bn))
+
+
+def norm_arguments(bn: Node) -> dict[str, Any]:
+    """Arguments of a call of ``batch_norm`` by name."""
+    return arguments(bn, _BN_NAMES, (None, None, None, None, None, False, 0.1, 1e-5))
+
+
+def arguments(node: Node, names: tuple[str, ...], defaults: tuple[Any, ...]) -> dict[str, Any]:
     found = dict(zip(names, defaults))
     found.update(zip(names, node.args))
     found.update({name: part for name, part in node.kwargs.items() if name in found})
