@@ -2,7 +2,7 @@
 
 A derived weight's sources are inputs of the graph as Dynamo gave it, so a rewrite of what another rewrite made (the
 BatchNorm after a merged convolution, say) composes the two computations: one derived weight, made in one go from the
-parameters in float32 or wider and rounded once. The one that stood between goes when nothing reads it any more.
+parameters in float64 and rounded once. The one that stood between goes when nothing reads it any more.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def add(facts: Facts, parts: Sequence[Node], outer: Compute, val: torch.Tensor, 
     """A new input whose value is ``outer`` of the values of ``parts``, all of which are constants.
 
     ``moving`` are those parts that torch writes without telling. ``outer`` computes wide and rounds once: where parts
-    are derived weights themselves it is given all of them in float32 or wider, and its result is rounded to val's dtype.
+    are derived weights themselves it is given all of them in float64, and its result is rounded to val's dtype.
     """
     key, made = edit.value_key(facts.gm.graph), [constant(part, facts) for part in parts]
     known = [each for each in made if each is not None]
@@ -70,10 +70,10 @@ def add(facts: Facts, parts: Sequence[Node], outer: Compute, val: torch.Tensor, 
 
 
 def composed(outer: Compute, inner: Sequence[tuple[Sequence[int], Compute | None]], kind: torch.dtype) -> Compute:
-    """outer(inner₀(sources[…]), …) computed in float32 or wider and rounded to ``kind`` once; None: the source itself."""
+    """outer(inner₀(sources[…]), …) computed in float64 and rounded to ``kind`` once; None: the source itself."""
 
     def compute(sources: list[torch.Tensor]) -> torch.Tensor:
-        wide = [s.to(torch.promote_types(s.dtype, torch.float32)) if s.is_floating_point() else s for s in sources]
+        wide = [s.to(torch.float64) if s.is_floating_point() else s for s in sources]
         values = [wide[indices[0]] if each is None else each([wide[i] for i in indices]) for indices, each in inner]
         return outer(values).to(kind)
 

@@ -91,14 +91,13 @@ class ConvBranches(Pass):
         roots: list[Node] = []
         for node in reversed(facts.gm.graph.nodes):
             if node not in inner and _operands(node) is not None:
-                adds, addends = _flatten(node, facts)
-                inner.update(adds)
-                if _promising(addends):
-                    roots.append(node)
+                inner.update(_flatten(node, facts)[0])
+                roots.append(node)
         for root in reversed(roots):
             if not root._erased:
                 adds, addends = _flatten(root, facts)  # again: sums before it may have become convolutions
-                yield Match({"root": root, "adds": adds, "addends": addends}, (root,))
+                if _promising(addends):
+                    yield Match({"root": root, "adds": adds, "addends": addends}, (root,))
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality. Leaves what to do in ``match``."""
@@ -168,7 +167,9 @@ def _flatten(root: Node, facts: Facts) -> tuple[list[Node], list[Node]]:
         if not isinstance(part, Node):
             return type(part) in (int, float) and part == 0
         found = tensor(part)
-        return found is not None and like is not None and found.dtype == like.dtype and same_sizes(found.shape, like.shape)
+        return (
+            found is not None and like is not None and found.dtype == like.dtype and same_sizes(found.shape, like.shape)
+        )
 
     def walk(node: Node) -> None:
         sides = _operands(node)
@@ -237,7 +238,9 @@ def _branch(node: Node, root: Node, facts: Facts) -> Branch | Refuse | None:
         _tuple(0 if given["padding"] == "valid" else given["padding"], axes)  # fmt: skip
     if not all(isinstance(n, int) for n in padding):
         return Refuse("a branch has symbolic sizes", node)
-    return Branch(node, source, "conv", parts, (sizes[0], groups * sizes[1]), groups, sizes[2:], stride, padding, dilation)
+    return Branch(
+        node, source, "conv", parts, (sizes[0], groups * sizes[1]), groups, sizes[2:], stride, padding, dilation
+    )
 
 
 def _identity(node: Node, root: Node) -> Branch:
@@ -384,10 +387,10 @@ def _merge(plan: _Plan, want_bias: bool) -> Callable[[list[torch.Tensor]], torch
                 continue
             if weight is None:
                 weight = torch.ones(plan.out, dtype=wide, device=total.device)
-            steps = tuple(slice(a, a + (k - 1) * d + 1, d) for (a, d), k in zip(places, kernel))
+            steps = (Ellipsis, *(slice(a, a + (k - 1) * d + 1, d) for (a, d), k in zip(places, kernel)))
             fold = own // plan.groups  # groups of the branch within one of the result: blocks on its diagonal
             rows, columns = plan.out // own, plan.into // own
-            blocks = total.view(plan.groups, fold, rows, fold, columns, *plan.kernel)[(..., *steps)]
+            blocks = total.view(plan.groups, fold, rows, fold, columns, *plan.kernel)[steps]
             diagonal = blocks.diagonal(dim1=1, dim2=3)  # [groups, rows, columns, *kernel, fold]
             diagonal += weight.reshape(plan.groups, fold, rows, columns, *kernel).movedim(1, -1)
         return total.to(kind).contiguous(memory_format=_format(plan.last and not want_bias, len(size)))
@@ -395,7 +398,9 @@ def _merge(plan: _Plan, want_bias: bool) -> Callable[[list[torch.Tensor]], torch
     return compute
 
 
-def _of_branch(name: str, parts: list[torch.Tensor | None], eps: float) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _of_branch(
+    name: str, parts: list[torch.Tensor | None], eps: float
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Weight (None: ones on the diagonal) and bias of a branch."""
     if name != "norm":
         return (parts[0], parts[1]) if name == "conv" else (None, None)

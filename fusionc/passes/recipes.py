@@ -27,7 +27,8 @@ RECIPES: dict[str, tuple[int, Callable[..., Compute]]] = {  # word: number of ar
 def rebuild(recipe: Any, count: int) -> Compute:
     """The computation that ``recipe`` describes, for ``count`` source tensors. Raises ValueError or TypeError."""
     if isinstance(recipe, list) and recipe[:1] == ["compose"]:
-        return _compose(*recipe[1:], count=count)
+        _, outer, parts, kind = recipe
+        return _compose(outer, parts, kind, count)
     if not isinstance(recipe, list) or not recipe or not isinstance(recipe[0], str) or recipe[0] not in RECIPES:
         raise ValueError("not a recipe for a derived weight")
     arguments, function = RECIPES[recipe[0]]
