@@ -3,7 +3,7 @@
 Math       Σ_b conv(x, W_b, β_b) = conv(x, W, Σ β_b),  W[(i d_b − p_b + P) / g, …] += W_b[i, …];  a BatchNorm of x is a
            convolution with one tap, γ/√(σ² + ε) on the diagonal; x itself one with ones. g is the largest step that all
            taps are multiples of, so that branches of one dilation stay dilated; of different groups the coarsest is taken
-Exactness  reassociates: the branches' sum is taken before the products, in float32 or wider, and rounded once
+Exactness  reassociates: the branches' sum is taken before the products, in float64, and rounded once
 Legality   inference; weights and statistics are parameters, buffers or derived from such; BatchNorm uses its running
            statistics; nobody else reads a branch; one dtype, one stride; zeros around the image (another padding is a node
            of its own, and then another input); the merged window, padded alike on both sides, has as many places as the
@@ -375,7 +375,7 @@ def _merge(plan: _Plan, want_bias: bool) -> Callable[[list[torch.Tensor]], torch
 
     def compute(sources: list[torch.Tensor]) -> torch.Tensor:
         kind = sources[0].dtype
-        wide = torch.float64 if kind == torch.float64 else torch.float32
+        wide = torch.float64
         given = iter(sources)
         size = (plan.out,) if want_bias else (plan.out, plan.into // plan.groups, *plan.kernel)
         total = torch.zeros(size, dtype=wide, device=sources[0].device)
