@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
+from .bn_conv import BatchNormConv
 from .causal_mask import CausalMask
 from .conv_bias import ConvBias
 from .conv_bn import ConvBatchNorm
+from .conv_branches import ConvBranches
 from .conv_relu import ConvRelu
 from .counters import Counters
 from .cse import CommonSubexpressions
@@ -49,6 +51,8 @@ PIPELINE: tuple[Step, ...] = (
     Step(3, CausalMask(), "model", "while attention is one call and its mask a few named operators"),
     Step(4, GroupedHeads(), "model", "kernels that group heads take no mask"),
     Step(5, LinearCrossEntropy(), "model", "while the loss is one call, before autograd makes its gradient"),
+    Step(6, ConvBranches(), "model", "after each branch took its BatchNorm in; folds the one after the sum itself"),
+    Step(7, BatchNormConv(), "model", "a BatchNorm that a layer before it could take is gone by now"),
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
