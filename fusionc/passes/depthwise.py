@@ -3,8 +3,8 @@
 Math       Σ_b conv(x, W_b, β_b) = conv(x, W, Σ β_b),  W[i d_b − p_b + P, …] += W_b[i, …]; then f
 Exactness  reassociates: the branches' sum is taken before the products; one rounding where ATen rounds each step
 Legality   on CUDA, floating, one or two dimensions, groups = channels = output channels, not transposed; dense input
-           whose layout the result shares (contiguous, if of one dimension); branches read one input with one stride, give one size, have frozen weights, and one
-           of them covers the others; nobody reads the values between
+           whose layout the result shares (contiguous, if of one dimension); branches read one input with one stride, give
+           one size, have frozen weights, and one of them covers the others; nobody reads the values between
 Cost       ATen's kernels take 8 to 70 ms for a 31×31 filter where the matrix units need 0.3; bias, activation and the
            branches' sums were a read and a write each
 Source     Ding et al., RepLKNet (arXiv 2203.06717), structural re-parameterisation found from the graph
@@ -110,12 +110,13 @@ class Depthwise(Pass):
             taps = edit.add_derived(gm, sources, _taps(size, places, kind), edit.fake_empty(like, [*size, channels], dtype=kind),
                                     f"taps {size} {places} {kind}", convs, recipe=recipe)  # fmt: skip
         with gm.graph.inserting_before(before):
-            x, line = convs[0].args[0], len(like.shape) == 3  # a line is an image of height one
+            x, stride = convs[0].args[0], list(lifted(convs[0].args[3], 1))
+            line = len(like.shape) == 3  # an image of height one
             if line:
                 x = edit.insert(gm.graph, aten.unsqueeze.default, (x, 2), origin=convs)
-            known = {} if line else {"val": tensor(last)}
+            known: dict[str, Any] = {} if line else {"val": tensor(last)}
             made = edit.insert(gm.graph, torch.ops.fusionc.depthwise_conv.default,
-                               (x, taps, bias, list(lifted(convs[0].args[3], 1)), list(padding), list(dilation), match.activation),
+                               (x, taps, bias, stride, list(padding), list(dilation), match.activation),
                                origin=(*convs, last), **known)  # fmt: skip
             if line:
                 made = edit.insert(gm.graph, aten.squeeze.dim, (made, 2), origin=(*convs, last), val=tensor(last))

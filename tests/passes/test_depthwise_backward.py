@@ -58,8 +58,8 @@ def test_dilated_and_contiguous() -> None:
 
 
 def test_lines() -> None:
-    text = BACKWARD.replace(LAST, "").replace("7, 8]", "8]").replace("5, 3]", "3]").replace("[1, 1], [2, 1], [1, 1], False, [0, 0]",
-                            "[1], [2], [2], False, [0]")  # fmt: skip
+    text = BACKWARD.replace(LAST, "").replace("7, 8]", "8]").replace("5, 3]", "3]")
+    text = text.replace("[1, 1], [2, 1], [1, 1], False, [0, 0]", "[1], [2], [2], False, [0]")
     check_values(OnCpu(), text, fired=1, exact=False)
 
 
