@@ -4,8 +4,8 @@ Candidates are plain tuples, so that a choice can be remembered on disk:
 
     ("library",)                                            ATen or cuDNN, then the activation
     ("direct", strip, block, rows, warps)                   channels-last, any stride and dilation
-    ("toeplitz", group, ahead, TW, KD, BM, warps, stages)   contiguous, stride 1, half precision
-    ("turned", group, ahead, TW, KD, BM, warps, stages)     the same for channels-last, between two transpositions
+    ("toeplitz", group, ahead, held, TW, KD, BM, warps, stages)   contiguous, stride 1, half precision
+    ("turned", group, ahead, held, TW, KD, BM, warps, stages)     the same for channels-last, between two transpositions
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _tiles(shape: Shape) -> list[tuple[int, int]]:
 
 
 def _toeplitz(shape: Shape, images: int) -> list[Candidate]:
-    """(group, ahead, TW, KD, BM, warps, stages).
+    """(group, ahead, held, TW, KD, BM, warps, stages).
 
     H200, 32×256×56×56: with all lines in the text 7×7 takes 0.103 ms and 13×13 0.153, in a loop 0.115 and 0.166;
     31×31 0.322 in a loop by two lines, 0.423 by one.
@@ -96,13 +96,13 @@ def _toeplitz(shape: Shape, images: int) -> list[Candidate]:
         tall = 128 if images * shape.out[0] >= 512 and kd <= 64 else 64
         warps = tall // 16
         if 1 < kernel <= _TEXT:
-            found.append((2, 3 if kernel < 9 else 1, tw, kd, tall, warps, 1))
+            found.append((2, 3 if kernel < 9 else 1, False, tw, kd, tall, warps, 1))
             if k == 0:
-                found.append((4, 2, tw, kd, 64, 4, 1))
+                found.append((4, 2, False, tw, kd, 64, 4, 1))
         if kernel < 3:
-            found.append((1, 0, tw, kd, tall, 4, 3))
+            found.append((1, 0, False, tw, kd, tall, 4, 3))
         elif k == 0 or kernel > _TEXT:
-            found += [(2, 0, tw, kd, tall, warps, 2), (2, 0, tw, kd, 64, 4, 1)]
+            found += [(2, 0, False, tw, kd, tall, warps, 2), (2, 0, False, tw, kd, 64, 4, 1)]
     return found
 
 
@@ -201,7 +201,7 @@ def _run_direct(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Ten
 
 def _run_toeplitz(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
                   interpret: bool) -> None:  # fmt: skip
-    _, group, ahead, tw, kd, bm, warps, stages = how
+    _, group, ahead, held, tw, kd, bm, warps, stages = how
     (h, w), (oh, ow), (kh, kw), dh = shape.size, shape.out, shape.kernel, shape.dilation[0]
     c, left = shape.channels, _left(shape, tw, kd)
     length, lead = _power(tw + kd), 0 if ahead else group - 1
@@ -214,9 +214,9 @@ def _run_toeplitz(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: T
     )  # fmt: skip
     across = -(-oh // (group * dh)) * dh  # rows of an image
     rows, tiles = x.shape[0] * across, -(-ow // tw)
+    text = template.toeplitz(kh, group, ahead, held and not interpret)
     _start(
-        load_module(template.toeplitz(kh, group, ahead), interpret=interpret).conv, (-(-rows // bm) * tiles, c),
-        x, packed, packed if bias is None else bias, y, rows,
+        load_module(text, interpret=interpret).conv, (-(-rows // bm) * tiles, c), x, packed, packed if bias is None else bias, y, rows,
         C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines, TILES=tiles,
         TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape), num_warps=warps,
         num_stages=stages,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ TOEPLITZ = [
 @pytest.mark.parametrize(("given", "tile"), TOEPLITZ, ids=str)
 @pytest.mark.parametrize(("last", "form"), [(False, (1, 0)), (False, (2, 0)), (True, (2, 3)), (False, (4, 1))], ids=str)
 def test_toeplitz(given: dict, tile: tuple[int, int], last: bool, form: tuple[int, int]) -> None:
-    check(("turned" if last else "toeplitz", *form, *tile, 16, 4, 2), *make(**given, last=last))
+    check(("turned" if last else "toeplitz", *form, True, *tile, 16, 4, 2), *make(**given, last=last))
 
 
 DIRECT = [
@@ -122,9 +123,10 @@ def test_candidates_fit_the_shape() -> None:
 
 
 @pytest.mark.cross
-@pytest.mark.parametrize("how", [("toeplitz", 2, 3, 64, 64, 128, 8, 1), ("toeplitz", 4, 2, 64, 64, 64, 4, 1),
-                                 ("toeplitz", 2, 0, 64, 64, 128, 8, 2), ("toeplitz", 2, 0, 32, 64, 128, 8, 2),
-                                 ("toeplitz", 1, 0, 64, 64, 128, 4, 3), ("direct", 14, 32, 8, 4)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("how", [("toeplitz", 2, 3, False, 64, 64, 128, 8, 1),
+                                 ("toeplitz", 2, 1, True, 64, 64, 64, 4, 1), ("toeplitz", 4, 2, False, 64, 64, 64, 4, 1),
+                                 ("toeplitz", 2, 0, False, 64, 64, 128, 8, 2), ("toeplitz", 2, 0, True, 64, 64, 64, 4, 2),
+                                 ("toeplitz", 1, 0, False, 64, 64, 128, 4, 3), ("direct", 14, 32, 8, 4)], ids=str)  # fmt: skip
 def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -137,20 +139,21 @@ def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
         module = load_module(template.direct(256, 56, 56, (7, 7), (1, 1), (3, 3), (1, 1), how[1], how[2]))
         constants |= {"BR": how[3]}
     else:
-        _, group, ahead, tw, kd, tall, _, stages = how
-        module = load_module(template.toeplitz(7, group, ahead))
+        _, group, ahead, held, tw, kd, tall, _, stages = how
+        module = load_module(template.toeplitz(7, group, ahead, held))
         constants |= {"C": 256, "H": 56, "W": 56, "OH": 56, "OW": 56, "G": 56 // group, "DH": 1, "PH": 3, "L": 128}
-        constants |= {"LINES": 10, "PA": 0 if tw == 64 else 8, "TILES": -(-56 // tw), "TW": tw, "KD": kd, "BM": tall, "STAGES": stages}  # fmt: skip
+        constants |= {"LINES": 10, "PA": 0, "TILES": 1, "TW": tw, "KD": kd, "BM": tall, "STAGES": stages}
     fn = module.conv
     kinds = {n: "constexpr" if n in constants else "i32" if n in ("rows", "strips") else "*bf16" for n in fn.arg_names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if kinds[n] == "*bf16"}
     source = ASTSource(fn=fn, signature=kinds, constexprs=constants, attrs=attrs)
-    warps = how[4] if how[0] == "direct" else how[6]
+    warps = how[4] if how[0] == "direct" else how[7]
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     registers, spills = _usage(built)
     assert spills <= 0 and registers < 255
     if how[0] == "toeplitz":
         assert "wgmma" in built.asm["ptx"]
+        assert bool(re.search(r"wgmma\.mma_async[^;]*\}, \{", built.asm["ptx"])) == held  # A from registers
         assert ("cp.async.cg.shared.global [ %r" if not how[2] else "ld.global.v4") in built.asm["ptx"]
 
 

@@ -110,13 +110,15 @@ def conv(x, packed, bias, y, rows, C: tl.constexpr, H: tl.constexpr, W: tl.const
 '''
 
 
-def toeplitz(kernel: int, group: int, ahead: int) -> str:
+def toeplitz(kernel: int, group: int, ahead: int, held: bool = False) -> str:
     """Text of ``conv``, row-Toeplitz: one channel, BM × ``group`` lines of the result, TW columns.
 
     ``group`` lines that lie DH apart belong to one row of the tiles, so that a line of the input, loaded once, is
     multiplied by T of as many lines of the kernel. ``ahead`` 0: a loop over the kernel's lines that asynchronous copies
     feed, STAGES of them ahead; T has ``group`` − 1 lines of zeros before and behind. Else all lines stand in the text and
-    are loaded that many before their use; a line of the kernel is loaded once, too.
+    are loaded that many before their use; a line of the kernel is loaded once, too. ``held``: the matrix units get x from
+    registers instead of shared memory, whose bandwidth bounds products of 64 columns. Triton decides that from what made
+    an operand: an instruction that it cannot look into (not for the interpreter, either) keeps x out of shared memory.
     """
     rows = range(group)
     last = kernel + group - 1
@@ -133,6 +135,10 @@ def toeplitz(kernel: int, group: int, ahead: int) -> str:
                 f"    tl.store(place + {r} * (DH * OW), activate(t{r}, ACTIVATION).to(y.dtype.element_ty), "
                 f"mask=(live & (h + {r} * DH < OH))[:, None] & (out < OW)[None, :])"]  # fmt: skip
 
+    def hold(name: str, indent: str) -> list[str]:
+        asm = f"tl.inline_asm_elementwise('mov.b32 $0, $1;', '=r,r', [{name}], dtype={name}.dtype, is_pure=True, pack=2)"
+        return [f"{indent}{name} = {asm}"] if held else []
+
     def dot(r: int, x: int, w: int, indent: str) -> str:
         return f"{indent}t{r} = tl.dot(x{x}, w{w}, t{r}, input_precision='ieee')"
 
@@ -142,7 +148,9 @@ def toeplitz(kernel: int, group: int, ahead: int) -> str:
         for s in rows:
             lines += load(f"x{s}", f"i + {s}", deep)
         lines += [f"{deep}w{d} = tl.load(diagonals + (i + {d}) * (8 * L))" for d in range(2 * group - 1)]
-        lines += [dot(r, s, s - r + group - 1, deep) for s in rows for r in rows]
+        for s in rows:
+            lines += hold(f"x{s}", deep)
+            lines += [dot(r, s, s - r + group - 1, deep) for r in rows]
         for r in rows:
             lines += store(r)
         return "\n".join(lines) + "\n"
@@ -152,6 +160,7 @@ def toeplitz(kernel: int, group: int, ahead: int) -> str:
         if u < kernel:
             lines.append(f"    w{u} = tl.load(diagonals + {u} * (8 * L))")
         v = u - ahead
+        lines += hold(f"x{v}", "    ") if v >= 0 else []
         lines += [dot(r, v, v - r, "    ") for r in rows if 0 <= v - r < kernel]
         if v - (kernel - 1) in rows:
             lines += store(v - (kernel - 1))
