@@ -216,7 +216,8 @@ def _run_toeplitz(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: T
     rows, tiles = x.shape[0] * across, -(-ow // tw)
     text = template.toeplitz(kh, group, ahead, held and not interpret)
     _start(
-        load_module(text, interpret=interpret).conv, (-(-rows // bm) * tiles, c), x, packed, packed if bias is None else bias, y, rows,
+        load_module(text, interpret=interpret).conv, (-(-rows // bm) * tiles, c),
+        x, packed, packed if bias is None else bias, y, rows,
         C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines, TILES=tiles,
         TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape), num_warps=warps,
         num_stages=stages,

@@ -157,6 +157,26 @@ def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
         assert ("cp.async.cg.shared.global [ %r" if not how[2] else "ld.global.v4") in built.asm["ptx"]
 
 
+@pytest.mark.cross
+@pytest.mark.parametrize(("tall", "warps"), [(64, 4), (128, 8)])
+def test_the_gradient_of_the_taps_compiles_without_spills(tall: int, warps: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fusionc.runtime.launch import _usage, load_module
+
+    fn = load_module(template.WEIGHT).weight
+    constants = {"C": 256, "H": 56, "W": 56, "OH": 56, "OW": 56, "KH": 31, "KW": 31, "DH": 1, "DW": 1, "PH": 15, "PW": 15,
+                 "PA": 0, "TILES": 1, "TW": 64, "KD": 64, "KP": 32, "BM": tall, "PARTS": 1}  # fmt: skip
+    kinds = {n: "constexpr" if n in constants else {"rows": "i32", "out": "*fp32"}.get(n, "*bf16") for n in fn.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if kinds[n][0] == "*"}
+    source = ASTSource(fn=fn, signature=kinds, constexprs=constants, attrs=attrs)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 3})
+    registers, spills = _usage(built)
+    assert spills <= 0 and registers < 255 and "wgmma" in built.asm["ptx"]
+
+
 def test_the_kernels_get_a_contiguous_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     import fusionc.runtime.depthwise_conv as home
 
