@@ -63,11 +63,20 @@ def test_remove_attention() -> None:
     assert results["last"][2] != results["last"][0]
 
 
+def test_large_kernels(tmp_path: Path) -> None:
+    results = example("large_kernels").main(["--channels", "4", "--methods", "recursive", "shiftwise", "auto",
+                                             "--plan", str(tmp_path / "plan.json")])  # fmt: skip
+    assert [results[f"{method} 0.03"]["layers"] for method in ("recursive", "shiftwise", "auto")] == [0, 1, 4]
+    for row in results.values():
+        assert row["predicted"] <= 0.03 and row["measured"] <= 0.03 and row["result"] <= 0.03
+    assert "low_rank 2" in (tmp_path / "plan.json").read_text(encoding="utf-8")
+
+
 def test_examples_are_short_and_all_tested() -> None:
     folder = ROOT / "examples"
     tests = Path(__file__).read_text(encoding="utf-8")
     for path in folder.glob("*.py"):
-        limit = {"generate": 150, "remove_attention": 180}.get(path.stem, 100)
+        limit = {"generate": 150, "remove_attention": 180, "large_kernels": 140}.get(path.stem, 100)
         assert len(path.read_text(encoding="utf-8").splitlines()) <= limit, path.name
         assert f'example("{path.stem}")' in tests, f"{path.name} has no test"
 

@@ -22,6 +22,7 @@ from .depthwise import Depthwise
 from .depthwise_backward import DepthwiseBackward
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
+from .large_kernel import LargeKernel
 from .linear_cross_entropy import LinearCrossEntropy
 from .manager import named_approximate, run, run_passes, static_inputs
 from .max_pool import MaxPool
@@ -54,6 +55,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(5, LinearCrossEntropy(), "model", "while the loss is one call, before autograd makes its gradient"),
     Step(6, ConvBranches(), "model", "after each branch took its BatchNorm in; folds the one after the sum itself"),
     Step(7, BatchNormConv(), "model", "a BatchNorm that a layer before it could take is gone by now"),
+    Step(8, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
@@ -91,6 +93,8 @@ def pipeline(level: str, config: Any = None) -> list[tuple[int, Pass]]:
 def _configured(item: Pass, config: Any) -> Pass:
     """The pass with what the user asked of it."""
     wanted = getattr(config, "remove_attention", None)
+    if isinstance(item, LargeKernel) and getattr(config, "large_kernel", None) is not None:
+        return LargeKernel(config.large_kernel)
     return RemoveAttention(wanted) if isinstance(item, RemoveAttention) and wanted is not None else item
 
 
