@@ -25,7 +25,7 @@ def verify(gm: GraphModule, where: str = "graph", before: list[tuple[Any, ...]] 
     if before is not None:
         after = mutations(gm)
         if not set(before) <= set(after):
-            lost = sorted(str(name) for name in set(before) - set(after))
+            lost = sorted(str(entry[0]) for entry in set(before) - set(after))
             raise VerifyError(where, f"inputs are not written any more: {', '.join(lost)}",
                               "a pass dropped a write; writes are effects and must stay")
 

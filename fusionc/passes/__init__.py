@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
+from .bn_conv import BatchNormConv
 from .causal_mask import CausalMask
 from .conv_bias import ConvBias
 from .conv_bn import ConvBatchNorm
+from .conv_branches import ConvBranches
 from .conv_relu import ConvRelu
 from .counters import Counters
 from .cse import CommonSubexpressions
 from .decode_attention import DecodeAttention
 from .depthwise import Depthwise
-from .fft_conv import FftConv
+from .depthwise_backward import DepthwiseBackward
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
 from .large_kernel import LargeKernel
@@ -53,14 +55,17 @@ PIPELINE: tuple[Step, ...] = (
     Step(3, CausalMask(), "model", "while attention is one call and its mask a few named operators"),
     Step(4, GroupedHeads(), "model", "kernels that group heads take no mask"),
     Step(5, LinearCrossEntropy(), "model", "while the loss is one call, before autograd makes its gradient"),
-    Step(7, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
+    Step(6, ConvBranches(), "model", "after each branch took its BatchNorm in; folds the one after the sum itself"),
+    Step(7, BatchNormConv(), "model", "a BatchNorm that a layer before it could take is gone by now"),
+    Step(8, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
+    Step(24, FftConv(), "graph", "before the convolution is taken by anything else"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
     Step(26, StackedSum(), "graph", "once equal stacks are one node, so that all of its readers can go"),
     Step(27, PerExampleConv(), "graph", "takes the bias along, so before it is split off"),
     Step(28, OuterProduct(), "graph", "before products are merged: this one is none"),
-    Step(29, FftConv(), "graph", "before the convolution is taken by anything else"),
+    Step(29, DepthwiseBackward(), "graph", "what it makes are kernels' calls, which later passes leave alone"),
     Step(30, Depthwise(), "graph", "takes the bias along, so before it is split off"),
     Step(31, ConvBias(), "graph", "once equal convolutions are one node"),
     Step(32, MaxPool(), "graph", "moves in front of the bias that was just split off"),

@@ -118,7 +118,7 @@ class LargeKernel(Pass):
                 continue
             words = (f"error {choice.error:.2g} of the worst channel ({choice.mean:.2g} of all), as much for white noise; "
                      f"predicted time {choice.share:.2g} of the convolution's")  # fmt: skip
-            entries.append(Entry(site.index, site.name, words, choice.error, digest, str(choice.form)))
+            entries.append(Entry(site.index, site.name, words, choice.error, digest, form=str(choice.form)))
         methods = "auto" if self.what.methods == METHODS else ",".join(self.what.methods)
         return Plan(KIND, len(found), tuple(entries), methods, f"error {self.what.error!r}")
 

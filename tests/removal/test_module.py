@@ -13,7 +13,7 @@ import torch
 import fusionc
 from fusionc.accuracy import Plan
 from fusionc.errors import FallbackWarning, OptionError
-from fusionc.removal.module import RemovedAttention
+from fusionc.removal.module import Removed
 
 from .models import inputs, make, values
 
@@ -34,8 +34,11 @@ def test_uniform_equals_zero_queries(kind: str) -> None:
 
 
 def test_uniform_refuses_fused_projections() -> None:
-    with pytest.raises(OptionError, match="separate modules"):
-        fusionc.remove_attention(make("GPT2"), [3], inputs=inputs("GPT2"), mode="uniform")
+    model = make("GPT2")
+    before = values(model, inputs("GPT2"))
+    report = fusionc.remove_attention(model, [3], inputs=inputs("GPT2"), mode="uniform")
+    assert not report.plan.entries and "separate modules" in report.refusals[3]
+    assert (values(model, inputs("GPT2")) - before).abs().max() == 0
 
 
 @pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
@@ -122,7 +125,7 @@ def test_refuses_training_mode_and_wrong_requests() -> None:
         fusionc.remove_attention(model, 1, inputs=batch, error_budget=0.1)
     with pytest.raises(OptionError, match="calibration"):
         fusionc.remove_attention(model, 1, inputs=batch, scorer="cosine")
-    assert not [m for m in model.modules() if isinstance(m, RemovedAttention)]
+    assert not [m for m in model.modules() if isinstance(m, Removed)]
 
 
 def test_plan_file_replays_and_is_checked(tmp_path: Path) -> None:
