@@ -20,6 +20,7 @@ from .cse import CommonSubexpressions
 from .decode_attention import DecodeAttention
 from .depthwise import Depthwise
 from .depthwise_backward import DepthwiseBackward
+from .fft_conv import FftConv
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
 from .large_kernel import LargeKernel
