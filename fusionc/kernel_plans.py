@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fusionc.accuracy import Agreement, Change, Plan, Report, agreement, change, warn_unverified, within
+from fusionc.accuracy import Agreement, Change, Place, Plan, Report, agreement, change, warn_unverified, within
 from fusionc.config import Config
 from fusionc.errors import OptionError
 
@@ -53,7 +53,7 @@ def plan_large_kernels(model: nn.Module, what: Any, *, inputs: Any = None, calib
         if plan.entries:
             warn_unverified(plan.kind)
         return Report(plan, refusals=refusals)
-    changes: dict[int, list[Change]] = {}
+    changes: dict[Place, list[Change]] = {}
     original = [runs(b, None, plan, changes) for b in batches]
 
     def apply(p: Plan) -> Agreement:
@@ -61,7 +61,7 @@ def plan_large_kernels(model: nn.Module, what: Any, *, inputs: Any = None, calib
 
     means = {n: Change(sum(c.relative_l2 for c in found) / len(found), sum(c.cosine for c in found) / len(found))
              for n, found in changes.items()}  # fmt: skip
-    rolled: tuple[int, ...] = ()
+    rolled: tuple[Place, ...] = ()
     found: Agreement | None
     if error_budget is not None:
         plan, found, rolled = within(plan, error_budget, {n: c.relative_l2 for n, c in means.items()}, apply)
@@ -78,7 +78,7 @@ class _Runs:
         import torch
 
         self.device = device
-        self.found: tuple[Plan, dict[int, str]] | None = None
+        self.found: tuple[Plan, dict[Place, str]] | None = None
         self.compiled = torch.compile(model, backend=self._backend, dynamic=False)  # type: ignore[arg-type]
         self.static: frozenset[int] = frozenset()
         self.what: Any = None

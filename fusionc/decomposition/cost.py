@@ -79,7 +79,8 @@ def cost(form: Form, m: Machine, g: Geometry, batch: int, image: Sequence[int], 
         half = batch * g.channels * g.output(image)[0] * image[1]
         pair = convolution(m, (g.kernel[0], 1), read, half, bytes_each) + \
             convolution(m, (1, g.kernel[1]), half, written, bytes_each)  # fmt: skip
-        return form.rank * pair + _add(m, form.rank, written, bytes_each)
+        square = convolution(m, (form.dense, form.dense), read, written, bytes_each) if form.dense else 0.0
+        return form.rank * pair + square + _add(m, form.rank + bool(form.dense), written, bytes_each)
     if isinstance(form, Branches):
         total = 0.0
         for b in form.branches:

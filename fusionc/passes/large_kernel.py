@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusionc.accuracy import Entry, Plan, warn_unverified, weight_hash
+from fusionc.accuracy import PART, Entry, Plan, warn_unverified, weight_hash
 from fusionc.errors import OptionError
 
 from ..decomposition import cost as costs
@@ -50,6 +50,8 @@ def check_option(where_: str, given: Any) -> Any:
     if given.kind != KIND:
         raise OptionError(f"{where_} was given a plan for {given.kind!r}, not for {KIND!r}.")
     _bound(given)
+    if any(e.part != PART for e in given.entries):
+        raise OptionError(f"{where_} was given a plan that names parts of layers: a kernel has none.")
     return given
 
 

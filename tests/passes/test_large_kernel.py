@@ -270,6 +270,8 @@ def test_plans_that_do_not_fit() -> None:
         Config.parse(None, {"large_kernel": {**data, "mode": "identity"}})
     with pytest.raises(OptionError, match="plan for 'remove_attention'"):
         Config.parse(None, {"large_kernel": {**data, "kind": "remove_attention"}})
+    with pytest.raises(OptionError, match="a kernel has none"):
+        Config.parse(None, {"large_kernel": {**data, "entries": [{**data["entries"][0], "part": "mlp"}]}})
     for change, words in (
         ({"total": 2}, "made for 2 large kernels"),
         ({"entries": [{**data["entries"][0], "form": "low_rank 99"}]}, "layer 0 of the plan"),
