@@ -212,8 +212,7 @@ def _recursive(kernel: Tensor, energy: Tensor, g: Geometry, bound: float, cost: 
             levels = tuple((max(3, (-(-n // f)) // 2 * 2 + 1), f) for n, f in zip(reach, factors))
             if dense < side and levels[-1][1] < side:
                 forms.append(Recursive(dense, levels))
-    # their errors are not known before they are fitted: 0 is a lower bound
-    return ((f, 0.0) for f in sorted(forms, key=lambda f: (cost(f), str(f))) if cost(f) < limit)
+    return ((f, fit.recursive_error(f, kernel)) for f in sorted(forms, key=lambda f: (cost(f), str(f))) if cost(f) < limit)
 
 
 CANDIDATES: dict[str, Callable[[Tensor, Tensor, Geometry, float, Cost, float], Found]] = {

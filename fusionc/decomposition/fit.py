@@ -74,11 +74,24 @@ def _solve(form: Form, kernel: Tensor) -> list[Tensor]:
             out.append(part.clone())
             part.zero_()  # a tap that two branches cover belongs to the first
         return out
-    gram, summed, pad = _normal(form, (kernel.shape[1], kernel.shape[2]))
-    target = torch.nn.functional.pad(kernel, (pad[1], pad[1], pad[0], pad[0])).flatten(1)
-    theta = (torch.linalg.pinv(gram, hermitian=True, rtol=1e-12) @ (summed.T @ target.T)).T
+    theta = _fitted(form, kernel)[0]
     sides = [form.dense] * bool(form.dense) + [k for k, _ in form.levels]
     return [p.unflatten(1, (k, k)) for p, k in zip(theta.split([k * k for k in sides], 1), sides)]
+
+
+def _fitted(form: Recursive, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """The best filters of a recursive form, [C, their taps], and their mean square error [C] in closed form."""
+    gram, summed, count, pad = _normal(form, (kernel.shape[1], kernel.shape[2]))
+    target = torch.nn.functional.pad(kernel, (pad[1], pad[1], pad[0], pad[0])).flatten(1)
+    right = target @ summed
+    theta = right @ torch.linalg.pinv(gram, hermitian=True, rtol=1e-12)
+    return theta, target.square().sum(1) + ((theta @ gram) * theta - 2 * theta * right).sum(1) / count
+
+
+def recursive_error(form: Recursive, kernel: Tensor) -> float:
+    """The worst channel's error before rounding, for kernels [C, kh, kw]: much cheaper than ``errors``."""
+    square = _fitted(form, kernel)[1] / kernel.square().sum((1, 2)).clamp_min(_TINY)
+    return float(square.clamp_min(0).max().sqrt())
 
 
 def _pairs(kernel: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,13 +192,13 @@ def _responses(form: Recursive, kernel: tuple[int, int]) -> tuple[list[Tensor], 
 
 
 @functools.lru_cache(maxsize=16)
-def _normal(form: Recursive, kernel: tuple[int, int]) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def _normal(form: Recursive, kernel: tuple[int, int]) -> tuple[Tensor, Tensor, int, tuple[int, int]]:
     matrices, pad = _responses(form, kernel)
     gram, summed = torch.zeros(2 * [matrices[0].shape[1]], dtype=torch.float64), torch.zeros_like(matrices[0])
     for a in matrices:
         gram += a.T @ a
         summed += a
-    return gram, summed, pad
+    return gram, summed, len(matrices), pad
 
 
-__all__ = ["effective", "errors", "filters", "line", "wide"]
+__all__ = ["effective", "errors", "filters", "line", "recursive_error", "wide"]

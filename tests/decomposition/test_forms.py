@@ -87,6 +87,7 @@ def test_recursive_error_is_that_of_all_positions(form: Recursive) -> None:
     off = responses(form, g, pieces, image) - convolved(weight[:, 0], g, image)
     inner = off.view(2, *image, -1)[:, 14:18, 14:18].square().sum(-1).mean((1, 2)).sqrt()  # one period, far from the rim
     torch.testing.assert_close(fit.errors(form, pieces, weight), inner / weight.flatten(1).norm(dim=1), rtol=1e-9, atol=0)
+    assert fit.recursive_error(form, weight[:, 0]) == pytest.approx(float(fit.errors(form, pieces, weight).max()), rel=1e-6)
 
 
 def test_recursive_fit_is_the_best_one() -> None:
@@ -252,6 +253,17 @@ def test_cost_counts_bytes_products_and_launches() -> None:
     assert share(machine("cuda", True), 1, 2) > 1 and share(machine("cuda", True, last=True), 1, 2) < 0.8
     assert share(machine("cuda", True, last=True), 2, 2) > 1 > share(machine("cuda", False), 2, 4)
     assert share(machine("cpu", False), 8, 4) < 0.2 and share(machine("cpu", False, last=True), 3, 4) < 0.7
+
+
+def test_cost_of_branches_that_are_merged_again() -> None:
+    big = Geometry((31, 31), (1, 1), (15, 15), (1, 1), 256)
+    form = parse("dilated_sparse 5x5 7x7@5", (31, 31))
+    for last in (False, True):
+        m = machine("cuda", True, last)
+        assert cost(form, m, big, 32, (56, 56), 2) == exact(m, big, 32, (56, 56), 2)
+    assert cost(form, machine("cpu", False), big, 1, (56, 56), 4) < 0.2 * exact(machine("cpu", False), big, 1, (56, 56), 4)
+    bands = parse("inception 3x3 1x31 31x1", (31, 31))
+    assert cost(bands, m, big, 32, (56, 56), 2) != exact(m, big, 32, (56, 56), 2)
 
 
 @pytest.mark.parametrize("last, size, microseconds", [
