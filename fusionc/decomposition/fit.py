@@ -41,7 +41,7 @@ def filters(form: Form, weight: Tensor) -> list[Tensor]:
     """The form's filters, each [C, 1, h, w] of the weight's dtype, on the CPU.
 
     low_rank: column, row, column, row, …, square; branches: in their order; recursive: the dense one (if any), then the levels'.
-    The filters of the last few weights are kept: each filter of a layer is a derived weight of its own.
+    The filters of the last few weights are kept (each filter of a layer is a derived weight of its own): do not write them.
     """
     key = (str(form), weight_hash([weight]))
     with _lock:

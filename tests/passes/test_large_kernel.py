@@ -317,6 +317,44 @@ def test_no_bounds_where_nothing_was_changed() -> None:
     assert BOUNDS_KEY not in backend.gm.meta
 
 
+def test_explained_with_the_error_and_the_users_line() -> None:
+    from fusionc.explanation import explain_with
+
+    model, x = Net(), image()
+    with torch.no_grad():
+        text = str(explain_with(model, (x,), options={"large_kernel": LOW_RANK}))
+    assert "large_kernel: conv (test_large_kernel.py:" in text and "becomes low_rank 2: error " in text and "unverified" in text
+
+
+def test_filters_that_are_kept_are_not_written() -> None:
+    model, x = Net(), image()
+    kept = model.conv.weight.clone()
+    with torch.no_grad():
+        for _ in range(2):  # the second time the filters of these weights are known
+            torch._dynamo.reset()
+            model.conv.weight.copy_(kept)
+            compiled = torch.compile(model, backend="fusionc", options={"large_kernel": LOW_RANK, "cache": False})
+            compiled(x)
+            record = next(p for p in fusionc.report()[-1].passes if p.name == "large_kernel")
+            assert "becomes low_rank 2: error " in record.notes[0]
+            model.conv.weight.mul_(-3)
+            assert relative(compiled(x), model(x)) < 1e-12
+        model.conv.weight.copy_(kept)
+        assert relative(compiled(x), model(x)) < 1e-12
+
+
+def test_another_instance_of_the_class_decides_for_itself() -> None:
+    # Dynamo reuses compiled code for it: parameters are inputs of the graph
+    def call(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x)
+
+    first, second, third, x = Net(), Net(rank=9), Net(), image()
+    compiled = torch.compile(call, backend="fusionc", options={"large_kernel": LOW_RANK, "cache": False})
+    with torch.no_grad():
+        for model in (first, second, third, first, second):
+            assert relative(compiled(model, x), model(x)) < 1e-12
+
+
 def test_unverified_is_said() -> None:
     with pytest.warns(FallbackWarning, match="large_kernel changes the model's results and nobody measured"):
         run(Backend(LOW_RANK), Net(), image())
