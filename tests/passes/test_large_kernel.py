@@ -311,6 +311,17 @@ def test_weights_that_change() -> None:
         assert bool(compiled(x)[:, 0].isnan().any()) and not bool(compiled(x)[:, 1:].isnan().any())
 
 
+@pytest.mark.parametrize("policy", ["checked", "manual"])
+def test_writers_that_hide_need_refresh(policy: str) -> None:
+    model, x = Net(), image()
+    compiled = torch.compile(model, backend="fusionc", options={"large_kernel": LOW_RANK, "weights": policy, "cache": False})
+    with torch.no_grad():
+        assert relative(compiled(x), model(x)) < 1e-12
+        model.conv.weight.data.normal_()
+        assert fusionc.refresh(model) > 0
+        assert relative(compiled(x), model(x)) < 1e-12
+
+
 def test_no_bounds_where_nothing_was_changed() -> None:
     backend = Backend(LOW_RANK)
     run(backend, Net(rank=9), image())
