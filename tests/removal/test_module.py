@@ -13,7 +13,7 @@ import torch
 import fusionc
 from fusionc.accuracy import Plan
 from fusionc.errors import FallbackWarning, OptionError
-from fusionc.removal.module import Removed
+from fusionc.removal.surgery import Removed
 
 from .models import inputs, make, values
 
