@@ -39,7 +39,7 @@ def remove_attention(model: nn.Module, what: Any, *, inputs: Inputs = None, cali
     calibration   batches to measure the error on; without them the report is "unverified" and a warning says so once
     scorer        "gate_norm" (weights only; ``method`` "layer", "heads" or "rope") or "cosine" (needs calibration)
     mode          "identity" (the sublayer adds nothing) or "uniform" (every visible value weighs the same: the limit of
-                  vanishing coupling; needs separate query and key modules; of the cache the values stay)
+                  vanishing coupling; the value and output projections stay, and of the cache the values)
     protect       layers at the start and the end that a count or fraction must not take
     error_budget  largest mean KL of the final logits, in nats; the worst layers are put back until it holds
 
@@ -121,17 +121,19 @@ def _apply(surgeon: Surgeon, plan: Plan, subs: Sequence[Sublayer]) -> None:
     gone = [by_place[e.place] for e in plan.entries]
     if not gone:
         return
-    if plan.mode == "uniform":
-        for s in gone:
-            surgeon.uniform(s)
-        return
-    edits, gm = surgeon.plan_edits(gone)
+    uniform, edits = plan.mode == "uniform", {}
+    if uniform:
+        gm = surgeon.uniform_graph(gone)
+    else:
+        edits, gm = surgeon.plan_edits(gone)
     real = [surgeon.finder.real[n] for n in surgeon.finder.gm.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
         # The traced graph may take other kernels than eager (Hugging Face traces a mask where eager says "causal"): by how
         # much that moves the whole model is how much it may move the edited one.
         noise = _distance(call(surgeon.model, surgeon.inputs), surgeon.finder.gm(*real))
         surgeon.apply(edits)
+        for s in gone if uniform else ():
+            surgeon.uniform(s)
         found = _distance(call(surgeon.model, surgeon.inputs), gm(*real))
     if not found <= max(1e-4, 4 * noise):
         raise OptionError(f"the edited module and the edited graph disagree (relative {found:.1e}, where tracing alone moves "

@@ -19,6 +19,7 @@ from fusionc.errors import OptionError
 from . import edit
 from .capture import Inputs, call
 from .find import Finder, Sublayer
+from .parts import Linear, size
 
 
 class Removed(nn.Module):
@@ -49,6 +50,23 @@ class ZeroOutput(nn.Module):
         return x.new_zeros(shape) if self.dense else x.new_zeros(()).expand(shape)
 
 
+class ValueRows(nn.Module):
+    """Stands where a fused projection was: some of its rows, zeros for the others."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: Tensor) -> None:
+        """weight [out, d], bias [out], rows [n]: those that stay."""
+        super().__init__()
+        self.width = len(weight)
+        self.weight = nn.Parameter(weight[rows].clone(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias[rows].clone(), requires_grad=False)
+        self.register_buffer("rows", rows, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] to [..., out]."""
+        y = nn.functional.linear(x, self.weight, self.bias)
+        return y.new_zeros(*x.shape[:-1], self.width).index_copy(-1, self.rows, y)
+
+
 class KeylessCache:
     """A Hugging Face cache as an attention sees it whose keys are all zero: one element of each key is kept (the length is
     read from it, and beams are reordered by it), values as they are."""
@@ -59,9 +77,8 @@ class KeylessCache:
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the values; return zero keys (a broadcast view) and the values so far."""
         held = self.cache.layers[layer].keys if layer < len(self.cache.layers) else None
-        width = (
-            held.shape[-1] if held is not None and held.dim() == keys.dim() else 1
-        )  # allocated before anybody asked us
+        # another width: it was allocated before we were asked
+        width = held.shape[-1] if held is not None and held.dim() == keys.dim() else 1
         kept, values = self.cache.update(keys[..., :width], values, layer, *args, **kwargs)
         return keys.new_zeros(()).expand(*kept.shape[:-1], keys.shape[-1]), values
 
@@ -152,13 +169,43 @@ class Surgeon:
         """Queries and keys become zero: softmax then weighs all visible values alike."""
         assert s.queries is not None and s.keys is not None
         q, k = self.owner(s.queries.linear.weight), self.owner(s.keys.linear.weight)
-        if q == k or s.queries.linear.bias is not s.queries.bias or s.keys.linear.bias is not s.keys.bias:
-            raise Stuck({s.place: "mode='uniform' needs separate modules for queries and keys"})
-        for path, rows in ((q, s.queries), (k, s.keys)):
-            self.put(path, ZeroOutput(int(rows.linear.node.meta["example_value"].shape[-1])))
-        above = self.model.get_submodule(_common([q, k]))
+        for path, maps in {q: s.queries.linear, k: s.keys.linear}.items():
+            weight = self.finder.real[maps.weight].detach()
+            weight = weight.T if maps.turned else weight
+            kept = coupled_rows(s, maps) == 0
+            if not bool(kept.any()):
+                self.put(path, ZeroOutput(len(weight)))
+                continue
+            bias = self.finder.real[maps.bias].detach() if maps.bias is not None else None
+            self.put(path, ValueRows(weight, bias, kept.nonzero()[:, 0].to(weight.device)))
+        above = self.model.get_submodule(_common([q, k]) if q != k else q.rpartition(".")[0])
         if above is not self.model:
             self.hooks.append(above.register_forward_pre_hook(without_keys, with_kwargs=True))
+
+    def uniform_graph(self, gone: Sequence[Sublayer]) -> GraphModule:
+        """The graph in which the queries and keys of these sublayers are zero. Raises Stuck."""
+        from ..graph.edit import copy_module
+
+        gm = copy_module(self.finder.gm)
+        twin = dict(zip(self.finder.gm.graph.nodes, gm.graph.nodes))
+        stuck: dict[Place, str] = {}
+        for s in gone:
+            assert s.queries is not None and s.keys is not None
+            if any(rows.linear.bias is not rows.bias for rows in (s.queries, s.keys)):
+                stuck[s.place] = "mode='uniform' needs the biases of queries and keys in their projections"
+            for maps in {s.queries.linear.node: s.queries.linear, s.keys.linear.node: s.keys.linear}.values():
+                node, name = twin[maps.node], f"fusionc_kept_{s.index}_{maps.node.name}"
+                like = self.finder.real[maps.weight]
+                gm.register_buffer(name, (coupled_rows(s, maps) == 0).to(like.device, like.dtype))
+                with gm.graph.inserting_after(node):
+                    kept = gm.graph.get_attr(name)
+                with gm.graph.inserting_after(kept):
+                    new = gm.graph.call_function(torch.mul, (node, kept))
+                node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+        if stuck:
+            raise Stuck(stuck)
+        gm.recompile()
+        return gm
 
     def plan_edits(self, gone: Sequence[Sublayer]) -> tuple[dict[str, Any], GraphModule]:
         """(path → "sublayer" | "projection" | "norm", the graph after removal) for an identity removal."""
@@ -249,6 +296,18 @@ class Surgeon:
                 self.put(path, nn.Identity())
 
 
+def coupled_rows(s: Sublayer, maps: Linear) -> Tensor:
+    """[out] of 0 and 1: the rows of this linear map that make queries or keys."""
+    width = size(maps.node.meta["example_value"].shape[-1])
+    used = torch.zeros(width, dtype=torch.int32)
+    for rows in (s.queries, s.keys):
+        if rows is not None and rows.linear.node is maps.node:
+            for ids in (rows.ids, rows.mates):
+                found = torch.unique(ids) if ids is not None else torch.empty(0, dtype=torch.int32)
+                used[found[found >= 0].long()] = 1
+    return used
+
+
 def _dots(path: str) -> str:
     text = path.replace("L['self']", "").replace("L['fn']", "")
     for a, b in (("._modules['", "."), ("['", "."), ("']", ""), ("[", "."), ("]", ""), ("_modules.", "")):
@@ -273,4 +332,4 @@ def _common(paths: Sequence[str]) -> str:
     return ".".join(out)
 
 
-__all__ = ["KeylessCache", "Removed", "Stuck", "Surgeon", "ZeroOutput", "without_keys"]
+__all__ = ["KeylessCache", "Removed", "Stuck", "Surgeon", "ValueRows", "ZeroOutput", "without_keys"]
