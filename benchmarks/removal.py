@@ -46,7 +46,9 @@ parser.add_argument("--shape", default="13b", choices=list(SHAPES))
 parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
 parser.add_argument("--removed", type=int, help="sublayers to remove (default 16 of 40, 12 of 32)")
 parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-parser.add_argument("--methods", nargs="+", help="weight scores to time (default: all on a GPU, heads and rope on a CPU)")
+parser.add_argument(
+    "--methods", nargs="+", help="weight scores to time (default: all on a GPU, heads and rope on a CPU)"
+)
 parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prefill (batch 1)")
 parser.add_argument("--batch", type=int, default=32, help="sequences of the decode step")
 parser.add_argument("--context", type=int, default=2048, help="tokens in the cache of the decode step")
@@ -211,11 +213,14 @@ def compare(name: str, regime: str, whole: nn.Module, pruned: nn.Module, inputs:
     errors = {label: float((outs[f"{label} fusionc"].double() - outs[f"{label} eager"].double()).norm()
                            / outs[f"{label} eager"].double().norm()) for label in ("whole", "pruned")}  # fmt: skip
     ms = timed(arms, args.rounds, count, args.device)
-    ratios = {kind: ms[f"whole {kind}"] / ms[f"pruned {kind}"] for kind in ("fusionc", "eager") if f"whole {kind}" in ms}
+    ratios = {
+        kind: ms[f"whole {kind}"] / ms[f"pruned {kind}"] for kind in ("fusionc", "eager") if f"whole {kind}" in ms
+    }
     say(f"{name} ({regime}): " + ", ".join(f"{k} {v:.3f} ms" for k, v in ms.items())
         + "; speed-up " + ", ".join(f"{k} {v:.3f}x" for k, v in ratios.items())
         + "; fusionc against eager, relative: " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))  # fmt: skip
-    return {"name": name, "regime": regime, "ms": ms, "speedup": ratios, "first_call_s": compile_s, "against_eager": errors, "graphs": graphs}
+    return {"name": name, "regime": regime, "ms": ms, "speedup": ratios, "first_call_s": compile_s, "against_eager": errors,
+            "graphs": graphs}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -233,7 +238,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start = time.perf_counter()
     whole = build(shape, device, shared=device == "cpu" and args.shape != "tiny")
     synchronize(device)
-    say(f"{args.shape}: {total} layers x {shape['hidden_size']}, {whole.dtype}, built in {time.perf_counter() - start:.1f} s")
+    say(
+        f"{args.shape}: {total} layers x {shape['hidden_size']}, {whole.dtype}, built in {time.perf_counter() - start:.1f} s"
+    )
     if "score" in args.parts:
         methods = args.methods or (["layer", "heads", "rope"] if device == "cuda" else ["heads", "rope"])
         result["score"] = scoring(whole, device, methods)
@@ -288,6 +295,7 @@ def speed(fusionc: Any, holder: list[nn.Module], shape: dict[str, Any], removed:
         del whole
         release(device)
         result["memory"]["allocated"] = torch.cuda.memory_allocated()
+        say(f"the allocator holds {torch.cuda.memory_allocated() / 1e9:.2f} GB: the pruned model alone")
     memory = result["memory"]
     lines = [[kind, *(f"{n / 1e9:.2f}" for n in memory[kind]), f"{1 - memory[kind][1] / memory[kind][0]:.0%}"]
              for kind in ("parameters", "cache") if kind in memory]  # fmt: skip

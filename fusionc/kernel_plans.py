@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fusionc.accuracy import Agreement, Change, Plan, Report, agreement, change, warn_unverified, within
+from fusionc.accuracy import Agreement, Change, Place, Plan, Report, agreement, change, warn_unverified, within
 from fusionc.config import Config
 from fusionc.errors import OptionError
 
@@ -52,7 +52,7 @@ def plan_large_kernels(model: nn.Module, what: Any, *, inputs: Any = None, calib
     if not batches:
         if plan.entries:
             warn_unverified(plan.kind)
-        return Report(plan, refusals=refusals)
+        return Report(plan, refusals=dict(refusals))
     changes: dict[int, list[Change]] = {}
     original = [runs(b, None, plan, changes) for b in batches]
 
@@ -61,13 +61,13 @@ def plan_large_kernels(model: nn.Module, what: Any, *, inputs: Any = None, calib
 
     means = {n: Change(sum(c.relative_l2 for c in found) / len(found), sum(c.cosine for c in found) / len(found))
              for n, found in changes.items()}  # fmt: skip
-    rolled: tuple[int, ...] = ()
+    rolled: tuple[Place, ...] = ()
     found: Agreement | None
     if error_budget is not None:
         plan, found, rolled = within(plan, error_budget, {n: c.relative_l2 for n, c in means.items()}, apply)
     else:
         found = apply(plan)
-    return Report(plan, {n: c for n, c in means.items() if n in plan.layers}, found, rolled, refusals)
+    return Report(plan, {n: c for n, c in means.items() if n in plan.layers}, found, rolled, dict(refusals))
 
 
 class _Runs:
