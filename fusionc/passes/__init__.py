@@ -19,6 +19,7 @@ from .counters import Counters
 from .cse import CommonSubexpressions
 from .decode_attention import DecodeAttention
 from .depthwise import Depthwise
+from .depthwise_cpu import DepthwiseCPU
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
 from .linear_cross_entropy import LinearCrossEntropy
@@ -57,6 +58,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
     Step(28, OuterProduct(), "graph", "before products are merged: this one is none"),
+    Step(29, DepthwiseCPU(), "graph", "like the next one, with a kernel for the CPU"),
     Step(30, Depthwise(), "graph", "takes the bias along, so before it is split off"),
     Step(31, ConvBias(), "graph", "once equal convolutions are one node"),
     Step(32, MaxPool(), "graph", "moves in front of the bias that was just split off"),
