@@ -14,6 +14,7 @@ from .causal_mask import CausalMask
 from .conv_bias import ConvBias
 from .conv_bn import ConvBatchNorm
 from .conv_branches import ConvBranches
+from .conv_matmul import ConvMatmul
 from .conv_relu import ConvRelu
 from .counters import Counters
 from .cse import CommonSubexpressions
@@ -57,6 +58,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
+    Step(27, ConvMatmul(), "graph", "with the bias, so before it is split off"),
     Step(28, OuterProduct(), "graph", "before products are merged: this one is none"),
     Step(29, DepthwiseCPU(), "graph", "like the next one, with a kernel for the CPU"),
     Step(30, Depthwise(), "graph", "takes the bias along, so before it is split off"),
