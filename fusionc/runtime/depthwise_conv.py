@@ -155,10 +155,10 @@ def _launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor 
     else:
         module = load_module(template.TURN, interpret=interpret)
         flat = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels)
+        _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels, "evict_first", "")
         result = torch.empty(y.shape, dtype=x.dtype, device=x.device)
         _run_toeplitz(how, shape, flat, taps, bias, result, interpret)
-        _turn(module, result, y, shape.channels, shape.out[0] * shape.out[1])
+        _turn(module, result, y, shape.channels, shape.out[0] * shape.out[1], "", "evict_first")
     return y
 
 
@@ -182,9 +182,9 @@ def prepare(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor 
         _compiling.on = False
 
 
-def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int) -> None:
+def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int, given: str = "", made: str = "") -> None:
     grid = (-(-a // 64) * -(-b // 64), x.shape[0])
-    _start(module.turn, grid, x, y, A=a, B=b, TA=64, TB=64, num_warps=4)
+    _start(module.turn, grid, x, y, A=a, B=b, TA=64, TB=64, IN=given, OUT=made, num_warps=4)
 
 
 def _run_direct(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
@@ -216,11 +216,11 @@ def _run_toeplitz(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: T
     rows, tiles = x.shape[0] * across, -(-ow // tw)
     text = template.toeplitz(kh, group, ahead, held and not interpret)
     _start(
-        load_module(text, interpret=interpret).conv, (-(-rows // bm) * tiles, c),
+        load_module(text, interpret=interpret).conv, (-(-rows // bm) * tiles * c,),
         x, packed, packed if bias is None else bias, y, rows,
         C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines, TILES=tiles,
-        TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape), num_warps=warps,
-        num_stages=stages,
+        TW=tw, KD=kd, BM=bm, STAGES=stages, BACK=how[0] == "turned", BIAS=bias is not None, ACTIVATION=_activation(shape),
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
