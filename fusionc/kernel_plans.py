@@ -52,7 +52,7 @@ def plan_large_kernels(model: nn.Module, what: Any, *, inputs: Any = None, calib
     if not batches:
         if plan.entries:
             warn_unverified(plan.kind)
-        return Report(plan, refusals={**refusals})
+        return Report(plan, refusals=refusals)
     changes: dict[int, list[Change]] = {}
     original = [runs(b, None, plan, changes) for b in batches]
 
@@ -67,7 +67,7 @@ def plan_large_kernels(model: nn.Module, what: Any, *, inputs: Any = None, calib
         plan, found, rolled = within(plan, error_budget, {n: c.relative_l2 for n, c in means.items()}, apply)
     else:
         found = apply(plan)
-    return Report(plan, {n: c for n, c in means.items() if n in plan.layers}, found, rolled, {**refusals})
+    return Report(plan, {n: c for n, c in means.items() if n in plan.layers}, found, rolled, refusals)
 
 
 class _Runs:
@@ -78,7 +78,7 @@ class _Runs:
         import torch
 
         self.device = device
-        self.found: tuple[Plan, dict[int, str]] | None = None
+        self.found: tuple[Plan, dict[Place, str]] | None = None
         self.compiled = torch.compile(model, backend=self._backend, dynamic=False)  # type: ignore[arg-type]
         self.static: frozenset[int] = frozenset()
         self.what: Any = None
