@@ -4,7 +4,7 @@ Math       kernel = stride, no padding: every pixel belongs to one output, y[n, 
 Exactness  reassociates: the same products in another order
 Legality   groups 1, not transposed, no padding, known sizes that the stride divides; one floating dtype of at most 32 bits;
            input dense in one layout that the result shares
-Cost       patches are copied once, in a kernel that takes in what made them; by sizes, layout and device (see ``worth``)
+Cost       patches are copied once, in a kernel that takes in what made them; by sizes, layout and device (see ``form``)
 Source     vision transformers' patch embeddings; measured, not assumed: oneDNN's and cuDNN's 1×1 kernels are products already
 """
 
@@ -17,10 +17,11 @@ import torch
 from torch.fx import Node
 
 from ..graph import edit
-from ..graph.facts import Facts, dtype, shape, tensor
+from ..graph.facts import Facts, dtype, is_view, shape, tensor
 from .base import Match, Pass, Reassociates, Refuse
 
 aten = torch.ops.aten
+_LIBRARY = (aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.max_pool2d_with_indices.default)
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -56,9 +57,11 @@ class ConvMatmul(Pass):
         layout = torch.channels_last if last else torch.contiguous_format
         if not x.is_contiguous(memory_format=layout) or not like.is_contiguous(memory_format=layout):
             return Refuse("input and result are not dense in one layout", conv)
-        if not worth(x.device.type, like.dtype, last, sizes[1], tuple(stride)):
+        alone = conv.args[2] is not None and _only_libraries_read(conv)
+        wanted = form(x.device.type, like.dtype, last, sizes[1], tuple(stride), like.shape[2] * like.shape[3], alone)
+        if not wanted:
             return Refuse("the library's convolution is as fast", conv)
-        match.bound["last"] = last
+        match.bound.update(last=last, form=wanted)
         return None
 
     def replace(self, match: Match, facts: Facts) -> None:
@@ -72,9 +75,13 @@ class ConvMatmul(Pass):
             return edit.insert(graph, target, args, kwargs, origin=(conv,))
 
         with graph.inserting_before(conv):
-            if not match.last and s == t == 1:  # the image is a matrix already
-                wide = call(aten.expand.default, call(aten.view.default, weight, [1, out, channels]), [n, out, channels])
-                made = call(aten.bmm.default, wide, call(aten.view.default, x, [n, channels, height * width]))
+            if match.form == "columns":
+                size = channels * s * t
+                wide = call(aten.expand.default, call(aten.view.default, weight, [1, out, size]), [n, out, size])
+                split = call(aten.view.default, x, [n, channels, rows, s, columns, t])
+                turned = call(aten.permute.default, split, [0, 1, 3, 5, 2, 4]) if s * t > 1 else split
+                dense = call(aten.clone.default, turned, memory_format=torch.contiguous_format) if s * t > 1 else turned
+                made = call(aten.bmm.default, wide, call(aten.view.default, dense, [n, size, rows * columns]))
                 if bias is not None:
                     made = call(aten.add.Tensor, made, call(aten.view.default, bias, [out, 1]))
                 made = call(aten.view.default, made, [n, out, rows, columns])
@@ -97,13 +104,28 @@ class ConvMatmul(Pass):
         edit.replace(conv, made)
 
 
-def worth(device: str, kind: torch.dtype, last: bool, channels: int, stride: tuple[int, ...]) -> bool:
-    """Is the product the faster one? On a CPU (one core of an EPYC): never for one tap, whose kernels in oneDNN are products
-    (0.7 to 1.2×, no pattern); channels-last patches of 8×8 or of 256 channels 1.0 to 5×; contiguous ones in half precision
-    from 14×14 (1.1 to 4.5×) and in float32 from 32×32 (1.9×); smaller ones lose up to 5×."""
+def _only_libraries_read(node: Node) -> bool:
+    """Do only library calls and the graph's caller read it, through views at most? They cannot add a bias."""
+    return all(
+        user.op == "output" or user.target in _LIBRARY or is_view(user) and _only_libraries_read(user) for user in node.users
+    )
+
+
+def form(device: str, kind: torch.dtype, last: bool, channels: int, stride: tuple[int, ...], places: int, alone: bool) -> str:
+    """The faster product: "rows" (a patch is a row of the left operand), "columns" (of the right one), or "" for none.
+
+    ``alone``: there is a bias and no pointwise kernel follows that could add it.
+    CPU (one core of an EPYC): never for one tap (0.7 to 1.2×, no pattern); channels-last patches of 8×8 or of 256 channels
+    1.0 to 5×; contiguous ones from 14×14 in half precision (1.1 to 4.5×) and 32×32 in float32 (1.9×); smaller ones lose.
+    H200, half precision: channels-last, one tap: as fast as cuDNN, but adds the bias for 0 to 40 % where ATen takes as long
+    again (1.4 to 3.8×); contiguous patches of 16×16 4.9×, 4×4 2.0×, 2×2 1.2×, for 7×7 places 0.25×; float32 (TF32) loses.
+    """
     side = min(stride)
     if device == "cpu":
-        if last:
-            return side >= 8 or side >= 2 and channels >= 256
-        return side >= (14 if kind in _HALF else 32)
-    return False
+        large = side >= 8 or side >= 2 and channels >= 256 if last else side >= (14 if kind in _HALF else 32)
+        return "rows" if large else ""
+    if device != "cuda" or kind not in _HALF:
+        return ""
+    if last:  # patches are ``strided_conv``'s
+        return "rows" if max(stride) == 1 and alone else ""
+    return "columns" if side > 1 and places >= 196 else ""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusionc.passes import conv_matmul
-from fusionc.passes.conv_matmul import ConvMatmul, worth
+from fusionc.passes.conv_matmul import ConvMatmul, form
 from tests.passes.helpers import check_values, refusals, rewritten
 
 ITEM = ConvMatmul()
@@ -56,11 +56,22 @@ SAME: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wanted", ["rows", "columns"])
+def test_values(name: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, whatever the rule says about speed."""
-    monkeypatch.setattr(conv_matmul, "worth", lambda *_: True)
+    monkeypatch.setattr(conv_matmul, "form", lambda *_: "rows" if "last" in name else wanted)
     monkeypatch.setattr(conv_matmul, "_HALF", (torch.float64,))
     check_values(ITEM, graph(**SAME[name]), fired=1, exact=False)
+
+
+@pytest.mark.parametrize("end, alone", [("aten.sin(%y)", False), ("aten.permute(%y, [0, 2, 3, 1])", True)])
+def test_bias_alone(end: str, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a kernel that could add the bias follows is told to the rule."""
+    asked: list[Any] = []
+    monkeypatch.setattr(conv_matmul, "form", lambda *given: asked.append(given[-1]) or "")
+    text = graph().replace("aten.sin(%y)", end)
+    refusals(ITEM, text if not alone else text.replace("%z: f32[2, 5, 2, 4]{40, 1, 20, 5}", "%z: f32[2, 2, 4, 5]"))
+    assert asked == [alone]
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -97,6 +108,11 @@ def test_symbolic_sizes_are_refused() -> None:
 
 
 def test_rule_of_sizes() -> None:
-    assert worth("cpu", torch.float32, True, 3, (16, 16)) and worth("cpu", torch.float32, True, 384, (2, 2))
-    assert not worth("cpu", torch.float32, False, 3, (16, 16)) and worth("cpu", torch.bfloat16, False, 3, (16, 16))
-    assert not worth("cpu", torch.float32, True, 256, (1, 1)) and not worth("cpu", torch.bfloat16, False, 192, (2, 2))
+    f32, bf16 = torch.float32, torch.bfloat16
+    assert form("cpu", f32, True, 3, (16, 16), 196, False) == form("cpu", f32, True, 384, (2, 2), 49, False) == "rows"
+    assert form("cpu", bf16, False, 3, (16, 16), 196, False) == "rows" and not form("cpu", f32, False, 3, (16, 16), 196, False)
+    assert not form("cpu", f32, True, 256, (1, 1), 196, True) and not form("cpu", bf16, False, 192, (2, 2), 196, True)
+    assert form("cuda", bf16, True, 64, (1, 1), 3136, True) == "rows" and not form("cuda", bf16, True, 64, (1, 1), 3136, False)
+    assert form("cuda", bf16, False, 3, (16, 16), 196, False) == "columns"
+    assert not form("cuda", bf16, False, 96, (2, 2), 49, False)
+    assert not form("cuda", f32, True, 64, (1, 1), 3136, True) and not form("mps", bf16, True, 3, (16, 16), 196, True)
