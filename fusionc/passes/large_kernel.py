@@ -192,6 +192,7 @@ class LargeKernel(Pass):
             made = run(form, site.geometry, site.given["input"], pieces, site.given["bias"], call,
                        [n for n in x[2:] if isinstance(n, int)])  # fmt: skip
         edit.replace(node, made)
+        edit.drop_derived(gm, weight)  # of a folded one
         if match.all:
             gm.meta[BOUNDS_KEY] = [
                 edit.Derived(f"bound_{s.index}", s.sources, _ratio(s.compute, f, match.limit), volatile=s.volatile)
