@@ -121,7 +121,8 @@ def _apply(surgeon: Surgeon, plan: Plan, subs: Sequence[Sublayer]) -> None:
     gone = [by_place[e.place] for e in plan.entries]
     if not gone:
         return
-    uniform, edits = plan.mode == "uniform", {}
+    uniform = plan.mode == "uniform"
+    edits: dict[str, Any] = {}
     if uniform:
         gm = surgeon.uniform_graph(gone)
     else:
