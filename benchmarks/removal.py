@@ -2,6 +2,7 @@
 
     python -m benchmarks.removal --shape 13b                        # H200: 40 × 5120, random bf16 weights, 16 of 40 removed
     python -m benchmarks.removal --shape 8b                         # Llama-3-8B: 12 of 32
+    python -m benchmarks.removal --parts score memory               # no compiling: half a minute
     python -m benchmarks.removal --device cpu --shape 13b --parts score      # one layer's weights stand in for all 40
     python -m benchmarks.removal --device cpu --shape tiny          # the same code paths in seconds
 
@@ -39,7 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
 }  # fmt: skip
 REMOVED = {"13b": 16, "8b": 12, "tiny": 2}
-PARTS = ("score", "prefill", "decode")
+PARTS = ("score", "memory", "prefill", "decode")
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--device", default="cuda")
 parser.add_argument("--shape", default="13b", choices=list(SHAPES))
@@ -244,7 +245,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if "score" in args.parts:
         methods = args.methods or (["layer", "heads", "rope"] if device == "cuda" else ["heads", "rope"])
         result["score"] = scoring(whole, device, methods)
-    if set(args.parts) & {"prefill", "decode"}:
+    if set(args.parts) & {"memory", "prefill", "decode"}:
         with torch.no_grad():
             holder = [whole]
             del whole
@@ -279,17 +280,19 @@ def speed(fusionc: Any, holder: list[nn.Module], shape: dict[str, Any], removed:
         rows.append(compare("prefill", regime, models.Logits(whole, last=True), models.Logits(pruned, last=True),
                             (tokens(1, args.prompt),), None, args, 3, nothing))  # fmt: skip
         release(device)
-    if "decode" in args.parts:
+    if set(args.parts) & {"memory", "decode"}:
         token = tokens(args.batch, 1)
         cache = cache_for(whole, args.batch, args.context + 64, args.context, token)
         small = cache_for(pruned, 1, 8, 0, token[:1])
         held = [n for n, layer in enumerate(small.layers) if getattr(layer, "keys", None) is not None]
         mine = sum(cache.layers[n].keys.nbytes + cache.layers[n].values.nbytes for n in held)
         result["memory"]["cache"] = [cache_bytes(cache), mine]
-        a, b = (Step(m, cache, args.context) for m in (whole, pruned))
-        regime = f"batch {args.batch}, {args.context} tokens in a static cache, mode reduce-overhead (CUDA graph)"
-        rows.append(compare("decode", regime, a, b, (token,), "reduce-overhead", args, 10, a.reset))
-        del cache, small, a, b
+        if "decode" in args.parts:
+            a, b = (Step(m, cache, args.context) for m in (whole, pruned))
+            regime = f"batch {args.batch}, {args.context} tokens in a static cache, mode reduce-overhead (CUDA graph)"
+            rows.append(compare("decode", regime, a, b, (token,), "reduce-overhead", args, 10, a.reset))
+            del a, b
+        del cache, small
     release(device)
     if device == "cuda":  # counted by the allocator: what the pruned model holds once nobody holds the whole one
         del whole

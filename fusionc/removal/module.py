@@ -122,7 +122,7 @@ def _apply(surgeon: Surgeon, plan: Plan, subs: Sequence[Sublayer]) -> None:
     if not gone:
         return
     uniform = plan.mode == "uniform"
-    edits: dict[Any, Any] = {}
+    edits: dict[str, Any] = {}
     if uniform:
         gm = surgeon.uniform_graph(gone)
     else:
