@@ -81,13 +81,13 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         )(gm, example_inputs)
     warm.finish(derived, model_records)
     if weights is None:
-        return compiled
+        return warm.short_cut(compiled, None)
     resolve = weights.resolve
 
     def with_derived(*args: Any) -> Any:
         return compiled(*args, *resolve(args))
 
-    return with_derived
+    return warm.short_cut(with_derived, resolve)
 
 
 def _static(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -133,15 +133,14 @@ def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, ti
             record = GraphRecord(name=name, stage=stage)  # type: ignore[arg-type]
             record.fallbacks.append(f"whole graph: {type(e).__name__}: {e}")
             call = boxed_eager(gm)
-    warm.observe(stage, call)
+    run = guarded(call, config.strict)
+    run._boxed_call = True  # type: ignore[attr-defined]
+    warm.observe(stage, call, run)
     remember(record)
     if config.dump:
         from .dump import write_graph
 
         write_graph(record, config)
-
-    run = guarded(call, config.strict)
-    run._boxed_call = True  # type: ignore[attr-defined]
     return run
 
 
