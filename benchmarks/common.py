@@ -235,7 +235,7 @@ def records(spec: str) -> list[Any]:
 
 
 def counts(spec: str, before: Sequence[Any]) -> dict[str, Any] | None:
-    """Graphs, kernels and unexpected library calls that fusionc recorded since ``before``; None for other backends."""
+    """Graphs, kernels, calls of our operators and unexpected library calls since ``before``; None for other backends."""
     if spec.partition(":")[0] != "fusionc":
         return None
     new = [g for g in records(spec) if not any(g is old for old in before)]
@@ -243,6 +243,7 @@ def counts(spec: str, before: Sequence[Any]) -> dict[str, Any] | None:
         "graphs": len(new),
         "kernels": sum(len(g.kernels) for g in new),
         "launches": sum(k.uses for g in new for k in g.kernels),
+        "templates": sum(c.op.startswith("fusionc.") for g in new for c in g.calls),
         "whole": [f for g in new for f in g.fallbacks if f.startswith("whole graph")],
         "fallbacks": sorted(
             {f"{c.op}: {c.reason}" for g in new for c in g.calls if c.reason} | {f for g in new for f in g.fallbacks}
@@ -260,8 +261,8 @@ def not_compiled(report: dict[str, Any] | None) -> str | None:
         return None
     if report["whole"]:
         return f"NOT COMPILED, ran in ATen: {report['whole'][0]}"[:200]
-    if not report["graphs"] or not report["kernels"]:
-        return f"NOT COMPILED: {report['graphs']} graphs with {report['kernels']} kernels recorded"
+    if not report["graphs"] or not report["kernels"] + report["templates"]:
+        return f"NOT COMPILED: {report['graphs']} graphs with no kernel and no template recorded"
     return None
 
 

@@ -104,8 +104,10 @@ def test_a_run_that_fell_back_to_aten_is_no_figure_of_fusionc(new, monkeypatch, 
 def test_kernels_recorded_since_then_count_as_compiled():
     assert common.not_compiled(None) is None
     assert common.counts("inductor", []) is None
-    found = {"graphs": 1, "kernels": 2, "whole": []}
+    found = {"graphs": 1, "kernels": 2, "templates": 0, "whole": []}
     assert common.not_compiled(found) is None
+    assert common.not_compiled(found | {"kernels": 0, "templates": 1}) is None
+    assert common.not_compiled(found | {"kernels": 0}).startswith("NOT COMPILED")
     assert common.not_compiled(found | {"whole": [WHOLE]}).endswith(WHOLE)
 
 

@@ -1,6 +1,7 @@
 """``fusionc::skinny_linear``: a linear layer of a few rows with what stands around it, y = epilogue(norm(x) Wᵀ).
 
-x [M, K] (any row stride), weight [N, K] or with an activation [2 N, K] (gate rows above up rows).
+x [M, K] (any row stride), weight [N, K] or with an activation [2 N, K] (gate rows above up rows).  The rows may lie in
+up to three tensors, ``weight`` and ``more``, as if those were concatenated: sibling weights are read where they are.
 
 norm        RMSNorm over K with weight ``norm`` [K]: norm(x) = x · rsqrt(mean(x²) + eps) in float32; ``rounds`` says
             whether it is rounded to x's dtype before it is multiplied with the weight (as Llama does) or only after
@@ -16,6 +17,7 @@ Returns [M, N], contiguous, in x's dtype.  The kernel takes one row of 16 bits; 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,19 +28,25 @@ from . import late
 _library = torch.library.Library("fusionc", "FRAGMENT")
 _library.define(
     "skinny_linear(Tensor x, Tensor weight, Tensor? norm, float eps, bool rounds, Tensor? bias, str activation, "
-    "Tensor? residual, bool chained) -> Tensor"
+    "Tensor? residual, bool chained, Tensor[]? more=None) -> Tensor"
 )
 
 
 def reference(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
-              activation: str, residual: Tensor | None, chained: bool = False) -> Tensor:  # fmt: skip
+              activation: str, residual: Tensor | None, chained: bool = False,
+              more: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
     """The operator in ATen, rounding by rounding."""
     dtype = x.dtype
     if norm is not None:
         h = x.to(torch.promote_types(dtype, torch.float32))
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
         x = norm * h.to(dtype) if rounds else (h * norm).to(dtype)
-    y = F.linear(x, weight, bias)
+    if more:
+        parts = [weight, *more]
+        biases = [None] * len(parts) if bias is None else bias.split([part.shape[0] for part in parts])
+        y = torch.cat([F.linear(x, *pair) for pair in zip(parts, biases)], -1)
+    else:
+        y = F.linear(x, weight, bias)
     if activation:
         gate, up = y.chunk(2, -1)
         if activation == "silu":
@@ -52,8 +60,8 @@ def reference(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds
 
 
 def _shape(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
-           activation: str, residual: Tensor | None, chained: bool) -> Tensor:  # fmt: skip
-    width = weight.shape[0] // 2 if activation else weight.shape[0]
+           activation: str, residual: Tensor | None, chained: bool, more: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
+    width = sum(part.shape[0] for part in (weight, *(more or ()))) // (2 if activation else 1)
     return x.new_empty((x.shape[0], width))
 
 

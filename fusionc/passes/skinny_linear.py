@@ -4,6 +4,7 @@ Math       add(r, mm(rmsnorm(x), Wᵀ)),  silu(mm(x, W₁ᵀ)) · mm(x, W₂ᵀ)
 Exactness  reassociates: products are summed in another order; every other rounding stays where it is
 Legality   inference on a GPU; bfloat16 or float16; x [M, K] with M known and small; W a parameter stored [N, K], not written
            by the graph; what lies inside has no other reader; nothing is written between
+Memory     sibling weights that horizontal_matmul laid side by side are read where they are, and the copy is dropped
 Cost       one launch instead of two to four, which is most of the time of a small layer at M = 1; the norm is computed
            again in every program
 Source     GPT-fast and TensorRT-LLM decode with fused matrix–vector kernels; measured in NOTES.md
@@ -159,15 +160,40 @@ class SkinnyLinear(Pass):
             x = _flat(graph, flat, (rows, inner), origin)
             residual = None if fused.residual is None else _flat(graph, fused.residual, (rows, width), origin)
             chained = _follows(x, residual)
+            parts = _parts(fused, facts)
             new = edit.insert(
                 graph, torch.ops.fusionc.skinny_linear.default,
-                (x, fused.weight, norm.weight if norm else None, norm.eps if norm else 0.0, bool(norm and norm.rounds),
-                 fused.bias, fused.activation, residual, chained),
+                (x, parts[0], norm.weight if norm else None, norm.eps if norm else 0.0, bool(norm and norm.rounds),
+                 fused.bias, fused.activation, residual, chained, *([parts[1:]] if parts[1:] else [])),
                 origin=origin, val=values.whole)
             if sizes != (rows, width):
                 new = edit.insert(graph, aten.view.default, (new, list(sizes)), origin=origin, val=view)
         last.replace_all_uses_with(new)
         edit.erase_dead([last])
+        edit.drop_derived(facts.gm, fused.weight)
+
+
+def _parts(fused: Fused, facts: Facts) -> list[Node]:
+    """The weights [Nᵢ, K] that a derived weight lays side by side, if the operator can read them apart; else itself."""
+    weight, width = fused.weight, shape(fused.x)[1]  # type: ignore[index]
+    entry = edit.derived(facts.gm, weight)
+    if entry is None or not isinstance(entry.recipe, list) or entry.recipe[:1] != ["concatenate"]:
+        return [weight]
+    _, _, transposed, chains = entry.recipe
+    inputs = edit.placeholders(facts.gm)
+    found = [inputs[position] for position in entry.sources]
+    if not transposed or len(found) > (2 if fused.activation else 3) or any(len(chain) != 1 for chain in chains):
+        return [weight]
+    if any(name not in ("aten::t", "aten::transpose.int", "aten::permute") for ((name, _, _),) in chains):
+        return [weight]
+    heights = [(shape(node) or (None,))[0] for node in found]
+    if any(not isinstance(height, int) or height % 8 for height in heights):
+        return [weight]
+    if fused.activation and heights[0] != heights[1]:
+        return [weight]
+    if any(shape(node) != (height, width) or stride(node) != (width, 1) for node, height in zip(found, heights)):
+        return [weight]
+    return found
 
 
 def _flat(graph: Any, node: Node, sizes: tuple[int, int], origin: list[Node]) -> Node:

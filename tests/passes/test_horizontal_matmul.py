@@ -152,6 +152,12 @@ def test_refuses_in_training() -> None:
     assert refusals(PASS, pair(), stage="backward") == ["weights change every step in training (a)"]
 
 
+def test_refuses_many_rows_on_a_cpu() -> None:
+    many = pair().replace("[6, 8]", "[33, 8]").replace("[6, 5]", "[33, 5]").replace("[6, 4]", "[33, 4]")
+    assert refusals(PASS, many) == ["on a CPU a wider product of many rows is no faster (a)"]
+    assert apply(PASS, many.replace("[33, ", "[32, "))[1].fired == 1
+
+
 def test_refuses_other_dtypes() -> None:
     # not two matmuls of one input in practice, but the check must not depend on that
     from fusionc.passes.horizontal_matmul import Sibling, Weight, _fits

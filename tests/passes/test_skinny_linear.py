@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusionc.graph.text import parse
+from fusionc.graph.text import graph_text, parse
 from fusionc.passes.skinny_linear import SkinnyLinear
 from tests.passes.helpers import apply, call, check_values, inputs_for, refusals, rewritten
 
@@ -158,3 +158,71 @@ return (%z)
 
 def test_other_devices_are_left_alone() -> None:
     assert apply(SkinnyLinear(), PLAIN)[1].fired == 0
+
+
+SIBLINGS = """
+%x: bf16[1, 16] = input
+%w1: bf16[8, 16] = input  # static
+%w2: bf16[16, 16] = input  # static
+%w3: bf16[8, 16] = input  # static
+%t1: bf16[16, 8]{1, 16} = aten.t(%w1)
+%y1: bf16[1, 8] = aten.mm(%x, %t1)
+%t2: bf16[16, 16]{1, 16} = aten.transpose.int(%w2, 0, 1)
+%y2: bf16[1, 16] = aten.mm(%x, %t2)
+%t3: bf16[16, 8]{1, 16} = aten.permute(%w3, [1, 0])
+%y3: bf16[1, 8] = aten.mm(%x, %t3)
+%a: bf16[1, 8] = aten.sin(%y1)
+%b: bf16[1, 16] = aten.sin(%y2)
+%c: bf16[1, 8] = aten.sin(%y3)
+return (%a, %b, %c)
+"""
+
+
+def _after_merging(text: str) -> torch.fx.GraphModule:
+    from fusionc.passes.horizontal_matmul import HorizontalMatmul
+    from fusionc.passes.manager import run
+
+    gm = parse(text)
+    static = tuple(k for k, n in enumerate(gm.graph.find_nodes(op="placeholder")) if n.name != "x")
+    new, records = run([(1, HorizontalMatmul()), (2, PASS)], gm, "graph", None, static=static)
+    assert [record.fired for record in records] == [1, 1]
+    return new
+
+
+def test_sibling_weights_are_read_where_they_are() -> None:
+    new = _after_merging(SIBLINGS)
+    text = graph_text(new)
+    assert "fusionc.skinny_linear(%x, %w1, None, 0.0, False, None, \"\", None, False, [%w2, %w3])" in text
+    assert "derived" not in text and not new.meta["fusionc_derived"]
+    inputs = inputs_for(parse(SIBLINGS))
+    for got, want in zip(call(new, inputs)[0], call(parse(SIBLINGS), inputs)[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "why, text",
+    [
+        ("a height that is no multiple of 8", SIBLINGS.replace("%w1: bf16[8,", "%w1: bf16[12,").replace(
+            "%t1: bf16[16, 8]", "%t1: bf16[16, 12]").replace("%y1: bf16[1, 8]", "%y1: bf16[1, 12]").replace(
+            "%a: bf16[1, 8]", "%a: bf16[1, 12]")),
+        ("a cast", SIBLINGS.replace("%t1: bf16[16, 8]{1, 16} = aten.t(%w1)",
+         "%u1: bf16[8, 16] = aten._to_copy(%w1, dtype=torch.bfloat16)\n%t1: bf16[16, 8]{1, 16} = aten.t(%u1)")),
+    ],
+)
+def test_siblings_that_cannot_be_read_apart_keep_the_copy(why: str, text: str) -> None:
+    new = _after_merging(text)
+    assert len(new.meta["fusionc_derived"]) == 1 and "fusionc.skinny_linear(%x, %derived_0, " in graph_text(new), why
+
+
+def test_inputs_added_later_have_names_of_their_own() -> None:
+    from fusionc.graph import edit
+
+    gm = parse(SIBLINGS)
+    like = torch.empty(2)
+    made = [edit.add_derived(gm, [1], lambda found: found[0], like) for _ in range(3)]
+    edit.drop_derived(gm, made[1])
+    last = edit.add_derived(gm, [1], lambda found: found[0], like)
+    assert [each.name for each in gm.meta["fusionc_derived"]] == ["derived_0", "derived_2", "derived_3"]
+    assert last.name == "derived_3"
+    edit.drop_derived(gm, gm.graph.find_nodes(op="placeholder")[0])
+    assert len(gm.graph.find_nodes(op="placeholder")) == 7
