@@ -206,8 +206,14 @@ def floor_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: 
 
 
 def compiled(fn: Callable[..., Any], spec: str) -> Callable[..., Any]:
-    """``fn`` under a backend written as ``name`` or ``name:mode`` ("eager", "floor", "inductor:reduce-overhead", …)."""
+    """``fn`` under a backend written as ``name`` or ``name:mode`` ("eager", "floor", "inductor:reduce-overhead", …).
+
+    ``fusionc@causal_mask+cse`` is fusionc without these passes, to see what they are worth.
+    """
+    spec, _, disabled = spec.partition("@")
     name, _, mode = spec.partition(":")
+    if disabled:
+        return torch.compile(fn, backend=name, options={"disable": disabled.split("+")})
     if name == "eager":
         return fn
     backend: Any = floor_backend if name == "floor" else name
@@ -227,7 +233,7 @@ def first_line(error: BaseException, width: int = 160) -> str:
 
 def records(spec: str) -> list[Any]:
     """What fusionc has recorded in this process so far; empty for other backends."""
-    if spec.partition(":")[0] != "fusionc":
+    if not spec.startswith("fusionc"):
         return []
     import fusionc
 
@@ -236,7 +242,7 @@ def records(spec: str) -> list[Any]:
 
 def counts(spec: str, before: Sequence[Any]) -> dict[str, Any] | None:
     """Graphs, kernels, calls of our operators and unexpected library calls since ``before``; None for other backends."""
-    if spec.partition(":")[0] != "fusionc":
+    if not spec.startswith("fusionc"):
         return None
     new = [g for g in records(spec) if not any(g is old for old in before)]
     return {
