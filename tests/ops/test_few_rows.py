@@ -46,6 +46,28 @@ def test_tiles_fit(rows: int, width: int, inner: int, gated: bool) -> None:
         assert (t.bm + t.bn * (2 if gated else 1)) * t.bk * 2 * t.stages <= 200 << 10  # shared memory
 
 
+@pytest.mark.cross
+@pytest.mark.parametrize(
+    "rows, width, inner, gated, turned", [(128, 768, 3072, False, True), (16, 4096, 14336, False, False), (24, 3072, 1024, True, False)]
+)
+def test_kernel_builds_for_hopper_without_spills(rows: int, width: int, inner: int, gated: bool, turned: bool) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    from fusionc.codegen.templates.few_rows import TEXT, ahead
+    from fusionc.runtime.templates import Template
+
+    t = tiles(rows, width, inner, gated, 132)[0]
+    constants = {"N0": 0, "N1": 0, "APART": gated, "M": rows, "N": width, "K": inner, "XS": inner, "ACT": "silu" if gated else "",
+                 "GATED": gated, "HAS_BIAS": True, "HAS_RESIDUAL": True, "KN": turned, "SPLIT": t.split, "WIDE": False,
+                 "PDL": True, "FETCH": ahead(width, inner, gated), "BM": t.bm, "BN": t.bn, "BK": t.bk, "STAGES": t.stages}  # fmt: skip
+    kinds = ("*bf16",) * 7 + ("*fp32", "*i32")
+    kernel = Template(TEXT, "few_rows", kinds, tuple(constants.items()), torch.device("cpu"), t.warps, t.stages)
+    built = kernel.build(GPUTarget("cuda", 90, 32), usage=True)
+    ptx = built.asm["ptx"]
+    assert built.spills == 0 and "cp.async" in ptx and ("wgmma" in ptx or "mma.sync" in ptx)
+    assert ptx.index("griddepcontrol.wait") < ptx.index("cp.async")
+
+
 def _kernel() -> None:
     from fusionc.codegen.templates.few_rows import TEXT
     from fusionc.ops.skinny_linear import reference

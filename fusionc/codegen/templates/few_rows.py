@@ -197,8 +197,8 @@ def tiles(rows: int, width: int, inner: int, gated: bool, processors: int) -> tu
         t = replace(t, bk=min(t.bk, max(16, 1 << (inner - 1).bit_length())))
         count = -(-rows // t.bm) * -(-width // t.bn)
         steps = -(-inner // t.bk)
-        split = 1  # half the processors are enough if that spares the second stage
-        while 2 * count * split <= processors and steps // (2 * split) >= 4 and split < 8:
+        split = 1  # few rows: several programs a processor, else half as many are enough if that spares the second stage
+        while 2 * count * split <= (4 if rows <= 16 else 1) * processors and steps // (2 * split) >= 4 and split < 8:
             split *= 2
         short = max(0.0, 1 - 2 * count * split / processors)  # share of processors that stay without work
         found.append((short, replace(t, split=split)))
