@@ -47,9 +47,8 @@ def test_tiles_fit(rows: int, width: int, inner: int, gated: bool) -> None:
 
 
 @pytest.mark.cross
-@pytest.mark.parametrize(
-    "rows, width, inner, gated, turned", [(128, 768, 3072, False, True), (16, 4096, 14336, False, False), (24, 3072, 1024, True, False)]
-)
+@pytest.mark.parametrize("rows, width, inner, gated, turned", [(128, 768, 3072, False, True), (16, 4096, 14336, False, False),
+                                                               (24, 3072, 1024, True, False)])  # fmt: skip
 def test_kernel_builds_for_hopper_without_spills(rows: int, width: int, inner: int, gated: bool, turned: bool) -> None:
     from triton.backends.compiler import GPUTarget
 
@@ -57,9 +56,10 @@ def test_kernel_builds_for_hopper_without_spills(rows: int, width: int, inner: i
     from fusionc.runtime.templates import Template
 
     t = tiles(rows, width, inner, gated, 132)[0]
-    constants = {"N0": 0, "N1": 0, "APART": gated, "M": rows, "N": width, "K": inner, "XS": inner, "ACT": "silu" if gated else "",
-                 "GATED": gated, "HAS_BIAS": True, "HAS_RESIDUAL": True, "KN": turned, "SPLIT": t.split, "WIDE": False,
-                 "PDL": True, "FETCH": ahead(width, inner, gated), "BM": t.bm, "BN": t.bn, "BK": t.bk, "STAGES": t.stages}  # fmt: skip
+    constants = {"N0": 0, "N1": 0, "APART": gated, "M": rows, "N": width, "K": inner, "XS": inner,
+                 "ACT": "silu" if gated else "", "GATED": gated, "HAS_BIAS": True, "HAS_RESIDUAL": True, "KN": turned,
+                 "SPLIT": t.split, "WIDE": False, "PDL": True, "FETCH": ahead(width, inner, gated),
+                 "BM": t.bm, "BN": t.bn, "BK": t.bk, "STAGES": t.stages}  # fmt: skip
     kinds = ("*bf16",) * 7 + ("*fp32", "*i32")
     kernel = Template(TEXT, "few_rows", kinds, tuple(constants.items()), torch.device("cpu"), t.warps, t.stages)
     built = kernel.build(GPUTarget("cuda", 90, 32), usage=True)

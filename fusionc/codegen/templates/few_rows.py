@@ -47,8 +47,9 @@ def _fetch(at):
 def few_rows(x, w, w1, w2, bias, residual, out, part, counters,
              N0: tl.constexpr, N1: tl.constexpr, APART: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
              K: tl.constexpr, XS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-             HAS_RESIDUAL: tl.constexpr, KN: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, FETCH: tl.constexpr,
-             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
+             HAS_RESIDUAL: tl.constexpr, KN: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
+             PDL: tl.constexpr, FETCH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+             STAGES: tl.constexpr):
     DT: tl.constexpr = out.dtype.element_ty
     TM: tl.constexpr = (M + BM - 1) // BM
     STEPS: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
