@@ -39,7 +39,7 @@ def test_operator_is_well_formed() -> None:
                                                  (768, 3072, False), (40, 104, True), (128256, 2048, False)])  # fmt: skip
 def test_tiles_fit(rows: int, width: int, inner: int, gated: bool) -> None:
     found = tiles(rows, width, inner, gated, 132)
-    assert found and len(set(found)) == len(found) <= 4
+    assert found and len(set(found)) == len(found) <= 2
     for t in found:
         assert 16 <= t.bm <= 128 and 16 <= t.bn <= BLOCK and t.bk >= 16
         assert t.split == 1 or (t.split - 1) * -(-(-(-inner // t.bk)) // t.split) * t.bk < inner  # no range is empty

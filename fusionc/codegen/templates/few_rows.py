@@ -15,6 +15,7 @@ an H200 (NOTES.md).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 TEXT = '''
@@ -184,13 +185,14 @@ def ahead(width: int, inner: int, gated: bool) -> int:
 
 
 def tiles(rows: int, width: int, inner: int, gated: bool, processors: int) -> tuple[Tile, ...]:
-    """Candidates, the default first: fast on an H200 for these kinds of shapes, and enough programs for the device."""
-    if rows <= 16:
-        base = [Tile(16, 32, 256, 4, 3), Tile(16, 16, 256, 2, 4), Tile(16, 64, 128, 4, 4)]
+    """At most two candidates, the default first: fast on an H200 for such shapes, with programs for most of the device."""
+    if rows <= 16:  # several programs a processor keep the memory busy
+        base, wanted = [Tile(16, 32, 256, 4, 3), Tile(16, 16, 256, 2, 4)], 4.0 * processors
     elif rows <= 32:
-        base = [Tile(32, 64, 128, 4, 4), Tile(32, 32, 128, 4, 4), Tile(32, 32, 256, 4, 3)]
-    else:
+        base, wanted = [Tile(32, 64, 128, 4, 4), Tile(32, 32, 128, 4, 4), Tile(32, 16, 128, 4, 4)], 1.0 * processors
+    else:  # more programs than that read x too often
         base = [Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 6), Tile(64, 16, 128, 4, 4), Tile(64, 32, 256, 4, 3)]
+        wanted = 0.7 * processors
     found: list[tuple[float, Tile]] = []
     for t in base:
         while (t.bm + t.bn * (2 if gated else 1)) * t.bk * 2 * t.stages > _SHARED and t.stages > 2:
@@ -198,10 +200,9 @@ def tiles(rows: int, width: int, inner: int, gated: bool, processors: int) -> tu
         t = replace(t, bk=min(t.bk, max(16, 1 << (inner - 1).bit_length())))
         count = -(-rows // t.bm) * -(-width // t.bn)
         steps = -(-inner // t.bk)
-        split = 1  # few rows: several programs a processor, else half as many are enough if that spares the second stage
-        while 2 * count * split <= (4 if rows <= 16 else 1) * processors and steps // (2 * split) >= 4 and split < 8:
+        split = 1
+        while count * split < 0.75 * wanted and steps // (2 * split) >= 4 and split < 8:
             split *= 2
-        short = max(0.0, 1 - 2 * count * split / processors)  # share of processors that stay without work
-        found.append((short, replace(t, split=split)))
-    found.sort(key=lambda each: each[0] > 0.5)  # those that leave most of the device idle come last
-    return tuple(dict.fromkeys(t for _, t in found))
+        found.append((abs(math.log2(count * split / wanted)) if rows > 16 else 0.0, replace(t, split=split)))
+    found.sort(key=lambda each: each[0])
+    return tuple(dict.fromkeys(t for _, t in found))[:2]
