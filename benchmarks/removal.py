@@ -2,6 +2,7 @@
 
     python -m benchmarks.removal --shape 13b                        # H200: 40 × 5120, random bf16 weights, 16 of 40 removed
     python -m benchmarks.removal --shape 8b                         # Llama-3-8B: 12 of 32
+    python -m benchmarks.removal --parts score memory               # no compiling: half a minute
     python -m benchmarks.removal --device cpu --shape 13b --parts score      # one layer's weights stand in for all 40
     python -m benchmarks.removal --device cpu --shape tiny          # the same code paths in seconds
 
@@ -39,14 +40,16 @@ SHAPES: dict[str, dict[str, Any]] = {
              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
 }  # fmt: skip
 REMOVED = {"13b": 16, "8b": 12, "tiny": 2}
-PARTS = ("score", "prefill", "decode")
+PARTS = ("score", "memory", "prefill", "decode")
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--device", default="cuda")
 parser.add_argument("--shape", default="13b", choices=list(SHAPES))
 parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
 parser.add_argument("--removed", type=int, help="sublayers to remove (default 16 of 40, 12 of 32)")
 parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-parser.add_argument("--methods", nargs="+", help="weight scores to time (default: all on a GPU, heads and rope on a CPU)")
+parser.add_argument(
+    "--methods", nargs="+", help="weight scores to time (default: all on a GPU, heads and rope on a CPU)"
+)
 parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prefill (batch 1)")
 parser.add_argument("--batch", type=int, default=32, help="sequences of the decode step")
 parser.add_argument("--context", type=int, default=2048, help="tokens in the cache of the decode step")
@@ -211,11 +214,14 @@ def compare(name: str, regime: str, whole: nn.Module, pruned: nn.Module, inputs:
     errors = {label: float((outs[f"{label} fusionc"].double() - outs[f"{label} eager"].double()).norm()
                            / outs[f"{label} eager"].double().norm()) for label in ("whole", "pruned")}  # fmt: skip
     ms = timed(arms, args.rounds, count, args.device)
-    ratios = {kind: ms[f"whole {kind}"] / ms[f"pruned {kind}"] for kind in ("fusionc", "eager") if f"whole {kind}" in ms}
+    ratios = {
+        kind: ms[f"whole {kind}"] / ms[f"pruned {kind}"] for kind in ("fusionc", "eager") if f"whole {kind}" in ms
+    }
     say(f"{name} ({regime}): " + ", ".join(f"{k} {v:.3f} ms" for k, v in ms.items())
         + "; speed-up " + ", ".join(f"{k} {v:.3f}x" for k, v in ratios.items())
         + "; fusionc against eager, relative: " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))  # fmt: skip
-    return {"name": name, "regime": regime, "ms": ms, "speedup": ratios, "first_call_s": compile_s, "against_eager": errors, "graphs": graphs}
+    return {"name": name, "regime": regime, "ms": ms, "speedup": ratios, "first_call_s": compile_s, "against_eager": errors,
+            "graphs": graphs}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -233,11 +239,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start = time.perf_counter()
     whole = build(shape, device, shared=device == "cpu" and args.shape != "tiny")
     synchronize(device)
-    say(f"{args.shape}: {total} layers x {shape['hidden_size']}, {whole.dtype}, built in {time.perf_counter() - start:.1f} s")
+    say(
+        f"{args.shape}: {total} layers x {shape['hidden_size']}, {whole.dtype}, built in {time.perf_counter() - start:.1f} s"
+    )
     if "score" in args.parts:
         methods = args.methods or (["layer", "heads", "rope"] if device == "cuda" else ["heads", "rope"])
         result["score"] = scoring(whole, device, methods)
-    if set(args.parts) & {"prefill", "decode"}:
+    if set(args.parts) & {"memory", "prefill", "decode"}:
         with torch.no_grad():
             holder = [whole]
             del whole
@@ -272,22 +280,25 @@ def speed(fusionc: Any, holder: list[nn.Module], shape: dict[str, Any], removed:
         rows.append(compare("prefill", regime, models.Logits(whole, last=True), models.Logits(pruned, last=True),
                             (tokens(1, args.prompt),), None, args, 3, nothing))  # fmt: skip
         release(device)
-    if "decode" in args.parts:
+    if set(args.parts) & {"memory", "decode"}:
         token = tokens(args.batch, 1)
         cache = cache_for(whole, args.batch, args.context + 64, args.context, token)
         small = cache_for(pruned, 1, 8, 0, token[:1])
         held = [n for n, layer in enumerate(small.layers) if getattr(layer, "keys", None) is not None]
         mine = sum(cache.layers[n].keys.nbytes + cache.layers[n].values.nbytes for n in held)
         result["memory"]["cache"] = [cache_bytes(cache), mine]
-        a, b = (Step(m, cache, args.context) for m in (whole, pruned))
-        regime = f"batch {args.batch}, {args.context} tokens in a static cache, mode reduce-overhead (CUDA graph)"
-        rows.append(compare("decode", regime, a, b, (token,), "reduce-overhead", args, 10, a.reset))
-        del cache, small, a, b
+        if "decode" in args.parts:
+            a, b = (Step(m, cache, args.context) for m in (whole, pruned))
+            regime = f"batch {args.batch}, {args.context} tokens in a static cache, mode reduce-overhead (CUDA graph)"
+            rows.append(compare("decode", regime, a, b, (token,), "reduce-overhead", args, 10, a.reset))
+            del a, b
+        del cache, small
     release(device)
     if device == "cuda":  # counted by the allocator: what the pruned model holds once nobody holds the whole one
         del whole
         release(device)
         result["memory"]["allocated"] = torch.cuda.memory_allocated()
+        say(f"the allocator holds {torch.cuda.memory_allocated() / 1e9:.2f} GB: the pruned model alone")
     memory = result["memory"]
     lines = [[kind, *(f"{n / 1e9:.2f}" for n in memory[kind]), f"{1 - memory[kind][1] / memory[kind][0]:.0%}"]
              for kind in ("parameters", "cache") if kind in memory]  # fmt: skip

@@ -87,14 +87,16 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         )(gm, example_inputs)
     warm.finish(derived, model_records)
     if weights is None:
-        return compiled
+        return warm.short_cut(compiled, None)
     resolve = weights.resolve
 
     def with_derived(*args: Any) -> Any:
         return compiled(*args, *resolve(args))
 
     bounds = gm.meta.get("fusionc_bounds")
-    return _while_bounds_hold(bounds, config, with_derived, given) if bounds else with_derived
+    if bounds:
+        return _while_bounds_hold(bounds, config, with_derived, given)
+    return warm.short_cut(with_derived, resolve)
 
 
 def _while_bounds_hold(bounds: list[Any], config: Config, approximate: Callable[..., Any],
@@ -168,15 +170,14 @@ def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, ti
             record = GraphRecord(name=name, stage=stage)  # type: ignore[arg-type]
             record.fallbacks.append(f"whole graph: {type(e).__name__}: {e}")
             call = boxed_eager(gm)
-    warm.observe(stage, call)
+    run = guarded(call, config.strict)
+    run._boxed_call = True  # type: ignore[attr-defined]
+    warm.observe(stage, call, run)
     remember(record)
     if config.dump:
         from .dump import write_graph
 
         write_graph(record, config)
-
-    run = guarded(call, config.strict)
-    run._boxed_call = True  # type: ignore[attr-defined]
     return run
 
 

@@ -14,12 +14,14 @@ from .causal_mask import CausalMask
 from .conv_bias import ConvBias
 from .conv_bn import ConvBatchNorm
 from .conv_branches import ConvBranches
+from .conv_matmul import ConvMatmul
 from .conv_relu import ConvRelu
 from .counters import Counters
 from .cse import CommonSubexpressions
 from .decode_attention import DecodeAttention
 from .depthwise import Depthwise
 from .depthwise_backward import DepthwiseBackward
+from .depthwise_cpu import DepthwiseCPU
 from .fft_conv import FftConv
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
@@ -61,12 +63,14 @@ PIPELINE: tuple[Step, ...] = (
     Step(8, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
     Step(9, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
-    Step(24, FftConv(), "graph", "before the convolution is taken by anything else"),
-    Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
-    Step(26, StackedSum(), "graph", "once equal stacks are one node, so that all of its readers can go"),
-    Step(27, PerExampleConv(), "graph", "takes the bias along, so before it is split off"),
-    Step(28, OuterProduct(), "graph", "before products are merged: this one is none"),
-    Step(29, DepthwiseBackward(), "graph", "what it makes are kernels' calls, which later passes leave alone"),
+    Step(21, FftConv(), "graph", "before the convolution is taken by anything else"),
+    Step(22, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
+    Step(23, StackedSum(), "graph", "once equal stacks are one node, so that all of its readers can go"),
+    Step(24, PerExampleConv(), "graph", "takes the bias along, so before it is split off"),
+    Step(25, ConvMatmul(), "graph", "with the bias, so before it is split off"),
+    Step(26, OuterProduct(), "graph", "before products are merged: this one is none"),
+    Step(27, DepthwiseBackward(), "graph", "what it makes are kernels' calls, which later passes leave alone"),
+    Step(28, DepthwiseCPU(), "graph", "like the next one, with a kernel for the CPU"),
     Step(30, Depthwise(), "graph", "takes the bias along, so before it is split off"),
     Step(31, ConvBias(), "graph", "once equal convolutions are one node"),
     Step(32, MaxPool(), "graph", "moves in front of the bias that was just split off"),

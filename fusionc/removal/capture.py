@@ -90,7 +90,9 @@ def _run(model: nn.Module, inputs: Inputs, backend: Callable[..., Any]) -> Any:
         return call(torch.compile(model, backend=backend, dynamic=False), inputs)  # type: ignore[arg-type]
 
 
-def observe(model: nn.Module, inputs: Inputs, see: Callable[[Sublayer, Tensor, Tensor], None], mlps: bool = False) -> Any:
+def observe(
+    model: nn.Module, inputs: Inputs, see: Callable[[Sublayer, Tensor, Tensor], None], mlps: bool = False
+) -> Any:
     """Run the model; ``see(sublayer, residual, addend)`` gets what each sublayer read and added. Returns the result."""
 
     def watch(gm: GraphModule, real: list[Any]) -> Callable[..., Any]:

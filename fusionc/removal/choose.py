@@ -16,7 +16,10 @@ from .scores import METHODS, score
 KIND = "remove_attention"
 MODES = ("identity", "uniform")
 _TAKES = "a count, a fraction, a list of layer numbers, a drop list or a Plan"
-PROTECT = (2, 1)  # layers kept at the start and at the end unless named one by one (the spec's default, not the paper's)
+PROTECT = (
+    2,
+    1,
+)  # layers kept at the start and at the end unless named one by one (the spec's default, not the paper's)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ def check(where: str, what: Any) -> Any:
 
 
 def _numbers(where: str, given: Any) -> tuple[int, ...]:
-    if isinstance(given, (list, tuple)) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in given):
+    if isinstance(given, (list, tuple)) and all(
+        isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in given
+    ):
         if len(set(given)) == len(given):
             return tuple(given)
     raise OptionError(f"{where} takes different layer numbers from 0 up, found {given!r:.80}.")

@@ -18,7 +18,11 @@ _SCORES = set("mul truediv div imul itruediv div_ mul_ add iadd add_ sub masked_
 def cores(gm: GraphModule) -> Iterator[Node]:
     """In execution order."""
     for n in gm.graph.nodes:
-        if op(n).startswith("scaled_dot_product_attention") or op(n) == "softmax" and product_with_values(n) is not None:
+        if (
+            op(n).startswith("scaled_dot_product_attention")
+            or op(n) == "softmax"
+            and product_with_values(n) is not None
+        ):
             yield n
 
 
@@ -98,7 +102,9 @@ def inputs(core: Node, reader: Reader) -> tuple[Node, Node | Turned, float]:
 def _scores_below(node: Node, reader: Reader, depth: int = 12) -> bool:
     if op(node) in PRODUCT:
         return reader.linear(node) is None
-    return depth > 0 and op(node) in _SCORES and any(_scores_below(a, reader, depth - 1) for a in nodes_of(node.args[:3]))
+    return (
+        depth > 0 and op(node) in _SCORES and any(_scores_below(a, reader, depth - 1) for a in nodes_of(node.args[:3]))
+    )
 
 
 __all__ = ["cores", "inputs", "product_with_values", "result"]

@@ -145,7 +145,14 @@ class Finder:
             raise Refused(s.refusal)
         assert s.queries is not None and s.keys is not None
         q, k = _by_head(s.queries.ids), _by_head(s.keys.ids)
-        if q is None or k is None or q.shape[1] != k.shape[1] or len(q) % len(k) or bool((q < 0).any()) or bool((k < 0).any()):
+        if (
+            q is None
+            or k is None
+            or q.shape[1] != k.shape[1]
+            or len(q) % len(k)
+            or bool((q < 0).any())
+            or bool((k < 0).any())
+        ):
             raise Refused("the heads of its queries and keys do not fit together")
         k = k.repeat_interleave(len(q) // len(k), 0)
         partner = None

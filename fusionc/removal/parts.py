@@ -141,4 +141,18 @@ def trains(dropout: Node) -> bool:
     return bool(given.get("training", True)) and bool(given.get("p", 0.5))
 
 
-__all__ = ["ADD", "PRODUCT", "SAME", "SCALE", "VIEWS", "Linear", "Reader", "Refused", "op", "plain", "real", "size", "trains"]
+__all__ = [
+    "ADD",
+    "PRODUCT",
+    "SAME",
+    "SCALE",
+    "VIEWS",
+    "Linear",
+    "Reader",
+    "Refused",
+    "op",
+    "plain",
+    "real",
+    "size",
+    "trains",
+]

@@ -28,7 +28,9 @@ def addition(reader: Reader, node: Node, output: Linear | None = None) -> tuple[
         if len(users) > 1 and all(op(u) in _NORM_PARTS for u in users):
             raise Refused("its output is not a plain residual addend: a norm comes first")
         if len(users) != 1 or users[0].op == "output":
-            raise Refused("its output has other readers than the residual addition" if users else "its output is unused")
+            raise Refused(
+                "its output has other readers than the residual addition" if users else "its output is unused"
+            )
         user = users[0]
         name = op(user)
         linear = reader.linear(user)

@@ -59,7 +59,8 @@ def candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
     wide = shape.kernel[0] * shape.kernel[1] > 81
     if shape.last:
         ours = _direct(shape, images)
-        found += [("turned", *c) for c in _toeplitz(shape, images)] + ours if wide else ours
+        turned = [("turned", *c) for c in _toeplitz(shape, images)] if wide else []
+        found += turned if turned and shape.kernel[0] * shape.kernel[1] > 169 else turned + ours
     else:
         found += [("toeplitz", *c) for c in _toeplitz(shape, images)]
     found.append(("library",))
@@ -72,52 +73,51 @@ def _tiles(shape: Shape) -> list[tuple[int, int]]:
         return []
     width, out = shape.size[1], shape.out[1]
     reach = (shape.kernel[1] - 1) * shape.dilation[1] + 1
-    tiles: list[tuple[int, int]] = []
     side = _power(max(width, out, 16))
     if side <= 64:
-        tiles.append((side, side))
+        return [(side, side)]
     ahead = -(-shape.padding[1] // 8) * 8
-    for tw in (64, 32, 16):
-        kd = _power(ahead + tw + reach - 1 - shape.padding[1])
-        if tw < side and kd <= 128 and (not tiles or kd <= 2 * tw):
-            tiles.append((tw, kd))
-    return tiles[:2]
+    windows = [(tw, _power(ahead + tw + reach - 1 - shape.padding[1])) for tw in (64, 32, 16)]
+    return [w for w in windows if w[1] <= 64][:1] or [w for w in windows if w[1] <= 128][:1]
 
 
 def _toeplitz(shape: Shape, images: int) -> list[Candidate]:
     """(group, ahead, held, TW, KD, BM, warps, stages).
 
-    H200, 32×256×56×56: with all lines in the text 7×7 takes 0.103 ms and 13×13 0.153, in a loop 0.115 and 0.166;
-    31×31 0.322 in a loop by two lines, 0.423 by one.
+    H200, 32×256×56×56: with all lines in the text 7×7 takes 0.103 ms and 13×13 0.153, in a loop 0.115 and 0.166; 31×31
+    0.322 in a loop by two lines, 0.423 by one. Narrow images like low tiles, and large kernels there groups of four.
     """
     found: list[Candidate] = []
-    kernel = shape.kernel[0]
-    for k, (tw, kd) in enumerate(_tiles(shape)):
-        tall = 128 if images * shape.out[0] >= 512 and kd <= 64 else 64
-        warps = tall // 16
-        if 1 < kernel <= _TEXT:
-            found.append((2, 3 if kernel < 9 else 1, False, tw, kd, tall, warps, 1))
-            if k == 0:
-                found.append((4, 2, False, tw, kd, 64, 4, 1))
+    kernel, many = shape.kernel[0], images * shape.out[0] >= 512
+    for tw, kd in _tiles(shape):
+        tall = 128 if many and kd <= 64 else 64
         if kernel < 3:
-            found.append((1, 0, False, tw, kd, tall, 4, 3))
-        elif k == 0 or kernel > _TEXT:
-            found += [(2, 0, False, tw, kd, tall, warps, 2), (2, 0, False, tw, kd, 64, 4, 1)]
-    return found
+            found.append((1, 0, False, tw, kd, tall, tall // 16, 3))
+            continue
+        if kd >= 64 and kernel <= _TEXT:
+            for held in (False, True):
+                found.append((2, 3 if kernel < 9 and not held else 1, held, tw, kd, tall, tall // 16, 1))
+        found.append((2, 0, True, tw, kd, 64, 4, 2))
+        if kd <= 32:
+            found.append((4, 0, True, tw, kd, 64, 4, 2))
+        if tall > 64:
+            found.append((2, 0, False, tw, kd, tall, tall // 16, 2))
+    return sorted(found, key=lambda how: how[0]) if kernel <= _TEXT else found[::-1]
 
 
 def _direct(shape: Shape, images: int) -> list[Candidate]:
     """("direct", strip, block, rows, warps): strips that waste little of a line, two or four channels a thread.
 
-    H200, 7×7, 32×256×56×56: 0.1015 ms with two channels a thread, 0.106 with four; narrow images want short strips.
+    H200, 7×7, 32×256×56×56: 0.1005 ms with two channels a thread, 0.106 with four; narrow images want short strips.
     """
     out, kw = shape.out[1], shape.kernel[1]
     if kw * 4 > _UNROLLED or not shape.last:
         return []
     fitting = [s for s in (14, 8, 7, 4) if kw * s <= _UNROLLED and -(-out // s) * s <= 1.25 * out] or [4]
-    strips = sorted(fitting, key=lambda s: abs(s - (14 if out >= 56 else 7 if out > 7 else 4)))[:3]
-    block = min(32, _power(shape.channels))
-    return [("direct", s, block, each * 32 * 4 // block, 4) for s in strips for each in (2, 4)]
+    strips = sorted(fitting, key=lambda s: abs(s - (14 if out >= 56 else 7 if out > 7 else 4)))
+    block = 64 if shape.channels % 64 == 0 else min(32, _power(shape.channels))
+    found: list[Candidate] = [("direct", s, block, 2 * 128 // block, 4) for s in strips[:3]]
+    return [*found, ("direct", strips[0], min(block, 32), 4 * 128 // min(block, 32), 4)]
 
 
 def _power(n: int) -> int:
@@ -155,10 +155,10 @@ def _launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor 
     else:
         module = load_module(template.TURN, interpret=interpret)
         flat = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels)
+        _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels, "evict_first", "")
         result = torch.empty(y.shape, dtype=x.dtype, device=x.device)
         _run_toeplitz(how, shape, flat, taps, bias, result, interpret)
-        _turn(module, result, y, shape.channels, shape.out[0] * shape.out[1])
+        _turn(module, result, y, shape.channels, shape.out[0] * shape.out[1], "", "evict_first")
     return y
 
 
@@ -182,9 +182,9 @@ def prepare(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor 
         _compiling.on = False
 
 
-def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int) -> None:
+def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int, given: str = "", made: str = "") -> None:
     grid = (-(-a // 64) * -(-b // 64), x.shape[0])
-    _start(module.turn, grid, x, y, A=a, B=b, TA=64, TB=64, num_warps=4)
+    _start(module.turn, grid, x, y, A=a, B=b, TA=64, TB=64, IN=given, OUT=made, num_warps=4)
 
 
 def _run_direct(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
@@ -216,11 +216,11 @@ def _run_toeplitz(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: T
     rows, tiles = x.shape[0] * across, -(-ow // tw)
     text = template.toeplitz(kh, group, ahead, held and not interpret)
     _start(
-        load_module(text, interpret=interpret).conv, (-(-rows // bm) * tiles, c),
+        load_module(text, interpret=interpret).conv, (-(-rows // bm) * tiles * c,),
         x, packed, packed if bias is None else bias, y, rows,
         C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines, TILES=tiles,
-        TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape), num_warps=warps,
-        num_stages=stages,
+        TW=tw, KD=kd, BM=bm, STAGES=stages, BACK=how[0] == "turned", BIAS=bias is not None, ACTIVATION=_activation(shape),
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

@@ -31,8 +31,9 @@ from ..ir.value import Context, Value, normalize_dim, numel
 Idx = tuple[Index, ...]
 MAX_MEMBERS = 96
 MAX_INPUTS = 28
-# A reduction with fewer rows than this and a longer axis than that is split over programs (schedule/split.py).
-FEW_ROWS, LONG_AXIS = 32, 4096
+# A reduction with fewer rows than this and a longer axis than that is split over programs (schedule/split.py).  Of a shorter
+# axis one program makes less than the launch of a second kernel would cost.
+FEW_ROWS, LONG_AXIS = 32, 16384
 # Groups that only share an operand are merged if they are at most this many nodes apart: results must not wait in memory.
 SIBLING_REACH = 48
 

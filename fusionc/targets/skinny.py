@@ -17,10 +17,15 @@ from ..runtime.templates import POINTER, Template, template
 
 
 def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
-           activation: str, residual: Tensor | None, chained: bool, more: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
+           activation: str, residual: Tensor | None, chained: bool, more: Sequence[Tensor] | None = None,
+           gated: bool = True, turned: bool = False) -> Tensor:  # fmt: skip
     """The operator's implementation for CUDA; ATen where the kernels do not apply.  See `ops.skinny_linear`."""
     inner = x.shape[1]
-    if not _fits(x, weight, norm, bias, residual, more):
+    if x.shape[0] != 1 or turned or activation and not gated:
+        from .few_rows import few_rows
+
+        return few_rows(x, weight, norm, eps, rounds, bias, activation, residual, more, gated, turned)
+    if not fits(x, weight, norm, bias, residual, more, 8):
         return reference(x, weight, norm, eps, rounds, bias, activation, residual, False, more)
     parts = (weight, *(more or ()))
     heights = tuple(part.shape[0] for part in parts)
@@ -97,16 +102,16 @@ class _Plan:
 _plan = functools.lru_cache(maxsize=4096)(_Plan)
 
 
-def _fits(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-          more: Sequence[Tensor] | None) -> bool:  # fmt: skip
-    """Types, layouts and alignment that the kernels assume."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype or x.shape[0] != 1:
+def fits(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+         more: Sequence[Tensor] | None, block: int) -> bool:  # fmt: skip
+    """Types, layouts and alignment that the kernels assume; a block of rows must lie in one of the weights."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         return False
     if x.stride(1) != 1 or not weight.is_contiguous() or torch.version.hip:
         return False
-    bits = x.data_ptr() | weight.data_ptr() | x.shape[1] * 2
-    for part in more or ():  # a block of rows lies in one tensor: blocks are powers of two up to 8
-        if part.dtype != x.dtype or not part.is_contiguous() or part.shape[0] % 8 or weight.shape[0] % 8:
+    bits = x.data_ptr() | weight.data_ptr() | x.shape[1] * 2 | (x.stride(0) * 2 if x.shape[0] > 1 else 0)
+    for part in more or ():
+        if part.dtype != x.dtype or not part.is_contiguous() or part.shape[0] % block or weight.shape[0] % block:
             return False
         bits |= part.data_ptr()
     for t, allowed in ((norm, (x.dtype, torch.float32)), (bias, (x.dtype,)), (residual, (x.dtype,))):

@@ -76,7 +76,7 @@ def _linear() -> None:
         apart = [part.clone() for part in w.split(parts)]
         ends = (parts[0], sum(parts[:2])) if len(parts) > 1 and not act else (0, 0)
         nw = (1 + 0.1 * torch.randn(k)).to(dtype) if norm else None
-        b = torch.randn(n).to(dtype) if bias and not act else None
+        b = torch.randn(sum(parts)).to(dtype) if bias else None
         r = torch.randn(m, n).to(dtype) if residual else None
         out = torch.full((m, n), float("nan"), dtype=dtype)
         constants = {"N0": ends[0], "N1": ends[1], "UP": n if len(parts) == 1 else 0, "N": n, "K": k,

@@ -142,7 +142,7 @@ def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
         _, group, ahead, held, tw, kd, tall, _, stages = how
         module = load_module(template.toeplitz(7, group, ahead, held))
         constants |= {"C": 256, "H": 56, "W": 56, "OH": 56, "OW": 56, "G": 56 // group, "DH": 1, "PH": 3, "L": 128}
-        constants |= {"LINES": 10, "PA": 0, "TILES": 1, "TW": tw, "KD": kd, "BM": tall, "STAGES": stages}
+        constants |= {"LINES": 10, "PA": 0, "TILES": 1, "TW": tw, "KD": kd, "BM": tall, "STAGES": stages, "BACK": held}
     fn = module.conv
     kinds = {n: "constexpr" if n in constants else "i32" if n in ("rows", "strips") else "*bf16" for n in fn.arg_names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if kinds[n] == "*bf16"}

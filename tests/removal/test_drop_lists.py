@@ -48,7 +48,9 @@ def test_both_forms_equal_zero(kind: str) -> None:
     assert (values(model, batch) - expected).abs().max() == 0 and not report.refusals
     assert report.plan.layers == (3, 4) and report.plan.of("mlp") == (1, 3)
     # two MLPs of at least 2 · 32 · 48 and two attentions, in float32
-    assert before - sum(p.nbytes for p in model.parameters()) == report.freed_bytes >= 4 * 2 * (2 * 32 * 48 + 3 * 32 * 32)
+    assert (
+        before - sum(p.nbytes for p in model.parameters()) == report.freed_bytes >= 4 * 2 * (2 * 32 * 48 + 3 * 32 * 32)
+    )
 
 
 def test_generate_without_a_block() -> None:
@@ -68,7 +70,9 @@ def test_plan_file_measured_and_rolled_back(tmp_path: Path) -> None:
     again = fusionc.remove_attention(twin, tmp_path / "plan.json", inputs=batch)
     assert again.plan == report.plan and (values(twin, batch) - values(model, batch)).abs().max() == 0
     with pytest.raises(OptionError, match="weights of layer mlp 1 are not"):
-        fusionc.remove_attention(make("Llama", seed=3), Plan.from_json(_only(report.plan.to_json(), "mlp")), inputs=batch)
+        fusionc.remove_attention(
+            make("Llama", seed=3), Plan.from_json(_only(report.plan.to_json(), "mlp")), inputs=batch
+        )
     assert report.agreement is not None
     some = fusionc.remove_attention(make("Llama"), DROP, calibration=[batch], error_budget=report.agreement.kl * 0.9)
     worst = max(report.changes, key=lambda n: report.changes[n].relative_l2)

@@ -96,7 +96,9 @@ class Seen(Backend):
             self.unread = {name for name, n in zip(names, inputs, strict=True) if not n.users}
             return graph.forward
 
-        return aot_autograd(fw_compiler=look, inference_compiler=look, keep_inference_input_mutations=True)(self.gm, given)
+        return aot_autograd(fw_compiler=look, inference_compiler=look, keep_inference_input_mutations=True)(
+            self.gm, given
+        )
 
 
 def test_graph_form_reads_no_removed_weight_and_writes_no_cache() -> None:

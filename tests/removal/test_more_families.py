@@ -39,7 +39,7 @@ def test_equals_zero_attention(kind: str) -> None:
     assert report.plan.layers == (2, 4) and (values(model, batch) - expected).abs().max() == 0
 
 
-@pytest.mark.parametrize("kind", ["Gemma", "Bloom", "MPNet"])
+@pytest.mark.parametrize("kind", ["Gemma", "Bloom", "MPNet", "Mixtral"])
 def test_graph_form_equals_zero_attention(kind: str) -> None:
     model, batch, backend = make(kind), inputs(kind), Backend([2, 4])
     expected = values(zeroed(copy.deepcopy(model), (2, 4)), batch)

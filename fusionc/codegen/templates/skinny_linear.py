@@ -122,8 +122,12 @@ def one_row(x, w, w1, w2, norm, bias, residual, out,
                 acc_up += tile_up.to(tl.float32) * v[None, :]
         y = tl.sum(acc, 1)
         if ACT != "":
-            y = _activated(y, tl.sum(acc_up, 1), ACT, DT)
-        y = _finish(y, rows, rows, rows < N, bias, residual, HAS_BIAS, HAS_RESIDUAL, DT)
+            up = tl.sum(acc_up, 1)
+            if HAS_BIAS:
+                y += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+                up += tl.load(bias + N + rows, mask=rows < N, other=0.0).to(tl.float32)
+            y = _activated(y, up, ACT, DT)
+        y = _finish(y, rows, rows, rows < N, bias, residual, HAS_BIAS and ACT == "", HAS_RESIDUAL, DT)
         tl.store(out + rows, y, mask=rows < N)
 '''
 
