@@ -9,8 +9,8 @@ kernel. What the products cost was measured, µs for 32×256×56×56 on an H200 
 
 so that a column filter costs as much as the square there, and low rank pays in channels-last only, at rank 1. What goes to ATen
 (float32) takes 7862 for 31×31, 1135 for 31×1, 495 for 1×31, 244 for 3×3; its bilinear interpolation 2894, padding 104.
-One thread of our CPU takes for an output in float32, channels-last, 0.4 ns for 3×3, 1.1 for 7×7, 11 for 13×13, 19 for 31×31, 0.8
-for 1×31, 1.3 for 31×1; contiguous 3 to 4 for 3×3 to 7×7, 6 to 12 for 13×13, 19 for 1×31, up to 7 for 31×1, 584 for 31×31.
+One core of our CPU (EPYC, AVX-512), float32, by the faster of ``fusionc::depthwise_cpu`` and oneDNN, takes for an output and in
+either layout 0.4 to 0.6 ns for 3×3, 1.1 to 1.9 for 7×7, 3.1 to 4 for 13×13, 14 to 20 for 31×31, 0.8 to 1.8 for 31×1 and 1×31.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ WORTH = 0.95  # a form must be at least this much cheaper than the exact one: th
 @dataclass(frozen=True)
 class Machine:
     """Bytes a second; seconds for an output: by taps, or by rows of the filter (matrix units) but at least ``floor``, and besides
-    ``fixed`` or ``turn``; ``slow``: (taps from which the library has no good kernel, seconds a tap then); ``launch``: seconds a
-    kernel; ``interpolate``: seconds an output of an interpolation; ``merges``: the depthwise pass makes branches one again where
-    one of them covers the others."""
+    ``fixed`` or ``turn``; ``launch``: seconds a kernel; ``interpolate``: seconds an output of an interpolation; ``merges``: the
+    depthwise pass makes branches one again where one of them covers the others."""
 
     bandwidth: float
     tap: float
@@ -38,14 +37,12 @@ class Machine:
     row: float = math.inf
     floor: float = 0.0
     turn: float = 0.0
-    slow: tuple[int, float] = (1 << 30, 0.0)
     launch: float = 1e-6
     interpolate: float = 0.0
     merges: bool = False
 
 
-_CPU_LAST = Machine(25e9, 0.02e-9)  # one thread
-_CPU = Machine(25e9, 0.04e-9, fixed=3e-9, slow=(512, 0.6e-9))
+_CPU = Machine(25e9, 0.018e-9)  # one core
 _LIBRARY = Machine(4.2e12, 0.31e-12, fixed=25e-12, launch=2e-6, interpolate=113e-12)
 _CONTIGUOUS = Machine(4.2e12, math.inf, row=0.46e-12, floor=1.5e-12, launch=2e-6, interpolate=113e-12, merges=True)
 _LAST = Machine(4.2e12, 0.135e-12, row=0.46e-12, turn=2.3e-12, launch=2e-6, interpolate=113e-12, merges=True)
@@ -54,17 +51,14 @@ _LAST = Machine(4.2e12, 0.135e-12, row=0.46e-12, turn=2.3e-12, launch=2e-6, inte
 def machine(kind: str, half: bool, last: bool = False, threads: int = 1) -> Machine:
     """The figures for a device type ("cpu", "cuda", …), with or without half precision and channels-last images."""
     if kind == "cpu":
-        one = _CPU_LAST if last else _CPU
-        return replace(one, bandwidth=one.bandwidth * threads, tap=one.tap / threads, fixed=one.fixed / threads,
-                       slow=(one.slow[0], one.slow[1] / threads))  # fmt: skip
+        return replace(_CPU, bandwidth=_CPU.bandwidth * threads, tap=_CPU.tap / threads)
     return _LIBRARY if not half else _LAST if last else _CONTIGUOUS
 
 
 def convolution(m: Machine, size: tuple[int, int], read: float, written: float, bytes_each: int) -> float:
     """Seconds of one depthwise convolution with this filter, for so many elements of input and output."""
     by_rows = max(size[0] * math.ceil(size[1] / 32) * m.row, m.floor) + m.turn
-    taps = size[0] * size[1]
-    work = min(taps * (m.tap if taps < m.slow[0] else m.slow[1]) + m.fixed, by_rows)
+    work = min(size[0] * size[1] * m.tap + m.fixed, by_rows)
     return m.launch + (read + written) * bytes_each / m.bandwidth + written * work
 
 
