@@ -19,8 +19,8 @@ from typing import Any
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--errors", type=float, nargs="+", default=[0.03], help="bounds on any channel's kernel")
 parser.add_argument("--methods", nargs="+", default="low_rank inception dilated_sparse shiftwise recursive auto".split())
-parser.add_argument("--channels", type=int, default=16)
-parser.add_argument("--size", type=int, default=40, help="side of the images in the network")
+parser.add_argument("--channels", type=int, default=48)
+parser.add_argument("--size", type=int, default=56, help="side of the images in the network")
 parser.add_argument("--threads", type=int, default=1, help="one by default: more give other times beside other work")
 parser.add_argument("--plan", metavar="FILE", help="write the plan of the last line")
 

@@ -252,7 +252,7 @@ def test_cost_counts_bytes_products_and_launches() -> None:
 
     assert share(machine("cuda", True), 1, 2) > 1 and share(machine("cuda", True, last=True), 1, 2) < 0.8
     assert share(machine("cuda", True, last=True), 2, 2) > 1 > share(machine("cuda", False), 2, 4)
-    assert share(machine("cpu", False), 1, 4) < 0.15 and share(machine("cpu", False), 12, 4) > 1
+    assert share(machine("cpu", False), 1, 4) < 0.2 and share(machine("cpu", False), 12, 4) > 1
 
 
 def test_cost_of_branches_that_are_merged_again() -> None:
@@ -261,7 +261,7 @@ def test_cost_of_branches_that_are_merged_again() -> None:
     for last in (False, True):
         m = machine("cuda", True, last)
         assert cost(form, m, big, 32, (56, 56), 2) == exact(m, big, 32, (56, 56), 2)
-    assert cost(form, machine("cpu", False), big, 1, (56, 56), 4) < 0.2 * exact(machine("cpu", False), big, 1, (56, 56), 4)
+    assert cost(form, machine("cpu", False), big, 1, (56, 56), 4) < 0.25 * exact(machine("cpu", False), big, 1, (56, 56), 4)
     bands = parse("inception 3x3 1x31 31x1", (31, 31))
     assert cost(bands, m, big, 32, (56, 56), 2) != exact(m, big, 32, (56, 56), 2)
 
