@@ -32,7 +32,8 @@ _HASH = 32  # hexadecimal digits of a weight hash
 class Entry:
     """One place that a plan changes. ``layer``: its number in execution order; ``name``: the module's path or that of a
     weight (for the reader); ``score``: what the ranking saw (NaN: none); ``weights``: ``weight_hash`` or "" (not checked);
-    ``part``: which part of the layer (a file may leave it out)."""
+    ``part``: which part of the layer (a file may leave it out); ``form``: what comes there instead, in the words of the
+    pass ("": it has one choice only)."""
 
     layer: int
     name: str = ""
@@ -40,6 +41,7 @@ class Entry:
     score: float = math.nan
     weights: str = ""
     part: str = PART
+    form: str = ""
 
     @property
     def place(self) -> Place:
@@ -84,6 +86,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """JSON values; a score that is no number is null."""
         entries = [{**asdict(e), "score": e.score if math.isfinite(e.score) else None} for e in self.entries]
+        entries = [{k: v for k, v in e.items() if k != "form" or v} for e in entries]
         return {"format": FORMAT, "kind": self.kind, "total": self.total, "scorer": self.scorer, "mode": self.mode,
                 "entries": entries}  # fmt: skip
 
@@ -96,15 +99,16 @@ class Plan:
         entries = []
         for item in data["entries"]:
             if isinstance(item, dict):
-                item = {"part": PART} | item
+                item = {"part": PART, "form": ""} | item
             _shape("plan entry", item, {"layer": int, "name": str, "reason": str, "score": (int, float, type(None)),
-                                        "weights": str, "part": str})  # fmt: skip
+                                        "weights": str, "part": str, "form": str})  # fmt: skip
             if item["weights"] and not (
                 len(item["weights"]) == _HASH and set(item["weights"]) <= set("0123456789abcdef")
             ):
                 raise OptionError(f"the weight hash of layer {item['layer']} is not {_HASH} hexadecimal digits.")
             score = math.nan if item["score"] is None else float(item["score"])
-            entries.append(Entry(item["layer"], item["name"], item["reason"], score, item["weights"], item["part"]))
+            entries.append(Entry(item["layer"], item["name"], item["reason"], score, item["weights"], item["part"],
+                                 item["form"]))  # fmt: skip
         return cls(data["kind"], data["total"], tuple(entries), data["scorer"], data["mode"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -213,7 +217,8 @@ class Report:
         for e in sorted(self.plan.entries, key=lambda e: (e.layer, e.part)):
             c = self.changes.get(e.place)
             words = f", relative error {c.relative_l2:.3g}, cosine {c.cosine:.4f}" if c else ""
-            lines.append(f"  layer {e.place} {e.name}: {e.reason}{words}")
+            what = f"{e.form}, " if e.form else ""
+            lines.append(f"  layer {e.place} {e.name}: {what}{e.reason}{words}")
         lines += [f"  layer {layer} rolled back: over the error budget" for layer in self.rolled_back]
         lines += [f"  layer {layer} kept: {why}" for layer, why in sorted(self.refusals.items(), key=_order)]
         a = self.agreement

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,11 +64,20 @@ def test_remove_attention() -> None:
     assert results["last"][2] != results["last"][0]
 
 
+def test_large_kernels(tmp_path: Path) -> None:
+    arguments = ["--channels", "4", "--threads", str(torch.get_num_threads()), "--plan", str(tmp_path / "plan.json")]
+    results = example("large_kernels").main([*arguments, "--methods", "recursive", "shiftwise", "auto"])
+    assert [results[f"{method} 0.03"]["layers"] for method in ("recursive", "shiftwise", "auto")] == [0, 1, 4]
+    for row in results.values():
+        assert row["predicted"] <= 0.03 and row["measured"] <= 0.03 and row["result"] <= 0.03
+    assert "low_rank 2" in (tmp_path / "plan.json").read_text(encoding="utf-8")
+
+
 def test_examples_are_short_and_all_tested() -> None:
     folder = ROOT / "examples"
     tests = Path(__file__).read_text(encoding="utf-8")
     for path in folder.glob("*.py"):
-        limit = {"generate": 150, "remove_attention": 190}.get(path.stem, 100)
+        limit = {"generate": 150, "remove_attention": 190, "large_kernels": 140}.get(path.stem, 100)
         assert len(path.read_text(encoding="utf-8").splitlines()) <= limit, path.name
         assert f'example("{path.stem}")' in tests, f"{path.name} has no test"
 
