@@ -62,6 +62,8 @@ class Warm:
             raise NotCacheable(why)
         if self.config.remove_attention is not None:
             raise NotCacheable("which sublayers are removed depends on the values of the weights")
+        if self.config.large_kernel is not None:
+            raise NotCacheable("which kernels are decomposed depends on the values of the weights")
         from .compiler import choose_target
 
         seats: dict[Node, int] = {}

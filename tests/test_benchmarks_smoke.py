@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `benchmarks` is a folder of the checkout, not part of the installed package
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import common, compile_time, cpu, gpu, gpu_models, gpu_workloads, host_cost  # noqa: E402
+from benchmarks import common, compile_time, conv, cpu, gpu, gpu_models, gpu_workloads, host_cost  # noqa: E402
 from benchmarks.common import Case  # noqa: E402
 
 
@@ -43,6 +43,27 @@ def test_cpu_command_writes_what_it_prints(tmp_path, capsys):
         assert len(row["backends"]["floor"]["rounds_ms"]) == 2
     assert result["geomean"]["floor over eager"]["count"] == 3
     assert "softmax_train" in capsys.readouterr().out
+
+
+def test_conv_command_writes_what_it_prints(tmp_path, capsys):
+    path = tmp_path / "conv.json"
+    arguments = ["--device", "cpu", "--tiny", "--sizes", "3", "--kinds", "conv-train", "--peers", "eager", "--jobs", "2"]
+    assert conv.main([*arguments, "--repeat-ms", "1", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert [(r["layout"], r["check"]["ok"]) for r in result["block"]] == [("nchw", True), ("nhwc", True)]
+    assert [r["point"] for r in result["grid"]] == [[3, 4, 9, "nchw"], [3, 4, 9, "nhwc"]] and result["wrong"] == 0
+    assert "conv-train" in capsys.readouterr().out
+
+
+def test_conv_tables_compare_with_the_best_of_both_layouts():
+    rows = [{"kind": "block", "size": 7, "layout": layout, "backend": b, "ms": ms, "check": {"ok": True, "ratio": 1.0}}
+            for layout, b, ms in (("nchw", "eager", 3.0), ("nhwc", "eager", 2.0), ("nchw", "fusionc", 0.5),
+                                  ("nhwc", "fusionc", 1.0))]  # fmt: skip
+    lines = conv.block_table(rows, ["eager", "fusionc"]).splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["4", "2"]
+    rows = [{"point": [7, 64, 14, layout], "ms": {"eager": e, "fusionc": 1.0}, "check": {"ratio": 1.0}}
+            for layout, e in (("nchw", 3.0), ("nhwc", 2.0))]  # fmt: skip
+    assert [cell.strip() for cell in conv.grid_table(rows).splitlines()[2].split("|")[8:10]] == ["2", "2"]
 
 
 def test_every_cpu_workload_is_named_once_and_there_are_enough():

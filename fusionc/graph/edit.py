@@ -156,7 +156,7 @@ def add_derived(gm: GraphModule, sources: Sequence[int], compute: Callable[[list
                 volatile: Sequence[int] = (), recipe: Any = None) -> Node:
     """A new last placeholder ``derived_<n>`` that the runtime fills with ``compute(sources)``; see ``Derived``."""
     table: list[Derived] = gm.meta.setdefault(DERIVED_KEY, [])
-    name = f"derived_{int(table[-1].name.removeprefix('derived_')) + 1 if table else 0}"
+    name = f"derived_{int(table[-1].name[8:]) + 1 if table else 0}"  # some may have gone
     node = add_input(gm, name, val, key)
     provenance(node, origin)
     if key != "val":  # AOTAutograd asks each placeholder of a Dynamo graph where it comes from and whether it moves

@@ -2,28 +2,31 @@
 
 Math       y = (conv(x, W) + b − μ) · γ/√(σ² + ε) + β
              = conv(x, s·W) + (b − μ)·s + β,   s = γ/√(σ² + ε), along W's output channels
-Exactness  reassociates: products are rounded once more (folded in float32 or wider, rounded to W's dtype once)
+Exactness  reassociates: products are rounded once more (folded in float64, rounded to W's dtype once)
 Legality   inference, running statistics in use; weights and statistics are parameters or buffers that the graph does
-           not write; the convolution has no other reader; the output channels are dimension 1; one floating dtype
+           not write, or derived from such; the convolution has no other reader; the output channels are dimension 1,
+           where views stand between as well; one floating dtype
 Cost       saves one read and one write of the activation; a copy of W, kept up to date at run time
 Source     the standard folding; derived at run time, so that ``load_state_dict`` and other instances stay right
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from ..graph import edit
-from ..graph.facts import Facts, dtype, shape, tensor, value
+from ..graph.facts import Facts, dtype, same_layout, shape, tensor, value
+from . import constants
 from .base import Match, Pass, Reassociates, Refuse
+from .channels import Place, through, views_before
 
-_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 _TRANSPOSED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
-_LINEAR = {torch._C._nn.linear, torch.nn.functional.linear}
+LINEAR = {torch._C._nn.linear, torch.nn.functional.linear}
 _BN_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,43 +40,28 @@ class ConvBatchNorm(Pass):
 
     def find(self, facts: Facts) -> Iterator[Match]:
         """batch_norm calls whose input is a convolution or linear call."""
-        for node in list(facts.gm.graph.nodes):
-            if node.op != "call_function" or node.target is not torch.nn.functional.batch_norm:
-                continue
-            given = _arguments(node, _BN_NAMES, (None, None, None, None, None, False, 0.1, 1e-5))
-            conv = given["input"]
-            if isinstance(conv, Node) and conv.op == "call_function" and \
-                    conv.target in _CONVOLUTIONS | _TRANSPOSED | _LINEAR:
-                layer = _arguments(conv, ("input", "weight", "bias"), (None, None, None))
-                yield Match({"bn": node, "conv": conv, "given": given, "layer": layer}, (conv, node))
+        for node in list(facts.gm.graph.find_nodes(op="call_function", target=torch.nn.functional.batch_norm)):
+            found = folding(node)
+            if found is not None:
+                yield found
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality."""
         bn, conv, given, layer = match.bn, match.conv, match.given, match.layer
-        if facts.stage != "inference":
-            return Refuse("gradients of the weights are wanted", bn)
-        if given["training"] is not False or given["running_mean"] is None or given["running_var"] is None:
-            return Refuse("BatchNorm uses the statistics of the batch", bn)
+        refusal = check_parts(bn, conv, given, layer, facts)
+        if refusal is not None:
+            return refusal
         if len(conv.users) != 1:
             return Refuse("the convolution has another reader", conv)
-        weight = layer["weight"]
-        parts = [weight, layer["bias"], given["running_mean"], given["running_var"], given["weight"], given["bias"]]
-        for part in parts:
-            if part is None:
-                continue
-            if not isinstance(part, Node) or part.op != "placeholder" or part not in facts.static:
-                return Refuse("a weight or statistic is not a parameter or buffer", part if isinstance(part, Node) else bn)
-            if part in facts.mutated:
-                return Refuse("a weight or statistic is written by the graph", part)
-        if not isinstance(given["eps"], (int, float)):
-            return Refuse("eps is not a number", bn)
-        if dtype(weight) not in _FLOATING or dtype(conv) != dtype(weight) or dtype(bn) != dtype(weight):
-            return Refuse("the layer's weight, input and result differ in dtype", conv)
-        sizes, rank = shape(weight), len(shape(conv) or ())
-        if sizes is None or not all(isinstance(size, int) for size in sizes):
-            return Refuse("the weight has a symbolic size", weight)
-        if conv.target in _LINEAR and rank != 2 or conv.target not in _LINEAR and rank != len(sizes):
+        sizes, rank = shape(layer["weight"]), len(shape(conv) or ())
+        assert sizes is not None
+        out = sizes[0] if conv.target not in _TRANSPOSED else _groups(conv) * sizes[1]
+        place = through(match.views, Place(rank - 1 if conv.target in LINEAR else 1, out))
+        if place != Place(1, out) or conv.target not in LINEAR and rank != len(sizes):
             return Refuse("the channels that BatchNorm normalises are not the layer's output channels", conv)
+        found, made = value(bn), value(given["input"])
+        if match.views and not same_layout(found, made) and not found.is_contiguous():
+            return Refuse("BatchNorm changes the layout", bn)
         return None
 
     def replace(self, match: Match, facts: Facts) -> None:
@@ -83,30 +71,85 @@ class ConvBatchNorm(Pass):
         assert like is not None
         groups = _groups(conv)
         out = groups * like.shape[1] if conv.target in _TRANSPOSED else like.shape[0]
-        names = ("running_mean", "running_var", "weight", "bias")
-        parts = [layer["weight"], layer["bias"], *[given[name] for name in names]]
+        parts = parts_of(layer, given)
         present = tuple(part is not None for part in parts)
-        sources = [facts.position(part) for part in parts if part is not None]
+        sources = [part for part in parts if part is not None]
         eps, axis = float(given["eps"]), 1 if conv.target in _TRANSPOSED else 0
         share = f"conv_bn {present} {eps!r} {axis} {groups} "
         recipe = ["fold_batch_norm", list(present), eps.hex(), axis, groups]
         key = edit.value_key(gm.graph)
-        moving = [facts.position(given[name]) for name in ("running_mean", "running_var")]
-        weight = edit.add_derived(gm, sources, _fold(present, eps, axis, groups, False),
-                                  edit.fake_empty(like, like.shape, _layout(like)), share + "w", (conv, bn), key, moving,
-                                  [*recipe, False])
-        bias = edit.add_derived(gm, sources, _fold(present, eps, axis, groups, True), edit.fake_empty(like, [out]),
-                                share + "b", (conv, bn), key, moving, [*recipe, True])
+        moving = [given[name] for name in ("running_mean", "running_var")]
+        weight = constants.add(facts, sources, _fold(present, eps, axis, groups, False),
+                               edit.fake_empty(like, like.shape, layout(like)), share + "w", [*recipe, False],
+                               (conv, bn), moving)  # fmt: skip
+        bias = constants.add(facts, sources, _fold(present, eps, axis, groups, True), edit.fake_empty(like, [out]),
+                             share + "b", [*recipe, True], (conv, bn), moving)  # fmt: skip
         names_in = ("input", "weight", "bias")
         args = (*[layer["input"], weight, bias], *conv.args[3:])
         kwargs = {name: part for name, part in conv.kwargs.items() if name not in names_in}
         with gm.graph.inserting_before(conv):  # not later: the input may be written between the two
-            folded = edit.insert(gm.graph, conv.target, args, kwargs, origin=(conv, bn), val=value(bn), key=key)
-        edit.replace(bn, folded)
-        edit.erase_dead([conv])
+            val = value(conv) if match.views else value(bn)
+            folded = edit.insert(gm.graph, conv.target, args, kwargs, origin=(conv, bn), val=val, key=key)
+        if match.views:
+            edit.replace(conv, folded)
+            last = match.views[-1]
+            if not same_layout(value(last), value(bn)):
+                with gm.graph.inserting_before(bn):
+                    last = edit.insert(gm.graph, torch.clone, (last,), {"memory_format": torch.contiguous_format},
+                                       origin=(bn,), val=value(bn), key=key)  # fmt: skip
+            bn.replace_all_uses_with(last)
+            edit.erase_dead([bn])
+        else:
+            edit.replace(bn, folded)
+            edit.erase_dead([conv])
+        constants.drop_unused(gm)
 
 
-def _arguments(node: Node, names: tuple[str, ...], defaults: tuple[Any, ...]) -> dict[str, Any]:
+def folding(bn: Node) -> Match | None:
+    """BatchNorm and the layer that it follows."""
+    given = norm_arguments(bn)
+    views, conv = views_before(given["input"])
+    if not isinstance(conv, Node) or conv.op != "call_function" or conv.target not in CONVOLUTIONS | _TRANSPOSED | LINEAR:
+        return None
+    layer = arguments(conv, ("input", "weight", "bias"), (None, None, None))
+    return Match({"bn": bn, "conv": conv, "given": given, "layer": layer, "views": views}, (conv, bn))
+
+
+def parts_of(layer: dict[str, Any], given: dict[str, Any]) -> list[Node | None]:
+    """Weight, bias, mean, variance, γ and β of a layer and a BatchNorm."""
+    return [layer["weight"], layer["bias"], *(given[name] for name in ("running_mean", "running_var", "weight", "bias"))]
+
+
+def check_parts(bn: Node, conv: Node, given: dict[str, Any], layer: dict[str, Any], facts: Facts) -> Refuse | None:
+    """Inference, running statistics in use, constants all of them, one dtype, known sizes."""
+    if facts.stage != "inference":
+        return Refuse("gradients of the weights are wanted", bn)
+    if given["training"] is not False or given["running_mean"] is None or given["running_var"] is None:
+        return Refuse("BatchNorm uses the statistics of the batch", bn)
+    for part in parts_of(layer, given):
+        if part is None:
+            continue
+        if part in facts.mutated:
+            return Refuse("a weight or statistic is written by the graph", part)
+        if constants.constant(part, facts) is None:
+            return Refuse("a weight or statistic is not a parameter or buffer", part if isinstance(part, Node) else bn)
+    if not isinstance(given["eps"], (int, float)):
+        return Refuse("eps is not a number", bn)
+    weight = layer["weight"]
+    if dtype(weight) not in _FLOATING or dtype(conv) != dtype(weight) or dtype(bn) != dtype(weight):
+        return Refuse("the layer's weight, input and result differ in dtype", conv)
+    sizes = shape(weight)
+    if sizes is None or not all(isinstance(size, int) for size in sizes):
+        return Refuse("the weight has a symbolic size", weight)
+    return None
+
+
+def norm_arguments(bn: Node) -> dict[str, Any]:
+    """Arguments of a call of ``batch_norm`` by name."""
+    return arguments(bn, _BN_NAMES, (None, None, None, None, None, False, 0.1, 1e-5))
+
+
+def arguments(node: Node, names: tuple[str, ...], defaults: tuple[Any, ...]) -> dict[str, Any]:
     found = dict(zip(names, defaults))
     found.update(zip(names, node.args))
     found.update({name: part for name, part in node.kwargs.items() if name in found})
@@ -114,7 +157,7 @@ def _arguments(node: Node, names: tuple[str, ...], defaults: tuple[Any, ...]) ->
 
 
 def _groups(conv: Node) -> int:
-    if conv.target in _LINEAR:
+    if conv.target in LINEAR:
         return 1
     # input, weight, bias, stride, padding, dilation, groups; transposed: …, padding, output_padding, groups, dilation
     found = conv.args[6] if len(conv.args) > 6 else conv.kwargs.get("groups", 1)
@@ -126,41 +169,52 @@ def _fold(present: tuple[bool, ...], eps: float, axis: int, groups: int,
     """Folded weight or bias from (weight, bias?, mean, var, gamma?, beta?)."""
 
     def compute(sources: list[torch.Tensor]) -> torch.Tensor:
-        given = iter(sources)
-        weight, bias, mean, var, gamma, beta = [next(given) if there else None for there in present]
-        assert weight is not None and mean is not None and var is not None
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        scale = torch.rsqrt(var.to(wide) + eps)
-        if gamma is not None:
-            scale = scale * gamma.to(wide)
+        weight, bias, scale, shift = scale_and_shift(sources, present, eps)
+        wide = scale.dtype
         if want_bias:
-            shift = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
-            shift = shift * scale
-            return (shift if beta is None else shift + beta.to(wide)).to(weight.dtype)
+            return (shift if bias is None else shift + bias.to(wide) * scale).to(weight.dtype)
         if axis == 1:  # transposed: [C_in, C_out / groups, …]; a group's inputs see its own output channels
             split = weight.to(wide).unflatten(0, (groups, -1))
             factor = scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))
             folded = (split * factor).flatten(0, 1)
         else:
             folded = weight.to(wide) * scale.view(-1, *[1] * (weight.dim() - 1))
-        layout = _layout(weight)  # a channels-last weight stays one
-        place = torch.empty_strided(weight.shape, layout, dtype=weight.dtype, device=weight.device)
+        place = torch.empty_strided(weight.shape, layout(weight), dtype=weight.dtype, device=weight.device)
         return place.copy_(folded)
 
     return compute
 
 
+def scale_and_shift(sources: list[torch.Tensor], present: Sequence[bool], eps: float
+                    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Weight, bias, and BatchNorm as x · scale + shift (float64) from (weight, bias?, mean, var, γ?, β?)."""
+    given = iter(sources)
+    weight, bias, mean, var, gamma, beta = [next(given) if there else None for there in present]
+    assert weight is not None and mean is not None and var is not None
+    scale = torch.rsqrt(var.double() + eps)
+    if gamma is not None:
+        scale = scale * gamma.double()
+    shift = -mean.double() * scale
+    return weight, bias, scale, shift if beta is None else shift + beta.double()
+
+
+def check_recipe(flags: Sequence[Any], count: int) -> None:
+    """Six parts of which weight, mean and variance are there, and one more flag. Raises ValueError."""
+    if len(flags) != 7 or not all(type(flag) is bool for flag in flags) or sum(flags[:6]) != count or \
+            not (flags[0] and flags[2] and flags[3]):
+        raise ValueError("not a folded BatchNorm")
+
+
 def rebuild(present: Any, eps: Any, axis: Any, groups: Any, want_bias: Any,
             count: int) -> Callable[[list[torch.Tensor]], torch.Tensor]:
     """The computation of a recipe for ``count`` sources. Raises ValueError or TypeError for what is none."""
-    flags = [*present, want_bias]
-    if len(present) != 6 or not all(type(flag) is bool for flag in flags) or sum(present) != count or \
-            not (present[0] and present[2] and present[3]) or axis not in (0, 1) or type(groups) is not int or groups < 1:
+    check_recipe([*present, want_bias], count)
+    if axis not in (0, 1) or type(groups) is not int or groups < 1:
         raise ValueError("not a folded BatchNorm")
     return _fold(tuple(present), float.fromhex(eps), axis, groups, want_bias)
 
 
-def _layout(weight: torch.Tensor) -> tuple[int, ...]:
+def layout(weight: torch.Tensor) -> tuple[int, ...]:
     """The weight's strides if they are dense, else contiguous ones."""
     expected = 1
     for step, size in sorted((step, size) for step, size in zip(weight.stride(), weight.shape) if size != 1):

@@ -1,0 +1,127 @@
+"""Fold inference BatchNorm into the convolution or linear layer after it.
+
+Math       conv(s x + t, W) + b = conv(x, s W) + (b + Σᵢ W[:, i, …] tᵢ),  s = γ/√(σ² + ε), t = β − μ s along W's inputs
+Exactness  reassociates: folded in float64, rounded once
+Legality   as for ``conv_bn``; only this layer reads the normalised value, through views at most; the convolution pads
+           nothing, for the zeros of a padding are not normalised: at the border t would be added too often
+Cost       saves a read and a write of the activation; a copy of W
+Source     RepLKNet and UniRepLKNet fold the norm in front of 1×1 convolutions when they deploy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph import edit
+from ..graph.facts import Facts, same_layout, shape, tensor, value
+from . import constants, conv_bn
+from .base import Match, Pass, Reassociates, Refuse
+from .channels import Place, through, views_before, written_between
+
+_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+class BatchNormConv(Pass):
+    """Model-level folding with derived weights."""
+
+    name = "bn_conv"
+    exactness = Reassociates(rtol=1e-5)
+    level = "model"
+
+    def find(self, facts: Facts) -> Iterator[Match]:
+        """Convolutions and linear layers that read a batch_norm call, maybe through views."""
+        for node in list(facts.gm.graph.nodes):
+            if node.op == "call_function" and node.target in conv_bn.CONVOLUTIONS | conv_bn.LINEAR:
+                layer = conv_bn.arguments(node, _NAMES, (None, None, None, 1, 0, 1, 1))
+                views, bn = views_before(layer["input"])
+                if isinstance(bn, Node) and bn.op == "call_function" and bn.target is torch.nn.functional.batch_norm:
+                    given = conv_bn.norm_arguments(bn)
+                    yield Match({"bn": bn, "views": views, "layer": layer, "given": given, "conv": node}, (bn, node))
+
+    def check(self, match: Match, facts: Facts) -> Refuse | None:
+        """See Legality."""
+        bn, conv, given, layer = match.bn, match.conv, match.given, match.layer
+        refusal = conv_bn.check_parts(bn, conv, given, layer, facts)
+        if refusal is not None:
+            return refusal
+        if len(bn.users) != 1:
+            return Refuse("the normalised value has another reader", bn)
+        sizes, channels = shape(layer["weight"]), (shape(bn) or (0, 0))[1]
+        assert sizes is not None
+        linear = conv.target in conv_bn.LINEAR
+        if not linear:
+            padding = layer["padding"]
+            listed = padding if isinstance(padding, (list, tuple)) else [0 if padding == "valid" else padding]
+            if any(p != 0 for p in listed) and not (padding == "same" and all(k == 1 for k in sizes[2:])):
+                return Refuse("zeros of the padding are not normalised", conv)
+            if not isinstance(layer["groups"], int):
+                return Refuse("the number of groups is symbolic", conv)
+        place = through(match.views, Place(1, channels)) if isinstance(channels, int) else None
+        rank = len(shape(layer["input"]) or ())
+        if place is None or (place.axis != rank - 1 if linear else (place.axis, place.outer, place.inner) != (1, 1, 1)) or \
+                not linear and rank != len(sizes):  # fmt: skip
+            return Refuse("the channels that BatchNorm normalises are not the layer's input channels", conv)
+        if not same_layout(value(bn), value(given["input"])):
+            return Refuse("BatchNorm changes the layout", bn)
+        writer = written_between(given["input"], bn, conv, facts)
+        if writer is not None:
+            return Refuse("the input is written before the layer reads it", writer)
+        match.bound["place"] = place
+        return None
+
+    def replace(self, match: Match, facts: Facts) -> None:
+        """The layer reads what BatchNorm read, with the folded weight and bias."""
+        graph, conv, bn, given, layer = facts.gm.graph, match.conv, match.bn, match.given, match.layer
+        like, place = tensor(layer["weight"]), match.place
+        assert like is not None
+        parts = conv_bn.parts_of(layer, given)
+        present = [part is not None for part in parts]
+        numbers = (layer["groups"], place.outer, place.inner)
+        recipe: list[Any] = ["fold_into_next", present, float(given["eps"]).hex(), *numbers]
+        sources = [part for part in parts if part is not None]
+        moving = [given["running_mean"], given["running_var"]]
+        made = [
+            constants.add(facts, sources, rebuild(present, recipe[2], *numbers, bias, count=len(sources)), val,
+                          f"{recipe} {bias} ", [*recipe, bias], (bn, conv), moving)
+            for bias, val in ((False, edit.fake_empty(like, like.shape, conv_bn.layout(like))),
+                              (True, edit.fake_empty(like, [like.shape[0]])))
+        ]  # fmt: skip
+        bn.replace_all_uses_with(given["input"])
+        start, key = given["input"], edit.value_key(graph)
+        for view in match.views:  # of other memory than before
+            view.meta[key] = edit.compute_value(view.target, view.args, view.kwargs, view.op)
+            start = view
+        kwargs = {name: part for name, part in conv.kwargs.items() if name not in _NAMES[:3]}
+        with graph.inserting_before(conv):
+            folded = edit.insert(graph, conv.target, (start, *made, *conv.args[3:]), kwargs, origin=(bn, conv),
+                                 val=value(conv), key=key)  # fmt: skip
+        edit.replace(conv, folded)
+        edit.erase_dead([bn])
+        constants.drop_unused(facts.gm)
+
+
+def rebuild(present: Any, eps: Any, groups: Any, outer: Any, inner: Any, want_bias: Any,
+            count: int) -> Callable[[list[torch.Tensor]], torch.Tensor]:  # fmt: skip
+    """The computation of a recipe for ``count`` sources. Raises ValueError or TypeError for what is none."""
+    conv_bn.check_recipe([*present, want_bias], count)
+    if any(type(n) is not int or n < 1 for n in (groups, outer, inner)):
+        raise ValueError("not a BatchNorm folded into the next layer")
+    small = float.fromhex(eps)
+
+    def compute(sources: list[torch.Tensor]) -> torch.Tensor:
+        weight, bias, scale, shift = conv_bn.scale_and_shift(sources, tuple(present), small)
+        wide = scale.dtype
+        scale, shift = (part.repeat_interleave(inner).repeat(outer) for part in (scale, shift))
+        split = weight.to(wide).unflatten(0, (groups, -1))  # [groups, O / groups, I / groups, …]
+        form = (groups, 1, -1, *[1] * (weight.dim() - 2))
+        if want_bias:
+            added = (split * shift.view(form)).flatten(2).sum(2).flatten()
+            return (added if bias is None else added + bias.to(wide)).to(weight.dtype)
+        place = torch.empty_strided(weight.shape, conv_bn.layout(weight), dtype=weight.dtype, device=weight.device)
+        return place.copy_((split * scale.view(form)).flatten(0, 1))
+
+    return compute
