@@ -92,7 +92,9 @@ class ShortAttention(Pass):
                 (*call.args[:3], float(scale), bool(given.get("causal"))), origin=[call, result],  # type: ignore[arg-type]
                 val=result.meta["val"])  # fmt: skip
         result.replace_all_uses_with(new)
-        edit.erase_dead([result])
+        edit.erase_dead([*call.users])
+        if not call.users:  # dropout makes it random to torch, and what is random does not go by itself
+            facts.gm.graph.erase_node(call)
 
 
 def _result(call: Node) -> Node | None:
