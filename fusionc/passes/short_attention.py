@@ -71,7 +71,7 @@ class ShortAttention(Pass):
         result = _result(call)
         if result is None:
             return Refuse("more than its result is read", call)
-        b, h, n, d = sizes
+        _, h, n, d = sizes
         wanted = (n * h * d, d, h * d, 1)
         if any(size > 1 and a != w for size, a, w in zip(sizes, stride(result) or (), wanted)):
             return Refuse("its result lies otherwise in memory", call)

@@ -49,7 +49,8 @@ def test_default_scale_and_no_mask() -> None:
 @pytest.mark.parametrize(
     "text, reason",
     [
-        (TEXT.replace("scale=0.5", "attn_mask=%m").replace("%q: ", "%m: bf16[8, 8] = input\n%q: ", 1), "it has a bias or mask (a)"),
+        (TEXT.replace("scale=0.5", "attn_mask=%m").replace("%q: ", "%m: bf16[8, 8] = input\n%q: ", 1),
+         "it has a bias or mask (a)"),
         (TEXT.replace("0.0, True", "0.1, True"), "it has dropout or options (a)"),
         (TEXT.replace("bf16", "f32"), "its type or width of heads has no kernel (a)"),
         (TEXT.replace("return (%y)", "%l: f32[2, 2, 8]{16, 1, 2} = getitem(%a, 1)\nreturn (%y, %l)"),
