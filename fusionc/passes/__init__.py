@@ -35,6 +35,7 @@ from .per_example_conv import PerExampleConv
 from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .remove_attention import RemoveAttention
+from .short_attention import ShortAttention
 from .skinny_linear import SkinnyLinear
 from .stacked_sum import StackedSum
 from .strided_conv import StridedConv
@@ -82,6 +83,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
     Step(90, Reinplace(), "graph", "late: it gives up the functional form"),
     Step(92, DecodeAttention(), "graph", "takes in the writes into the cache, once they are in place"),
+    Step(93, ShortAttention(), "graph", "what reads no cache"),
     Step(94, Counters(), "graph", "after nothing reads a counter through the index that it was"),
 )
 
