@@ -43,7 +43,7 @@ def constant(node: Any, facts: Facts) -> Constant | None:
     return None
 
 
-def add(facts: Facts, parts: Sequence[Node], outer: Compute, val: torch.Tensor, share: str, recipe: list[Any],
+def add(facts: Facts, parts: Sequence[Node], outer: Compute, val: torch.Tensor, share: str, recipe: list[Any] | None,
         origin: Iterable[Node] = (), moving: Sequence[Node] = ()) -> Node:  # fmt: skip
     """A new input whose value is ``outer`` of the values of ``parts``, all of which are constants.
 
@@ -62,7 +62,7 @@ def add(facts: Facts, parts: Sequence[Node], outer: Compute, val: torch.Tensor, 
     inner = [([where[position] for position in each.sources], each) for each in known]
     kind = str(val.dtype)[6:]
     compute = composed(outer, [(indices, each.compute) for indices, each in inner], val.dtype)
-    whole = all(each.compute is None or each.recipe is not None for each in known)
+    whole = recipe is not None and all(each.compute is None or each.recipe is not None for each in known)
     nested = ["compose", recipe, [[indices, each.recipe] for indices, each in inner], kind] if whole else None
     shared = None if any(each.share is None for each in known) else \
         f"compose {share} {kind} {[(indices, each.share) for indices, each in inner]}"  # fmt: skip
