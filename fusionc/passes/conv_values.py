@@ -112,7 +112,7 @@ class ConvValues(Pass):
                 half = call(layer["input"], column, None, (s, 1), (p, 0), (d, 1), val=None)
                 new = call(half, row, layer["bias"], (1, t), (0, q), (1, e), val=value(conv))
         edit.replace(conv, new)
-        constants.drop_unused(facts.gm)
+        constants.drop_unused(facts.gm, [weight])
 
 
 def _tuple(given: Any, axes: int) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionc.config import Config
+from fusionc.errors import reset_warnings
 from fusionc.graph.text import show
 from fusionc.passes.manager import run_passes
 from fusionc.passes.recipes import RECIPES
@@ -170,8 +171,10 @@ def test_another_instance_without_the_zeros() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x).relu()
 
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    reset_warnings()
+    with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         for model in (Net(one), Net(two), Net(one)):
             compiled = torch.compile(model, backend="fusionc", options={"weights": "frozen"})
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    assert ["not zero any more" in str(w.message) for w in told if "eager mode" in str(w.message)] == [True]
