@@ -53,7 +53,7 @@ def plan_large_kernels(model: nn.Module, what: Any, *, inputs: Any = None, calib
         if plan.entries:
             warn_unverified(plan.kind)
         return Report(plan, refusals=refusals)
-    changes: dict[int, list[Change]] = {}
+    changes: dict[Place, list[Change]] = {}
     original = [runs(b, None, plan, changes) for b in batches]
 
     def apply(p: Plan) -> Agreement:

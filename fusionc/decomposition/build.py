@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .forms import Branch, Branches, Form, LowRank
+from .forms import Branch, Branches, Form, LowRank, centred
 
 Call = Callable[..., Any]  # call(function, *args, **kwargs)
 
@@ -37,10 +37,12 @@ def run(form: Form, g: Geometry, x: Any, pieces: Sequence[Any], bias: Any, call:
     """
     if isinstance(form, LowRank):
         parts = []
-        for i, (column, row) in enumerate(zip(pieces[::2], pieces[1::2])):
+        for i, (column, row) in enumerate(zip(pieces[: 2 * form.rank : 2], pieces[1 : 2 * form.rank : 2])):
             half = call(torch.conv2d, x, column, None, (g.stride[0], 1), (g.padding[0], 0), (g.dilation[0], 1), g.channels)
             parts.append(call(torch.conv2d, half, row, bias if i == 0 else None, (1, g.stride[1]), (0, g.padding[1]),
                               (1, g.dilation[1]), g.channels))  # fmt: skip
+        if form.dense:
+            parts.append(_branch(centred(g.kernel, (form.dense, form.dense)), g, x, pieces[-1], None, call))
         return _sum(parts, call)
     if isinstance(form, Branches):
         return _sum([_branch(b, g, x, p, bias if i == 0 else None, call) for i, (b, p) in

@@ -99,7 +99,8 @@ def _one(method: str, kernel: Tensor, weight: Tensor, g: Geometry, bound: float,
             near = worst, form
     out = f"error bound {bound:g} not reachable with {method} at less than the convolution's cost"
     if near is not None:
-        at = f"at rank {near[1].rank} of {min(g.kernel)}" if isinstance(near[1], LowRank) else f"by {near[1]}"
+        bare = isinstance(near[1], LowRank) and not near[1].dense
+        at = f"at rank {near[1].rank} of {min(g.kernel)}" if bare else f"by {near[1]}"  # type: ignore[union-attr]
         out += f": best {near[0]:.2g} {at}"
     return out + (f" ({dear} would reach it at {cost(dear) / exact:.2g} times the cost)" if dear is not None else "")
 
@@ -122,7 +123,12 @@ def _low_rank(kernel: Tensor, energy: Tensor, g: Geometry, bound: float, cost: C
     left = 1 - s.cumsum(1) / s.sum(1, keepdim=True).clamp_min(1e-300)
     left[s.sum(1) == 0] = 0
     worst = left.clamp_min(0).max(0).values.sqrt()
-    yield from ((LowRank(r + 1), float(e)) for r, e in enumerate(worst))
+    plain = [(LowRank(r + 1), float(e)) for r, e in enumerate(worst)]
+    enough = next((f for f, e in plain if e <= bound), plain[-1][0])
+    if all(k % 2 for k in g.kernel):  # a square helps if fewer pairs do beside it; its error is not known before it is fitted
+        plain += [(LowRank(r, n), 0.0) for n in (3, 5, 7) if n < min(g.kernel) for r in range(1, min(enough.rank, 5))
+                  if cost(LowRank(r, n)) < min(limit, cost(enough))]  # fmt: skip
+    yield from sorted(plain, key=lambda found: (cost(found[0]), str(found[0])))
 
 
 def _rest(energy: Tensor, branches: tuple[Branch, ...]) -> float:
@@ -206,8 +212,7 @@ def _recursive(kernel: Tensor, energy: Tensor, g: Geometry, bound: float, cost: 
             levels = tuple((max(3, (-(-n // f)) // 2 * 2 + 1), f) for n, f in zip(reach, factors))
             if dense < side and levels[-1][1] < side:
                 forms.append(Recursive(dense, levels))
-    # their errors are not known before they are fitted: 0 is a lower bound
-    return ((f, 0.0) for f in sorted(forms, key=lambda f: (cost(f), str(f))) if cost(f) < limit)
+    return ((f, fit.recursive_error(f, kernel)) for f in sorted(forms, key=lambda f: (cost(f), str(f))) if cost(f) < limit)
 
 
 CANDIDATES: dict[str, Callable[[Tensor, Tensor, Geometry, float, Cost, float], Found]] = {

@@ -29,7 +29,8 @@ WORTH = 0.95  # a form must be at least this much cheaper than the exact one: th
 class Machine:
     """Bytes a second; seconds for an output: by taps, or by rows of the filter (matrix units) but at least ``floor``, and besides
     ``fixed`` or ``turn``; ``slow``: (taps from which the library has no good kernel, seconds a tap then); ``launch``: seconds a
-    kernel; ``interpolate``: seconds an output of an interpolation."""
+    kernel; ``interpolate``: seconds an output of an interpolation; ``merges``: the depthwise pass makes branches one again where
+    one of them covers the others."""
 
     bandwidth: float
     tap: float
@@ -40,13 +41,14 @@ class Machine:
     slow: tuple[int, float] = (1 << 30, 0.0)
     launch: float = 1e-6
     interpolate: float = 0.0
+    merges: bool = False
 
 
 _CPU_LAST = Machine(25e9, 0.02e-9)  # one thread
 _CPU = Machine(25e9, 0.04e-9, fixed=3e-9, slow=(512, 0.6e-9))
 _LIBRARY = Machine(4.2e12, 0.31e-12, fixed=25e-12, launch=2e-6, interpolate=113e-12)
-_CONTIGUOUS = Machine(4.2e12, math.inf, row=0.46e-12, floor=1.5e-12, launch=2e-6, interpolate=113e-12)
-_LAST = Machine(4.2e12, 0.135e-12, row=0.46e-12, turn=2.3e-12, launch=2e-6, interpolate=113e-12)
+_CONTIGUOUS = Machine(4.2e12, math.inf, row=0.46e-12, floor=1.5e-12, launch=2e-6, interpolate=113e-12, merges=True)
+_LAST = Machine(4.2e12, 0.135e-12, row=0.46e-12, turn=2.3e-12, launch=2e-6, interpolate=113e-12, merges=True)
 
 
 def machine(kind: str, half: bool, last: bool = False, threads: int = 1) -> Machine:
@@ -79,8 +81,12 @@ def cost(form: Form, m: Machine, g: Geometry, batch: int, image: Sequence[int], 
         half = batch * g.channels * g.output(image)[0] * image[1]
         pair = convolution(m, (g.kernel[0], 1), read, half, bytes_each) + \
             convolution(m, (1, g.kernel[1]), half, written, bytes_each)  # fmt: skip
-        return form.rank * pair + _add(m, form.rank, written, bytes_each)
+        square = convolution(m, (form.dense, form.dense), read, written, bytes_each) if form.dense else 0.0
+        return form.rank * pair + square + _add(m, form.rank + bool(form.dense), written, bytes_each)
     if isinstance(form, Branches):
+        whole = (max(b.reach[0] for b in form.branches), max(b.reach[1] for b in form.branches))
+        if m.merges and any(b.reach == whole for b in form.branches):
+            return convolution(m, whole, read, written, bytes_each)
         total = 0.0
         for b in form.branches:
             total += convolution(m, b.size, read, written, bytes_each)

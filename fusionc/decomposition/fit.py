@@ -6,6 +6,7 @@ input |y' − y| ≤ ‖K' − K‖₁ max|x|. The bound that the user gives hol
 scales channels, cannot enlarge it. Per form:
 
 * low_rank: the singular value decomposition of each channel, cut off (Eckart-Young: no better filters of that rank exist);
+  with a dense square, whose taps are free, the rest is fitted by alternating projections (a local optimum);
 * branches: filters that cover some taps, so the best fit is the kernel at these taps, and the error what lies elsewhere;
 * recursive: linear in the filters; normal equations over one period of positions (the form varies with the position by
   the coarsest factor; the error is the root mean square over that period).
@@ -39,8 +40,8 @@ def wide(weight: Tensor) -> Tensor:
 def filters(form: Form, weight: Tensor) -> list[Tensor]:
     """The form's filters, each [C, 1, h, w] of the weight's dtype, on the CPU.
 
-    low_rank: column, row, column, row, …; branches: in their order; recursive: the dense one (if any), then the levels'.
-    The filters of the last few weights are kept: each filter of a layer is a derived weight of its own.
+    low_rank: column, row, column, row, …, square; branches: in their order; recursive: the dense one (if any), then the levels'.
+    The filters of the last few weights are kept (each filter of a layer is a derived weight of its own): do not write them.
     """
     key = (str(form), weight_hash([weight]))
     with _lock:
@@ -49,7 +50,8 @@ def filters(form: Form, weight: Tensor) -> list[Tensor]:
             _memo.move_to_end(key)
             return found
     with torch.no_grad():
-        made = [f.unsqueeze(1).to(weight.dtype).contiguous() for f in _solve(form, wide(weight))]
+        # the strides of axes of size 1 are those of a new tensor, too
+        made = [f.to(weight.dtype).flatten().view(f.shape[0], 1, *f.shape[1:]) for f in _solve(form, wide(weight))]
     with _lock:
         _memo[key] = made
         while len(_memo) > 64:
@@ -59,12 +61,12 @@ def filters(form: Form, weight: Tensor) -> list[Tensor]:
 
 def _solve(form: Form, kernel: Tensor) -> list[Tensor]:
     if isinstance(form, LowRank):
-        u, s, v = torch.linalg.svd(kernel, full_matrices=False)
-        root = s.sqrt()
+        u, v = _pairs(kernel) if not form.dense else _completed(kernel, form.rank, form.dense)
+        root = v.norm(dim=2, keepdim=True).sqrt()  # equal parts on both: nothing under- or overflows in half precision
         out = []
-        for i in range(form.rank):  # the singular value in equal parts on both: nothing under- or overflows in half precision
-            out += [(u[:, :, i] * root[:, i, None]).unsqueeze(2), (v[:, i, :] * root[:, i, None]).unsqueeze(1)]
-        return out
+        for i in range(form.rank):
+            out += [u[:, :, i : i + 1] * root[:, i : i + 1], v[:, i : i + 1] / root[:, i : i + 1].clamp_min(_TINY)]
+        return [*out, (kernel - u @ v)[_middle(kernel, form.dense)]] if form.dense else out
     if isinstance(form, Branches):
         rest, out = kernel.clone(), []
         for b in form.branches:
@@ -72,11 +74,51 @@ def _solve(form: Form, kernel: Tensor) -> list[Tensor]:
             out.append(part.clone())
             part.zero_()  # a tap that two branches cover belongs to the first
         return out
-    gram, summed, pad = _normal(form, (kernel.shape[1], kernel.shape[2]))
-    target = torch.nn.functional.pad(kernel, (pad[1], pad[1], pad[0], pad[0])).flatten(1)
-    theta = (torch.linalg.pinv(gram, hermitian=True, rtol=1e-12) @ (summed.T @ target.T)).T
+    theta = _fitted(form, kernel)[0]
     sides = [form.dense] * bool(form.dense) + [k for k, _ in form.levels]
     return [p.unflatten(1, (k, k)) for p, k in zip(theta.split([k * k for k in sides], 1), sides)]
+
+
+def _fitted(form: Recursive, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """The best filters of a recursive form, [C, their taps], and their mean square error [C] in closed form."""
+    gram, summed, count, pad = _normal(form, (kernel.shape[1], kernel.shape[2]))
+    target = torch.nn.functional.pad(kernel, (pad[1], pad[1], pad[0], pad[0])).flatten(1)
+    right = target @ summed
+    theta = right @ torch.linalg.pinv(gram, hermitian=True, rtol=1e-12)
+    return theta, target.square().sum(1) + ((theta @ gram) * theta - 2 * theta * right).sum(1) / count
+
+
+def recursive_error(form: Recursive, kernel: Tensor) -> float:
+    """The worst channel's error before rounding, for kernels [C, kh, kw]: much cheaper than ``errors``."""
+    square = _fitted(form, kernel)[1] / kernel.square().sum((1, 2)).clamp_min(_TINY)
+    return float(square.clamp_min(0).max().sqrt())
+
+
+def _pairs(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns [C, kh, r] and rows [C, r, kw], scaled, whose product is the kernel."""
+    u, s, v = torch.linalg.svd(kernel, full_matrices=False)
+    return u, v * s.unsqueeze(2)
+
+
+def _middle(kernel: Tensor, side: int) -> tuple[slice, slice, slice]:
+    b = centred((kernel.shape[1], kernel.shape[2]), (side, side))
+    return slice(None), slice(b.at[0], b.at[0] + side), slice(b.at[1], b.at[1] + side)
+
+
+def _completed(kernel: Tensor, rank: int, dense: int, steps: int = 60) -> tuple[Tensor, Tensor]:
+    """As ``_pairs``, for the kernel without its middle: what the fit says there replaces it, and so on (hard imputation, each
+    step one of subspace iteration instead of a decomposition)."""
+    at, rest = _middle(kernel, dense), kernel.clone()
+    rest[at] = 0
+    v = torch.linalg.svd(rest, full_matrices=False)[2][:, :rank].mT
+    for _ in range(steps):
+        u = torch.linalg.qr(rest @ v)[0]
+        v, last = torch.linalg.qr(rest.mT @ u)[0], rest[at].clone()
+        rest[at] = (u @ (u.mT @ rest))[at]
+        if float((rest[at] - last).norm()) <= 1e-9 * float(rest.norm()):
+            break
+    u = torch.linalg.qr(rest @ v)[0]
+    return u, u.mT @ rest
 
 
 def errors(form: Form, pieces: list[Tensor], weight: Tensor) -> Tensor:
@@ -97,8 +139,10 @@ def effective(form: Form, made: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     """The kernel [C, kh, kw] that filters [C, h, w] of a form without coarse levels amount to."""
     out = torch.zeros(tuple(shape), dtype=torch.float64)
     if isinstance(form, LowRank):
-        for column, row in zip(made[::2], made[1::2]):
+        for column, row in zip(made[: 2 * form.rank : 2], made[1 : 2 * form.rank : 2]):
             out += column * row
+        if form.dense:
+            out[_middle(out, form.dense)] += made[-1]
         return out
     assert isinstance(form, Branches)
     for b, m in zip(form.branches, made):
@@ -148,13 +192,13 @@ def _responses(form: Recursive, kernel: tuple[int, int]) -> tuple[list[Tensor], 
 
 
 @functools.lru_cache(maxsize=16)
-def _normal(form: Recursive, kernel: tuple[int, int]) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def _normal(form: Recursive, kernel: tuple[int, int]) -> tuple[Tensor, Tensor, int, tuple[int, int]]:
     matrices, pad = _responses(form, kernel)
     gram, summed = torch.zeros(2 * [matrices[0].shape[1]], dtype=torch.float64), torch.zeros_like(matrices[0])
     for a in matrices:
         gram += a.T @ a
         summed += a
-    return gram, summed, pad
+    return gram, summed, len(matrices), pad
 
 
-__all__ = ["effective", "errors", "filters", "line", "wide"]
+__all__ = ["effective", "errors", "filters", "line", "recursive_error", "wide"]

@@ -1,6 +1,7 @@
 """What a large depthwise kernel can be replaced by, as small values that print and read back (a plan file holds the text).
 
     low_rank 3                       three pairs of a column (kh × 1) and a row (1 × kw) filter
+    low_rank 2 5x5                   two such pairs, and a dense centred square (a small kernel was merged into a large one)
     inception 3x3 1x31 31x1          a centred square and two bands; 1x1 is the identity branch
     dilated_sparse 5x5 7x7@2         a dense square and dilated ones, all centred
     shiftwise 3x3+0+12 3x3+3+12      small blocks at the given first tap (row, column) of the kernel
@@ -41,13 +42,14 @@ class Branch:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Σᵢ column i ⊗ row i, ``rank`` of them for every channel."""
+    """Σᵢ column i ⊗ row i, ``rank`` of them for every channel, and a centred square of ``dense`` taps a side (0: none)."""
 
     rank: int
+    dense: int = 0
     method: str = "low_rank"
 
     def __str__(self) -> str:
-        return f"low_rank {self.rank}"
+        return f"low_rank {self.rank}" + (f" {self.dense}x{self.dense}" if self.dense else "")
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,12 @@ def parse(text: str, kernel: tuple[int, int]) -> Form:
         raise ValueError(f"{text[:80]!r} is no decomposition")
     if method == "low_rank":
         rank = int(words[0]) if words[0].isdigit() else 0
-        if len(words) != 1 or not 1 <= rank <= min(kernel):
+        square = re.fullmatch(r"(\d{1,4})x\1", words[1]) if len(words) == 2 else None
+        side = int(square[1]) if square else 0
+        fits = len(words) == 1 or side % 2 == 1 and side < min(kernel) and all(k % 2 for k in kernel)
+        if not fits or not 1 <= rank <= min(kernel):
             raise ValueError(f"{text[:80]!r} is no rank of a {kernel[0]}x{kernel[1]} kernel")
-        return LowRank(rank)
+        return LowRank(rank, side)
     branches, dense, levels = [], 0, []
     for word in words:
         found = _BRANCH.fullmatch(word)

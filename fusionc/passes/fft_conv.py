@@ -8,7 +8,9 @@ Exactness  Approximate: runs only with options={"fft_conv": True}. In norm it ro
 Legality   one axis, stride and dilation 1, not transposed, padding below the kernel's length, groups = channels = outputs or 1,
            contiguous, known sizes; weights may be anything, also made by a network (continuous kernels)
 Cost       a model with measured figures: ATen's direct convolution takes 0.65 ns a product on one thread of our CPU, the
-           transforms 0.4 ns for each n·log₂ n of a row; 4×64×4096 with K = 4096: 5409 ms direct, 9 ms here; K = 64: 44 and 5
+           transforms 0.4 ns for each n·log₂ n of a row; 4×64×4096 with K = 4096: 5409 ms direct, 9 ms here; K = 64: 44
+           and 5. H200, float32: 4×64×8192, K = 8192: 6.3 ms and 0.1; 4×256×8192, K = 512: 1.3 and 0.29; 4×256×4096,
+           K = 64: 0.11 and 0.15
 Source     the convolution theorem; long convolutions of state-space models and CKConv (Romero et al., arXiv 2102.02611)
 """
 
@@ -28,7 +30,7 @@ from .base import Approximate, Match, Pass, Refuse
 aten = torch.ops.aten
 _FEW = 32  # taps below which nothing is looked at
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_RATES = {"cpu": (0.65e-9, 0.4e-9), "cuda": (3e-13, 4e-12)}  # seconds a product; seconds for each n·log₂ n of a row
+_RATES = {"cpu": (0.65e-9, 0.4e-9), "cuda": (3e-13, 1.1e-12)}  # seconds a product; seconds for each n·log₂ n of a row
 _WORTH = 0.5
 _CALLS = 50e-6  # seconds of the transforms' calls
 
@@ -84,7 +86,7 @@ class FftConv(Pass):
 
 
 def costs(kind: str, x: Any, weight: Any, out: int, groups: int, threads: int = 1) -> tuple[float, float]:
-    """Seconds of the direct convolution and of the transforms, for x [B, C, L] and weight [O, C / groups, K]."""
+    """Seconds of ATen's direct convolution and of the transforms, for x [B, C, L] and weight [O, C / groups, K]."""
     product, step = _RATES[kind]
     batch, channels, _ = x
     outputs, inner, taps = weight

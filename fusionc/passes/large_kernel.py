@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusionc.accuracy import Entry, Plan, warn_unverified, weight_hash
+from fusionc.accuracy import PART, Entry, Plan, warn_unverified, weight_hash
 from fusionc.errors import OptionError
 
 from ..decomposition import cost as costs
@@ -50,6 +50,8 @@ def check_option(where_: str, given: Any) -> Any:
     if given.kind != KIND:
         raise OptionError(f"{where_} was given a plan for {given.kind!r}, not for {KIND!r}.")
     _bound(given)
+    if any(e.part != PART for e in given.entries):
+        raise OptionError(f"{where_} was given a plan that names parts of layers: a kernel has none.")
     return given
 
 
@@ -92,7 +94,9 @@ class LargeKernel(Pass):
         chosen = [(found[e.layer], parse(e.form, _sides(found[e.layer]))) for e in plan.entries]
         for i, (site, form) in enumerate(chosen):
             last = chosen if i == len(chosen) - 1 else ()
-            yield Match({"refusal": "", "site": site, "form": form, "all": last, "limit": bound}, (site.node,))
+            e = plan.entries[i]
+            note = f"{e.name} ({where(site.node)}) becomes {e.form}: {e.reason}; measured error: unverified"
+            yield Match({"refusal": "", "site": site, "form": form, "all": last, "limit": bound, "note": note}, (site.node,))
 
     def _plan(self, facts: Facts, found: list[Site]) -> tuple[Plan, dict[int, str]]:
         weights = [None if s.refusal else s.weight(facts.real, facts.inputs) for s in found]
@@ -215,7 +219,8 @@ def _shapes(form: Form, g: Geometry) -> list[tuple[int, ...]]:
 def _piece(compute: Any, form: Form, index: int) -> Callable[[list[Tensor]], Tensor]:
     def made(sources: list[Tensor]) -> Tensor:
         weight = compute(sources)
-        return fit.filters(form, weight)[index].to(weight.device)
+        # a copy: the runtime writes later values into what it was given
+        return fit.filters(form, weight)[index].to(weight.device, copy=True)
 
     return made
 

@@ -152,6 +152,9 @@ def _apply(item: Pass, gm: GraphModule, facts: Facts, record: PassRecord, saved:
                 continue
         else:
             item.replace(match, facts)
+            note = getattr(match, "bound", {}).get("note")
+            if note:
+                record.notes.append(str(note))
         record.fired += 1
 
 

@@ -20,7 +20,8 @@ from fusionc.errors import OptionError
 K = (9, 9)
 SQUARE, ROW, COLUMN = centred(K, (3, 3)), centred(K, (1, 9)), centred(K, (9, 1))
 FORMS: list[Form] = [
-    LowRank(3), Branches("inception", K, (SQUARE, ROW, COLUMN)), Branches("inception", K, (centred(K, (1, 1)), ROW)),
+    LowRank(3), LowRank(2, 3),
+    Branches("inception", K, (SQUARE, ROW, COLUMN)), Branches("inception", K, (centred(K, (1, 1)), ROW)),
     Branches("dilated_sparse", K, (SQUARE, centred(K, (3, 3), (4, 4)), centred(K, (5, 5), (2, 2)))),
     Branches("shiftwise", K, (Branch((3, 3)), Branch((3, 2), (1, 1), (6, 7)), centred(K, (3, 3)))),
     Recursive(3, ((5, 2),)), Recursive(0, ((5, 2), (3, 4))),
@@ -33,7 +34,8 @@ def test_text_reads_back(form: Form) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    "", "low_rank", "low_rank x", "low_rank 0", "low_rank 10", "low_rank 1 2", "winograd 3x3", "inception", "inception 3x",
+    "", "low_rank", "low_rank x", "low_rank 0", "low_rank 10", "low_rank 1 2", "low_rank 1 3x5", "low_rank 1 9x9",
+    "low_rank 1 4x4", "winograd 3x3", "inception", "inception 3x",
     "inception 11x1", "inception 3x3/2", "shiftwise 3x3+8+0", "shiftwise 0x3", "dilated_sparse 3x3@5", "recursive 3x3",
     "recursive 4x4/2", "recursive 3x5/2", "recursive 3x3/3", "recursive 3x3@2", "inception " + "9" * 5000,
 ])  # fmt: skip
@@ -56,7 +58,7 @@ def convolved(kernel: Tensor, g: Geometry, image: tuple[int, int]) -> Tensor:
     return y.flatten(2).permute(1, 2, 0)
 
 
-@pytest.mark.parametrize("form", FORMS[:5], ids=str)
+@pytest.mark.parametrize("form", FORMS[:6], ids=str)
 @pytest.mark.parametrize("stride, padding, dilation", [(1, 4, 1), (2, 4, 1), (1, 8, 2), (1, 0, 1), ((1, 2), (3, 5), 1)], ids=str)
 def test_filters_are_a_convolution_with_the_effective_kernel(form: Form, stride: Any, padding: Any, dilation: Any) -> None:
     def pair(n: int | tuple[int, int]) -> tuple[int, int]:
@@ -74,7 +76,7 @@ def test_filters_are_a_convolution_with_the_effective_kernel(form: Form, stride:
     assert (claimed > 0.1).all()
 
 
-@pytest.mark.parametrize("form", FORMS[5:], ids=str)
+@pytest.mark.parametrize("form", FORMS[6:], ids=str)
 def test_recursive_error_is_that_of_all_positions(form: Recursive) -> None:
     g = Geometry(K, (1, 1), (4, 4), (1, 1), 2)
     at = torch.arange(9) - 4.0
@@ -85,6 +87,7 @@ def test_recursive_error_is_that_of_all_positions(form: Recursive) -> None:
     off = responses(form, g, pieces, image) - convolved(weight[:, 0], g, image)
     inner = off.view(2, *image, -1)[:, 14:18, 14:18].square().sum(-1).mean((1, 2)).sqrt()  # one period, far from the rim
     torch.testing.assert_close(fit.errors(form, pieces, weight), inner / weight.flatten(1).norm(dim=1), rtol=1e-9, atol=0)
+    assert fit.recursive_error(form, weight[:, 0]) == pytest.approx(float(fit.errors(form, pieces, weight).max()), rel=1e-6)
 
 
 def test_recursive_fit_is_the_best_one() -> None:
@@ -112,7 +115,7 @@ def test_white_noise_sees_the_predicted_error() -> None:
     x = torch.randn(8, 4, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     g = Geometry(K, (1, 1), (4, 4), (1, 1), 4)
     y = torch.nn.functional.conv2d(x, weight, padding=4, groups=4)[:, :, 8:-8, 8:-8]
-    for form in FORMS[:5]:
+    for form in FORMS[:6]:
         pieces = fit.filters(form, weight)
         off = run(form, g, x, pieces, None, plain)[:, :, 8:-8, 8:-8] - y
         measured = off.square().mean((0, 2, 3)).sqrt() / y.square().mean((0, 2, 3)).sqrt()
@@ -191,6 +194,18 @@ def test_planted_forms_are_found(method: str) -> None:
     assert (off / convolved(weight[:, 0], G, image).flatten(1).norm(dim=1) <= 2e-2).all()  # borders see parts of the kernel
 
 
+def test_low_rank_beside_a_square_is_found() -> None:
+    # what a merged RepLKNet kernel is: the large one, here of rank 2, and a 5×5 of full rank in its middle
+    rng = torch.Generator().manual_seed(0)
+    weight = sum(torch.randn(6, 1, 13, 1, dtype=torch.float64, generator=rng) * torch.randn(
+        6, 1, 1, 13, dtype=torch.float64, generator=rng) for _ in range(2))  # fmt: skip
+    assert isinstance(weight, Tensor)
+    weight[:, :, 4:9, 4:9] += torch.randn(6, 1, 5, 5, dtype=torch.float64, generator=rng)
+    weight += 1e-4 * torch.randn(6, 1, 13, 13, dtype=torch.float64, generator=rng)
+    found = chosen(weight, "low_rank", 1e-2)
+    assert not isinstance(found, str) and str(found.form) == "low_rank 2 5x5" and 1e-5 < found.error < 1e-3
+
+
 def test_planted_recursive_is_found() -> None:
     weight = planted("recursive", 0)
     found = chosen(weight, "recursive", 0.3)
@@ -238,6 +253,17 @@ def test_cost_counts_bytes_products_and_launches() -> None:
     assert share(machine("cuda", True), 1, 2) > 1 and share(machine("cuda", True, last=True), 1, 2) < 0.8
     assert share(machine("cuda", True, last=True), 2, 2) > 1 > share(machine("cuda", False), 2, 4)
     assert share(machine("cpu", False), 8, 4) < 0.2 and share(machine("cpu", False, last=True), 3, 4) < 0.7
+
+
+def test_cost_of_branches_that_are_merged_again() -> None:
+    big = Geometry((31, 31), (1, 1), (15, 15), (1, 1), 256)
+    form = parse("dilated_sparse 5x5 7x7@5", (31, 31))
+    for last in (False, True):
+        m = machine("cuda", True, last)
+        assert cost(form, m, big, 32, (56, 56), 2) == exact(m, big, 32, (56, 56), 2)
+    assert cost(form, machine("cpu", False), big, 1, (56, 56), 4) < 0.2 * exact(machine("cpu", False), big, 1, (56, 56), 4)
+    bands = parse("inception 3x3 1x31 31x1", (31, 31))
+    assert cost(bands, m, big, 32, (56, 56), 2) != exact(m, big, 32, (56, 56), 2)
 
 
 @pytest.mark.parametrize("last, size, microseconds", [

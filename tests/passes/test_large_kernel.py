@@ -270,6 +270,8 @@ def test_plans_that_do_not_fit() -> None:
         Config.parse(None, {"large_kernel": {**data, "mode": "identity"}})
     with pytest.raises(OptionError, match="plan for 'remove_attention'"):
         Config.parse(None, {"large_kernel": {**data, "kind": "remove_attention"}})
+    with pytest.raises(OptionError, match="a kernel has none"):
+        Config.parse(None, {"large_kernel": {**data, "entries": [{**data["entries"][0], "part": "mlp"}]}})
     for change, words in (
         ({"total": 2}, "made for 2 large kernels"),
         ({"entries": [{**data["entries"][0], "form": "low_rank 99"}]}, "layer 0 of the plan"),
@@ -309,10 +311,59 @@ def test_weights_that_change() -> None:
         assert bool(compiled(x)[:, 0].isnan().any()) and not bool(compiled(x)[:, 1:].isnan().any())
 
 
+@pytest.mark.parametrize("policy", ["checked", "manual"])
+def test_writers_that_hide_need_refresh(policy: str) -> None:
+    model, x = Net(), image()
+    compiled = torch.compile(model, backend="fusionc", options={"large_kernel": LOW_RANK, "weights": policy, "cache": False})
+    with torch.no_grad():
+        assert relative(compiled(x), model(x)) < 1e-12
+        model.conv.weight.data.normal_()
+        assert fusionc.refresh(model) > 0
+        assert relative(compiled(x), model(x)) < 1e-12
+
+
 def test_no_bounds_where_nothing_was_changed() -> None:
     backend = Backend(LOW_RANK)
     run(backend, Net(rank=9), image())
     assert BOUNDS_KEY not in backend.gm.meta
+
+
+def test_explained_with_the_error_and_the_users_line() -> None:
+    from fusionc.explanation import explain_with
+
+    model, x = Net(), image()
+    with torch.no_grad():
+        text = str(explain_with(model, (x,), options={"large_kernel": LOW_RANK}))
+    assert "large_kernel: conv (test_large_kernel.py:" in text and "becomes low_rank 2: error " in text and "unverified" in text
+
+
+def test_filters_that_are_kept_are_not_written() -> None:
+    model, x = Net(), image()
+    kept = model.conv.weight.clone()
+    with torch.no_grad():
+        for _ in range(2):  # the second time the filters of these weights are known
+            torch._dynamo.reset()
+            model.conv.weight.copy_(kept)
+            compiled = torch.compile(model, backend="fusionc", options={"large_kernel": LOW_RANK, "cache": False})
+            compiled(x)
+            record = next(p for p in fusionc.report()[-1].passes if p.name == "large_kernel")
+            assert "becomes low_rank 2: error " in record.notes[0]
+            model.conv.weight.mul_(-3)
+            assert relative(compiled(x), model(x)) < 1e-12
+        model.conv.weight.copy_(kept)
+        assert relative(compiled(x), model(x)) < 1e-12
+
+
+def test_another_instance_of_the_class_decides_for_itself() -> None:
+    # Dynamo reuses compiled code for it: parameters are inputs of the graph
+    def call(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x)
+
+    first, second, third, x = Net(), Net(rank=9), Net(), image()
+    compiled = torch.compile(call, backend="fusionc", options={"large_kernel": LOW_RANK, "cache": False})
+    with torch.no_grad():
+        for model in (first, second, third, first, second):
+            assert relative(compiled(model, x), model(x)) < 1e-12
 
 
 def test_unverified_is_said() -> None:
