@@ -62,6 +62,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     tune.configure(config.tune, config.cache)
     title = f"g{next(_numbers)}_{graph_label(gm)}"
     example_inputs = list(example_inputs)
+    original = gm
     warm = Warm(gm, example_inputs, config, title)
     ready = warm.load()
     if ready is not None:
@@ -91,7 +92,12 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     resolve = weights.resolve
 
     def with_derived(*args: Any) -> Any:
-        return compiled(*args, *resolve(args))
+        try:
+            made = resolve(args)
+        except errors.StaleDecision as e:  # another instance, or weights="frozen" that were not
+            errors.warn_once("stale decision", f"{e}; this model runs in eager mode")
+            return original(*args)
+        return compiled(*args, *made)
 
     bounds = gm.meta.get("fusionc_bounds")
     if bounds:

@@ -46,7 +46,8 @@ class Config:
     cudagraphs       "auto", True or False
     verify           check every stage; FUSIONC_VERIFY
     tune             measure plans of kernels that cost time: "default", "off", "max" (that of max-autotune); FUSIONC_TUNE
-    remove_attention attention sublayers to leave out (approximate): a count, fraction, layer numbers or a Plan
+    remove_attention attention sublayers to leave out (approximate): a count, fraction, layer numbers, a drop list
+                     {"attention": [...], "mlp": [...], "block": [...]} or a Plan
     large_kernel     sums of cheaper filters for large kernels (approximate): {"method": ..., "error": ...} or a Plan
     fft_conv         True: long convolutions along one axis through the Fourier transform where cheaper (rounds differently)
     progress         "auto" (after 2 s, on a terminal), True or False

@@ -48,6 +48,10 @@ class StrictError(FusioncError):
     """Something fell back to ATen or eager while ``options={"strict": True}`` forbids it."""
 
 
+class StaleDecision(FusioncError):
+    """Weights lack the property that the graph was rewritten for; the caller runs the graph as it was."""
+
+
 class FallbackWarning(UserWarning):
     """fusionc did something slower than hoped; the results are right."""
 

@@ -16,7 +16,17 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `benchmarks` is a folder of the checkout, not part of the installed package
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import common, compile_time, conv, cpu, gpu, gpu_models, gpu_workloads, host_cost  # noqa: E402
+from benchmarks import (  # noqa: E402
+    common,
+    compile_time,
+    conv,
+    cpu,
+    gpu,
+    gpu_models,
+    gpu_workloads,
+    host_cost,
+    removal,
+)
 from benchmarks.common import Case  # noqa: E402
 
 
@@ -290,6 +300,21 @@ def test_host_cost_measures_three_ways(tmp_path):
     assert host_cost.main([*arguments, "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert set(rows[1]["us"]) == {"call", "backend", "program"}
+
+
+def test_removal_counts_and_compares(tmp_path):
+    pytest.importorskip("transformers")
+    path = tmp_path / "removal.json"
+    removal.main(["--device", "cpu", "--shape", "tiny", "--prompt", "16", "--batch", "2", "--context", "8", "--rounds", "1",
+                  "--json", str(path)])  # fmt: skip
+    result = json.loads(path.read_text())
+    assert [r["layers"] for r in result["score"]] == [6, 6] and {r["name"] for r in result["speed"]} == {"prefill", "decode"}
+    for row in result["speed"]:
+        assert set(row["ms"]) == {f"{a} {b}" for a in ("whole", "pruned") for b in ("eager", "fusionc")}
+        assert max(row["against_eager"].values()) < 1e-4 and row["graphs"]["pruned"]["kernels"] > 0
+    whole, pruned = result["memory"]["cache"]
+    before, after = result["memory"]["parameters"]
+    assert pruned * 6 == whole * 4 and result["memory"]["freed"] == before - after > 0
 
 
 def test_commands_start_from_the_checkout():

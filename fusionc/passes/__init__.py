@@ -16,6 +16,7 @@ from .conv_bn import ConvBatchNorm
 from .conv_branches import ConvBranches
 from .conv_matmul import ConvMatmul
 from .conv_relu import ConvRelu
+from .conv_values import ConvValues
 from .counters import Counters
 from .cse import CommonSubexpressions
 from .decode_attention import DecodeAttention
@@ -35,6 +36,7 @@ from .per_example_conv import PerExampleConv
 from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .remove_attention import RemoveAttention
+from .short_attention import ShortAttention
 from .skinny_linear import SkinnyLinear
 from .stacked_sum import StackedSum
 from .strided_conv import StridedConv
@@ -60,8 +62,9 @@ PIPELINE: tuple[Step, ...] = (
     Step(5, LinearCrossEntropy(), "model", "while the loss is one call, before autograd makes its gradient"),
     Step(6, ConvBranches(), "model", "after each branch took its BatchNorm in; folds the one after the sum itself"),
     Step(7, BatchNormConv(), "model", "a BatchNorm that a layer before it could take is gone by now"),
-    Step(8, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
-    Step(9, None, "model", "the user's model passes see what ours left"),
+    Step(8, ConvValues(), "model", "looks at the filters as they are after merging; only with frozen weights"),
+    Step(9, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
+    Step(10, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(21, FftConv(), "graph", "before the convolution is taken by anything else"),
     Step(22, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
@@ -82,6 +85,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
     Step(90, Reinplace(), "graph", "late: it gives up the functional form"),
     Step(92, DecodeAttention(), "graph", "takes in the writes into the cache, once they are in place"),
+    Step(93, ShortAttention(), "graph", "what reads no cache"),
     Step(94, Counters(), "graph", "after nothing reads a counter through the index that it was"),
 )
 
@@ -89,6 +93,8 @@ PIPELINE: tuple[Step, ...] = (
 def pipeline(level: str, config: Any = None) -> list[tuple[int, Pass]]:
     """(position, pass) of one level: built-in ones that are not disabled, and the user's at their place."""
     disabled = set(getattr(config, "disable", ()) or ())
+    if getattr(config, "weights", "checked") != "frozen":
+        disabled.add(ConvValues.name)  # decides by values, which may change under any other policy
     given = [item for item in getattr(config, "passes", ()) or () if getattr(item, "level", "graph") == level]
     found: list[tuple[int, Pass]] = []
     for step in PIPELINE:

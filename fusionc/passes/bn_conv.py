@@ -101,7 +101,7 @@ class BatchNormConv(Pass):
                                  val=value(conv), key=key)  # fmt: skip
         edit.replace(conv, folded)
         edit.erase_dead([bn])
-        constants.drop_unused(facts.gm)
+        constants.drop_unused(facts.gm, parts)
 
 
 def rebuild(present: Any, eps: Any, groups: Any, outer: Any, inner: Any, want_bias: Any,

@@ -35,15 +35,15 @@ def constant(node: Any, facts: Facts) -> Constant | None:
     """What the node's value is made of, if only of parameters and buffers that the graph does not write; else None."""
     if not isinstance(node, Node) or node.op != "placeholder":
         return None
-    for derived in facts.gm.meta.get(edit.DERIVED_KEY, ()):
+    if node in facts.static:
+        return Constant((facts.position(node),)) if node not in facts.mutated else None
+    for derived in reversed(facts.gm.meta.get(edit.DERIVED_KEY, ())):
         if derived.name == node.target:
             return Constant(derived.sources, derived.compute, derived.volatile, derived.share, derived.recipe)
-    if node in facts.static and node not in facts.mutated:
-        return Constant((facts.position(node),))
     return None
 
 
-def add(facts: Facts, parts: Sequence[Node], outer: Compute, val: torch.Tensor, share: str, recipe: list[Any],
+def add(facts: Facts, parts: Sequence[Node], outer: Compute, val: torch.Tensor, share: str, recipe: list[Any] | None,
         origin: Iterable[Node] = (), moving: Sequence[Node] = ()) -> Node:  # fmt: skip
     """A new input whose value is ``outer`` of the values of ``parts``, all of which are constants.
 
@@ -62,7 +62,7 @@ def add(facts: Facts, parts: Sequence[Node], outer: Compute, val: torch.Tensor, 
     inner = [([where[position] for position in each.sources], each) for each in known]
     kind = str(val.dtype)[6:]
     compute = composed(outer, [(indices, each.compute) for indices, each in inner], val.dtype)
-    whole = all(each.compute is None or each.recipe is not None for each in known)
+    whole = recipe is not None and all(each.compute is None or each.recipe is not None for each in known)
     nested = ["compose", recipe, [[indices, each.recipe] for indices, each in inner], kind] if whole else None
     shared = None if any(each.share is None for each in known) else \
         f"compose {share} {kind} {[(indices, each.share) for indices, each in inner]}"  # fmt: skip
@@ -80,10 +80,13 @@ def composed(outer: Compute, inner: Sequence[tuple[Sequence[int], Compute | None
     return compute
 
 
-def drop_unused(gm: GraphModule) -> None:
-    """Forget derived weights that nothing reads: they are neither computed nor kept."""
+def drop_unused(gm: GraphModule, parts: Iterable[Node | None]) -> None:
+    """Forget those derived weights among ``parts`` that nothing reads any more: they are neither computed nor kept."""
+    gone = {part.target for part in parts if part is not None and not part._erased and not part.users}
     table: list[edit.Derived] = gm.meta.get(edit.DERIVED_KEY, [])
-    nodes = {node.target: node for node in gm.graph.find_nodes(op="placeholder")}
-    for derived in [each for each in table if not nodes[each.name].users]:
-        gm.graph.erase_node(nodes[derived.name])
-        table.remove(derived)
+    names = gone & {each.name for each in table} if gone else gone
+    if names:
+        table[:] = [each for each in table if each.name not in names]
+        for node in list(gm.graph.find_nodes(op="placeholder")):
+            if node.target in names:
+                gm.graph.erase_node(node)

@@ -102,7 +102,7 @@ class ConvBatchNorm(Pass):
         else:
             edit.replace(bn, folded)
             edit.erase_dead([conv])
-        constants.drop_unused(gm)
+        constants.drop_unused(gm, parts)
 
 
 def folding(bn: Node) -> Match | None:

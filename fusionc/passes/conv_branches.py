@@ -129,6 +129,7 @@ class ConvBranches(Pass):
         gm, root = facts.gm, match.root
         graph, key = gm.graph, edit.value_key(gm.graph)
         rest, made = list(match.addends), []
+        used = [part for cluster in match.clusters for branch in cluster.branches for part in branch.parts]
         for cluster in match.clusters:
             for branch in cluster.branches:
                 rest.remove(branch.node)
@@ -147,7 +148,7 @@ class ConvBranches(Pass):
             after, fold = conv_bn.folding(user), conv_bn.ConvBatchNorm()
             if after is not None and fold.check(after, facts) is None:
                 fold.replace(after, facts)
-        constants.drop_unused(gm)
+        constants.drop_unused(gm, used)
 
 
 def _operands(node: Node) -> tuple[Any, Any] | None:

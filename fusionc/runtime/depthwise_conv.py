@@ -84,25 +84,27 @@ def _tiles(shape: Shape) -> list[tuple[int, int]]:
 def _toeplitz(shape: Shape, images: int) -> list[Candidate]:
     """(group, ahead, held, TW, KD, BM, warps, stages).
 
-    H200, 32×256×56×56: with all lines in the text 7×7 takes 0.103 ms and 13×13 0.153, in a loop 0.115 and 0.166; 31×31
-    0.322 in a loop by two lines, 0.423 by one. Narrow images like low tiles, and large kernels there groups of four.
+    H200, 32×256×56×56: with all lines in the text 7×7 takes 0.103 ms and 13×13 0.152, in a loop 0.115 and 0.166; 31×31
+    0.318 in a loop by two lines, 0.423 by one. Eight warps want 128 registers, so that two programs share a
+    multiprocessor: with 134 it is 0.140 for 7×7. Narrow images like low tiles, and large kernels there groups of four.
     """
     found: list[Candidate] = []
     kernel, many = shape.kernel[0], images * shape.out[0] >= 512
     for tw, kd in _tiles(shape):
         tall = 128 if many and kd <= 64 else 64
+        warps = tall // 16
         if kernel < 3:
-            found.append((1, 0, False, tw, kd, tall, tall // 16, 3))
+            found.append((1, 0, False, tw, kd, tall, 4, 3))
             continue
         if kd >= 64 and kernel <= _TEXT:
-            for held in (False, True):
-                found.append((2, 3 if kernel < 9 and not held else 1, held, tw, kd, tall, tall // 16, 1))
-        found.append((2, 0, True, tw, kd, 64, 4, 2))
+            found.append((2, 3 if kernel < 9 and tall > 64 else 1, False, tw, kd, tall, warps, 1))
+            found.append((2, 1, True, tw, kd, tall, warps, 1) if tw < kd else (4, 2, False, tw, kd, 64, 4, 1))
         if kd <= 32:
-            found.append((4, 0, True, tw, kd, 64, 4, 2))
-        if tall > 64:
-            found.append((2, 0, False, tw, kd, tall, tall // 16, 2))
-    return sorted(found, key=lambda how: how[0]) if kernel <= _TEXT else found[::-1]
+            groups = (2, 4) if kernel <= _TEXT else (4, 2)
+            found += [(group, 0, True, tw, kd, 64, 4, 2) for group in groups]
+        if kd > 32 or tall > 64:
+            found.append((2, 0, tw < kd, tw, kd, tall, warps, 2))
+    return found
 
 
 def _direct(shape: Shape, images: int) -> list[Candidate]:
@@ -155,10 +157,10 @@ def _launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor 
     else:
         module = load_module(template.TURN, interpret=interpret)
         flat = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels, "evict_first", "")
+        _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels)
         result = torch.empty(y.shape, dtype=x.dtype, device=x.device)
         _run_toeplitz(how, shape, flat, taps, bias, result, interpret)
-        _turn(module, result, y, shape.channels, shape.out[0] * shape.out[1], "", "evict_first")
+        _turn(module, result, y, shape.channels, shape.out[0] * shape.out[1])
     return y
 
 
@@ -182,9 +184,9 @@ def prepare(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor 
         _compiling.on = False
 
 
-def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int, given: str = "", made: str = "") -> None:
+def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int) -> None:
     grid = (-(-a // 64) * -(-b // 64), x.shape[0])
-    _start(module.turn, grid, x, y, A=a, B=b, TA=64, TB=64, IN=given, OUT=made, num_warps=4)
+    _start(module.turn, grid, x, y, A=a, B=b, TA=64, TB=64, num_warps=4)
 
 
 def _run_direct(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
@@ -219,8 +221,8 @@ def _run_toeplitz(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: T
         load_module(text, interpret=interpret).conv, (-(-rows // bm) * tiles * c,),
         x, packed, packed if bias is None else bias, y, rows,
         C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines, TILES=tiles,
-        TW=tw, KD=kd, BM=bm, STAGES=stages, BACK=how[0] == "turned", BIAS=bias is not None, ACTIVATION=_activation(shape),
-        num_warps=warps, num_stages=stages,
+        TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape), num_warps=warps,
+        num_stages=stages, maxnreg=128 if warps == 8 else None,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ import torch
 
 from ..codegen.triton import index_width, parameters
 from ..errors import CompileError
-from ..ir.loop import Kernel, evaluate
+from ..ir.loop import Kernel, evaluate, kernel_bytes
 from ..schedule.plan import Plan
 from . import interpreter
 from .device import TARGETS
@@ -356,6 +356,7 @@ def _dependent_launch(threads: int, shared: int) -> Callable[..., int]:
 
 
 EARLY = True  # (the benchmarks switch it off to compare)
+_EARLY_BYTES = 16 << 20  # that a kernel may move: 4 µs on an H200
 
 
 def early_start(source: str, name: str, gpu: Any) -> str:
@@ -519,7 +520,7 @@ class TritonKernel:
 
                 with torch.cuda.device(self._index()):
                     gpu = driver.active.get_current_target()
-                    source = early_start(self.source, self.name, gpu)
+                    source = early_start(self.source, self.name, gpu) if self._short() else self.source
                     self.dependent = source is not self.source
                     args = (source, self.name, self.kernel, self.plan, gpu, str(gpu.arch))
                     built = _compile(*args, self.aligned, wide, False)
@@ -530,6 +531,10 @@ class TritonKernel:
                 built.registers, built.spills = int(built.handle.n_regs), int(built.handle.n_spills)
                 self._variants[wide] = built
         return built
+
+    def _short(self) -> bool:
+        """Does it run for a few µs only, so that its launch counts?  (A long one measured 1 % slower with an early start.)"""
+        return bool(self.names) or sum(kernel_bytes(self.kernel, {})) <= _EARLY_BYTES
 
     def bind(self, grid: int, wide: bool = False) -> Callable[..., None]:
         """`f(stream, *pointers, *sizes)` that launches `grid` programs: the fastest way, for static sizes.

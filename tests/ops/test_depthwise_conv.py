@@ -142,7 +142,7 @@ def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
         _, group, ahead, held, tw, kd, tall, _, stages = how
         module = load_module(template.toeplitz(7, group, ahead, held))
         constants |= {"C": 256, "H": 56, "W": 56, "OH": 56, "OW": 56, "G": 56 // group, "DH": 1, "PH": 3, "L": 128}
-        constants |= {"LINES": 10, "PA": 0, "TILES": 1, "TW": tw, "KD": kd, "BM": tall, "STAGES": stages, "BACK": held}
+        constants |= {"LINES": 10, "PA": 0, "TILES": 1, "TW": tw, "KD": kd, "BM": tall, "STAGES": stages}
     fn = module.conv
     kinds = {n: "constexpr" if n in constants else "i32" if n in ("rows", "strips") else "*bf16" for n in fn.arg_names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if kinds[n] == "*bf16"}
@@ -151,6 +151,8 @@ def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     registers, spills = _usage(built)
     assert spills <= 0 and registers < 255
+    if how[0] == "toeplitz" and warps == 8:
+        assert registers <= 128  # two programs on a multiprocessor
     if how[0] == "toeplitz":
         assert "wgmma" in built.asm["ptx"]
         assert bool(re.search(r"wgmma\.mma_async[^;]*\}, \{", built.asm["ptx"])) == held  # A from registers

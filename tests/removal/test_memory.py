@@ -74,6 +74,21 @@ def test_uniform_mode_generates(more: dict[str, Any]) -> None:
     assert model.generate(prompt, **given).tolist() == reference.generate(prompt, **given).tolist()
 
 
+def test_uniform_mode_compiles_in_one_graph() -> None:
+    from transformers import StaticCache
+
+    model, prompt = make("Llama"), inputs("Llama")["input_ids"]
+    fusionc.remove_attention(model, [0, 3], inputs={"input_ids": prompt}, mode="uniform")
+    step, found = torch.compile(model, backend="aot_eager", fullgraph=True), []
+    for call in (model, step):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+            found.append(call(prompt[:, :1], past_key_values=cache).logits)
+        assert [layer.keys.shape[-1] for layer in cache.layers] == [1, 8, 8, 1, 8, 8]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_uniform_mode_undone_leaves_no_trace() -> None:
     model, batch = make("Llama"), inputs("Llama")
     before = values(model, batch)

@@ -52,17 +52,15 @@ import triton.language as tl
 
 
 @triton.jit
-def turn(x, y, A: tl.constexpr, B: tl.constexpr, TA: tl.constexpr, TB: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr):
-    """y[n, b, a] = x[n, a, b]: channels-last to contiguous and back. IN and OUT say what the L2 cache need not keep."""
+def turn(x, y, A: tl.constexpr, B: tl.constexpr, TA: tl.constexpr, TB: tl.constexpr):
+    """y[n, b, a] = x[n, a, b]: channels-last to contiguous and back."""
     pid = tl.program_id(0)
     n = tl.program_id(1).to(tl.int64)
     across: tl.constexpr = (B + TB - 1) // TB
     a = pid // across * TA + tl.arange(0, TA)
     b = pid % across * TB + tl.arange(0, TB)
-    found = tl.load(x + n * (A * B) + a[:, None] * B + b[None, :], mask=(a < A)[:, None] & (b < B)[None, :],
-                    eviction_policy=IN)
-    tl.store(y + n * (A * B) + b[:, None] * A + a[None, :], tl.trans(found), mask=(b < B)[:, None] & (a < A)[None, :],
-             eviction_policy=OUT)
+    found = tl.load(x + n * (A * B) + a[:, None] * B + b[None, :], mask=(a < A)[:, None] & (b < B)[None, :])
+    tl.store(y + n * (A * B) + b[:, None] * A + a[None, :], tl.trans(found), mask=(b < B)[:, None] & (a < A)[None, :])
 '''
 
 PACK = '''
@@ -90,15 +88,9 @@ _ROWS = '''
 def conv(x, packed, bias, y, rows, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
          G: tl.constexpr, DH: tl.constexpr, PH: tl.constexpr, PA: tl.constexpr, L: tl.constexpr, LINES: tl.constexpr,
          TILES: tl.constexpr, TW: tl.constexpr, KD: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
-         BACK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
-    pid = tl.program_id(0)
-    steps = tl.num_programs(0) // C
-    if BACK:  # from the last image to the first: the last ones are still in the cache
-        c = pid % C
-        pid = steps - 1 - pid // C
-    else:
-        c = pid // steps
-        pid = pid % steps
+         BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
+    c = tl.program_id(0) % C
+    pid = tl.num_programs(0) // C - 1 - tl.program_id(0) // C  # the last images were written last and may be in the cache
     tile = pid % TILES
     row = pid // TILES * BM + tl.arange(0, BM)
     live = row < rows
