@@ -86,7 +86,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """JSON values; a score that is no number is null."""
         entries = [{**asdict(e), "score": e.score if math.isfinite(e.score) else None} for e in self.entries]
-        entries = [{k: v for k, v in e.items() if k != "form" or v} for e in entries]
+        usual = {"form": "", "part": PART}  # left out where it says nothing
+        entries = [{k: v for k, v in e.items() if k not in usual or v != usual[k]} for e in entries]
         return {"format": FORMAT, "kind": self.kind, "total": self.total, "scorer": self.scorer, "mode": self.mode,
                 "entries": entries}  # fmt: skip
 
