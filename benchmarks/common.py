@@ -206,8 +206,14 @@ def floor_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: 
 
 
 def compiled(fn: Callable[..., Any], spec: str) -> Callable[..., Any]:
-    """``fn`` under a backend written as ``name`` or ``name:mode`` ("eager", "floor", "inductor:reduce-overhead", …)."""
+    """``fn`` under a backend written as ``name`` or ``name:mode`` ("eager", "floor", "inductor:reduce-overhead", …).
+
+    ``fusionc@causal_mask+cse`` is fusionc without these passes, to see what they are worth.
+    """
+    spec, _, disabled = spec.partition("@")
     name, _, mode = spec.partition(":")
+    if disabled:
+        return torch.compile(fn, backend=name, options={"disable": disabled.split("+")})
     if name == "eager":
         return fn
     backend: Any = floor_backend if name == "floor" else name
@@ -227,7 +233,7 @@ def first_line(error: BaseException, width: int = 160) -> str:
 
 def records(spec: str) -> list[Any]:
     """What fusionc has recorded in this process so far; empty for other backends."""
-    if spec.partition(":")[0] != "fusionc":
+    if not spec.startswith("fusionc"):
         return []
     import fusionc
 
@@ -235,14 +241,15 @@ def records(spec: str) -> list[Any]:
 
 
 def counts(spec: str, before: Sequence[Any]) -> dict[str, Any] | None:
-    """Graphs, kernels and unexpected library calls that fusionc recorded since ``before``; None for other backends."""
-    if spec.partition(":")[0] != "fusionc":
+    """Graphs, kernels, calls of our operators and unexpected library calls since ``before``; None for other backends."""
+    if not spec.startswith("fusionc"):
         return None
     new = [g for g in records(spec) if not any(g is old for old in before)]
     return {
         "graphs": len(new),
         "kernels": sum(len(g.kernels) for g in new),
         "launches": sum(k.uses for g in new for k in g.kernels),
+        "templates": sum(c.op.startswith("fusionc.") for g in new for c in g.calls),
         "whole": [f for g in new for f in g.fallbacks if f.startswith("whole graph")],
         "fallbacks": sorted(
             {f"{c.op}: {c.reason}" for g in new for c in g.calls if c.reason} | {f for g in new for f in g.fallbacks}
@@ -260,8 +267,8 @@ def not_compiled(report: dict[str, Any] | None) -> str | None:
         return None
     if report["whole"]:
         return f"NOT COMPILED, ran in ATen: {report['whole'][0]}"[:200]
-    if not report["graphs"] or not report["kernels"]:
-        return f"NOT COMPILED: {report['graphs']} graphs with {report['kernels']} kernels recorded"
+    if not report["graphs"] or not report["kernels"] + report["templates"]:
+        return f"NOT COMPILED: {report['graphs']} graphs with no kernel and no template recorded"
     return None
 
 

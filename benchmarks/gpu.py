@@ -10,7 +10,9 @@
 Each workload runs in a process of its own under a time limit, so that a crash, a hang or a poisoned CUDA context costs
 one row.  Within it eager comes first; each other backend is compiled (timed: first call with cold caches), checked on
 inputs that it was not compiled with against float64 (float32 where float64 does not fit) and then timed with
-``triton.testing.do_bench`` (CUDA events, L2 flushed, median).  Peak memory is that of the timed steps, weights included.
+``triton.testing.do_bench`` (CUDA events, L2 flushed, median).  A training step of any backend without CUDA graphs of its
+own is timed twice, as it is and recorded as one graph by hand, and the better time counts (``plain_ms`` and
+``step_graph_ms`` in the JSON).  Peak memory is that of the timed steps, weights included.
 ``--warm`` then starts a fresh process for each backend with the caches that the first one filled, and times its first call.
 
 The JSON is rewritten after each workload; with ``--resume`` what it has is kept, and a row that lacks backends is measured
@@ -100,6 +102,29 @@ def bench(run: Callable[[], Any], reset: Callable[[], None] | None, device: str,
         run()
         samples.append(1e3 * (time.perf_counter() - start))
     return statistics.median(samples)
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """A training step, forward and backward, recorded as one CUDA graph by hand, as a trainer would; returns its replay."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return kept
+
+    return replay
 
 
 def workloads() -> dict[str, Any]:
@@ -209,6 +234,13 @@ def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int
                     result["step_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
                     reset()
                 result["ms"] = bench(run, case.reset, device, repeat_ms)
+                if cuda and case.train and not graphs and case.reset is None:
+                    result["plain_ms"] = result["ms"]
+                    try:
+                        result["step_graph_ms"] = bench(captured(run), None, device, repeat_ms)
+                        result["ms"] = min(result["ms"], result["step_graph_ms"])
+                    except Exception as error:  # noqa: BLE001 - not every step can be captured
+                        result["step_graph_error"] = first_line(error)
         except Exception as error:
             traceback.print_exc()
             result["error"] = first_line(error)

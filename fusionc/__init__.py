@@ -8,6 +8,7 @@ Everything here is imported on first use, so that ``import fusionc`` costs milli
     fusionc.explain(f, *args) compile f and say what was fused, called, and refused, with the reasons
     fusionc.loss_only(model)  a module that returns only the loss, so that the logits need not be held
     fusionc.remove_attention(model, n)  take attention sublayers out of a module (approximate), with a report; Plan: its file
+    fusionc.plan_large_kernels(model, what)  what large kernels could become within an error bound, with a report
     fusionc.refresh(model)    recompute folded weights now (for weights="manual")
 """
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from fusionc.config import Config
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Plan", "__version__", "explain", "loss_only", "refresh", "remove_attention", "report"]
+__all__ = ["Config", "Plan", "__version__", "explain", "loss_only", "plan_large_kernels", "refresh", "remove_attention", "report"]
 
 # Public name -> (module, attribute). No module of fusionc may carry one of these names: importing it would bind the
 # module over the function. tests/test_layering.py checks that.
@@ -28,6 +29,7 @@ _LAZY = {
     "Plan": ("fusionc.accuracy", "Plan"),
     "explain": ("fusionc.explanation", "explain"),
     "loss_only": ("fusionc.modules", "loss_only"),
+    "plan_large_kernels": ("fusionc.kernel_plans", "plan_large_kernels"),
     "refresh": ("fusionc.runtime.weights", "refresh"),
     "remove_attention": ("fusionc.removal.module", "remove_attention"),
     "report": ("fusionc.record", "report"),

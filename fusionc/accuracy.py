@@ -22,24 +22,36 @@ from typing import Any
 from fusionc.errors import OptionError, warn_once
 
 FORMAT = "fusionc-plan-1"
+Place = int | str  # a layer, or "mlp 3": a layer's other part
+PART = "attention"  # of an entry that names none
+PARTS = (PART, "mlp")
 _HASH = 32  # hexadecimal digits of a weight hash
 
 
 @dataclass(frozen=True)
 class Entry:
     """One place that a plan changes. ``layer``: its number in execution order; ``name``: the module's path or that of a
-    weight (for the reader); ``score``: what the ranking saw (NaN: none); ``weights``: ``weight_hash`` or "" (not checked)."""
+    weight (for the reader); ``score``: what the ranking saw (NaN: none); ``weights``: ``weight_hash`` or "" (not checked);
+    ``part``: which part of the layer (a file may leave it out); ``form``: what comes there instead, in the words of the
+    pass ("": it has one choice only)."""
 
     layer: int
     name: str = ""
     reason: str = ""
     score: float = math.nan
     weights: str = ""
+    part: str = PART
+    form: str = ""
+
+    @property
+    def place(self) -> Place:
+        """How reports call it."""
+        return self.layer if self.part == PART else f"{self.part} {self.layer}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an approximate pass does: ``kind`` is the pass, ``total`` the number of places that it could look at."""
+    """What an approximate pass does: ``kind`` is the pass, ``total`` the number of layers that it could look at."""
 
     kind: str
     total: int
@@ -48,25 +60,33 @@ class Plan:
     mode: str = "identity"
 
     def __post_init__(self) -> None:
-        layers = [e.layer for e in self.entries]
-        if len(set(layers)) != len(layers):
-            raise OptionError(f"the plan names a layer twice: {sorted(layers)}.")
-        if any(not 0 <= layer < self.total for layer in layers):
-            raise OptionError(f"the plan names layers {sorted(layers)}, but there are only {self.total}.")
+        for part in PARTS:
+            layers = [e.layer for e in self.entries if e.part == part]
+            if len(set(layers)) != len(layers):
+                raise OptionError(f"the plan names a layer twice: {sorted(layers)}.")
+            if any(not 0 <= layer < self.total for layer in layers):
+                raise OptionError(f"the plan names layers {sorted(layers)}, but there are only {self.total}.")
+        if strange := {e.part for e in self.entries} - {*PARTS}:
+            raise OptionError(f"the plan names the part {min(strange)!r}; there are {', '.join(PARTS)}.")
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers, ascending."""
-        return tuple(sorted(e.layer for e in self.entries))
+        """The layers whose attention is named, ascending."""
+        return self.of(PART)
 
-    def without(self, layer: int) -> Plan:
-        """The plan less one layer."""
-        rest = tuple(e for e in self.entries if e.layer != layer)
+    def of(self, part: str) -> tuple[int, ...]:
+        """The layers of which this part is named, ascending."""
+        return tuple(sorted(e.layer for e in self.entries if e.part == part))
+
+    def without(self, place: Place) -> Plan:
+        """The plan less one place."""
+        rest = tuple(e for e in self.entries if e.place != place)
         return Plan(self.kind, self.total, rest, self.scorer, self.mode)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; a score that is no number is null."""
         entries = [{**asdict(e), "score": e.score if math.isfinite(e.score) else None} for e in self.entries]
+        entries = [{k: v for k, v in e.items() if k != "form" or v} for e in entries]
         return {"format": FORMAT, "kind": self.kind, "total": self.total, "scorer": self.scorer, "mode": self.mode,
                 "entries": entries}  # fmt: skip
 
@@ -78,14 +98,17 @@ class Plan:
             raise OptionError(f"the plan's format is {data['format'][:40]!r}, this version reads {FORMAT!r}.")
         entries = []
         for item in data["entries"]:
+            if isinstance(item, dict):
+                item = {"part": PART, "form": ""} | item
             _shape("plan entry", item, {"layer": int, "name": str, "reason": str, "score": (int, float, type(None)),
-                                        "weights": str})  # fmt: skip
+                                        "weights": str, "part": str, "form": str})  # fmt: skip
             if item["weights"] and not (
                 len(item["weights"]) == _HASH and set(item["weights"]) <= set("0123456789abcdef")
             ):
                 raise OptionError(f"the weight hash of layer {item['layer']} is not {_HASH} hexadecimal digits.")
             score = math.nan if item["score"] is None else float(item["score"])
-            entries.append(Entry(item["layer"], item["name"], item["reason"], score, item["weights"]))
+            entries.append(Entry(item["layer"], item["name"], item["reason"], score, item["weights"], item["part"],
+                                 item["form"]))  # fmt: skip
         return cls(data["kind"], data["total"], tuple(entries), data["scorer"], data["mode"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -166,14 +189,14 @@ def agreement(original: Sequence[Any], changed: Sequence[Any]) -> Agreement:
 
 @dataclass
 class Report:
-    """What an application of a plan did. ``changes`` are measured, by layer; ``agreement`` is of the final outputs; without
+    """What an application of a plan did. ``changes`` are measured, by place; ``agreement`` is of the final outputs; without
     calibration inputs both are empty and ``unverified`` is True. ``rolled_back`` were undone to stay in the budget."""
 
     plan: Plan
-    changes: dict[int, Change] = field(default_factory=dict)
+    changes: dict[Place, Change] = field(default_factory=dict)
     agreement: Agreement | None = None
-    rolled_back: tuple[int, ...] = ()
-    refusals: dict[int, str] = field(default_factory=dict)
+    rolled_back: tuple[Place, ...] = ()
+    refusals: dict[Place, str] = field(default_factory=dict)
     freed_bytes: int = 0
 
     @property
@@ -191,16 +214,23 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.plan.kind}: {len(self.plan.entries)} of {self.plan.total} changed ({self.plan.scorer}, "
                  f"{self.plan.mode}), {self.freed_bytes / 1e6:.1f} MB of parameters freed"]  # fmt: skip
-        for e in sorted(self.plan.entries, key=lambda e: e.layer):
-            c = self.changes.get(e.layer)
+        for e in sorted(self.plan.entries, key=lambda e: (e.layer, e.part)):
+            c = self.changes.get(e.place)
             words = f", relative error {c.relative_l2:.3g}, cosine {c.cosine:.4f}" if c else ""
-            lines.append(f"  layer {e.layer} {e.name}: {e.reason}{words}")
+            what = f"{e.form}, " if e.form else ""
+            lines.append(f"  layer {e.place} {e.name}: {what}{e.reason}{words}")
         lines += [f"  layer {layer} rolled back: over the error budget" for layer in self.rolled_back]
-        lines += [f"  layer {layer} kept: {why}" for layer, why in sorted(self.refusals.items())]
+        lines += [f"  layer {layer} kept: {why}" for layer, why in sorted(self.refusals.items(), key=_order)]
         a = self.agreement
         lines.append(f"  final outputs: KL {a.kl:.4g}, top-1 agreement {a.top1:.1%}, relative error {a.relative_l2:.3g}"
                      if a else "  unverified: no calibration inputs were given")  # fmt: skip
         return "\n".join(lines)
+
+
+def _order(item: tuple[Place, Any]) -> tuple[int, str]:
+    """Sorts by layer, attention before its other parts."""
+    place = item[0]
+    return (place, "") if isinstance(place, int) else (int(place.rpartition(" ")[2]), place)
 
 
 def warn_unverified(kind: str) -> None:
@@ -209,26 +239,27 @@ def warn_unverified(kind: str) -> None:
               "give calibration inputs, or evaluate the changed model.")  # fmt: skip
 
 
-def within(plan: Plan, budget: float, worst: Mapping[int, float], apply: Callable[[Plan], Agreement]
-           ) -> tuple[Plan, Agreement | None, tuple[int, ...]]:  # fmt: skip
-    """Apply ``plan``; while the KL of the final outputs is above ``budget``, leave out the layer whose measured error in
-    ``worst`` is largest and apply the rest again. Returns the plan that stays, its agreement and the layers left out."""
+def within(plan: Plan, budget: float, worst: Mapping[Place, float], apply: Callable[[Plan], Agreement]
+           ) -> tuple[Plan, Agreement | None, tuple[Place, ...]]:  # fmt: skip
+    """Apply ``plan``; while the KL of the final outputs is above ``budget``, leave out the place whose measured error in
+    ``worst`` is largest and apply the rest again. Returns the plan that stays, its agreement and the places left out."""
     if not (isinstance(budget, (int, float)) and not isinstance(budget, bool) and budget >= 0):
         raise OptionError(f"error_budget must be a KL divergence in nats, at least 0; found {budget!r}.")
-    gone: list[int] = []
+    gone: list[Place] = []
     while True:
         found = apply(plan)
         if found.kl <= budget or not plan.entries:
             return plan, found, tuple(gone)
-        layer = max(plan.layers, key=lambda n: (worst.get(n, math.inf), n))
-        gone.append(layer)
-        plan = plan.without(layer)
+        place = max((e.place for e in plan.entries), key=lambda n: (worst.get(n, math.inf), _order((n, None))))
+        gone.append(place)
+        plan = plan.without(place)
 
 
 __all__ = [
     "Agreement",
     "Change",
     "Entry",
+    "Place",
     "Plan",
     "Report",
     "agreement",

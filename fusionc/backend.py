@@ -27,8 +27,13 @@ _lock = threading.RLock()
 def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
             options: dict[str, Any] | None = None, **_: Any) -> Callable[..., Any]:  # fmt: skip
     """Compile a Dynamo graph.  Raises OptionError for an unknown mode or option, StrictError only under strict."""
+    return fusionc_with(gm, example_inputs, Config.parse(mode, options))
+
+
+def fusionc_with(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """The backend with its options as they were checked."""
     with _without_collector():
-        return _compile(gm, example_inputs, Config.parse(mode, options))
+        return _compile(gm, example_inputs, config)
 
 
 @contextlib.contextmanager
@@ -62,6 +67,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     ready = warm.load()
     if ready is not None:
         return ready
+    given = gm
     gm, derived, model_records = _model_passes(gm, example_inputs, config)
     weights = None
     if derived:
@@ -82,7 +88,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         )(gm, example_inputs)
     warm.finish(derived, model_records)
     if weights is None:
-        return compiled
+        return warm.short_cut(compiled, None)
     resolve = weights.resolve
 
     def with_derived(*args: Any) -> Any:
@@ -93,7 +99,38 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
             return original(*args)
         return compiled(*args, *made)
 
-    return with_derived
+    bounds = gm.meta.get("fusionc_bounds")
+    if bounds:
+        return _while_bounds_hold(bounds, config, with_derived, given)
+    return warm.short_cut(with_derived, resolve)
+
+
+def _while_bounds_hold(bounds: list[Any], config: Config, approximate: Callable[..., Any],
+                       given: GraphModule) -> Callable[..., Any]:  # fmt: skip
+    """``approximate`` as long as what an approximate pass decided by is true of the weights of the call, else the graph as
+    Dynamo made it, compiled without that pass when first needed. Nothing but a look at the weights' versions is paid while
+    they stay."""
+    import dataclasses
+
+    plain = dataclasses.replace(config, large_kernel=None)
+    exact = torch.compile(given, backend=lambda gm, inputs: fusionc_with(gm, inputs, plain))
+    from .runtime.weights import DerivedWeights
+
+    resolve = DerivedWeights(bounds, config.weights).resolve
+    last: Any = None
+    holds = False
+
+    def call(*args: Any) -> Any:
+        nonlocal last, holds
+        found = resolve(args)
+        if found is not last:  # another list for other weights, and after each change
+            holds, last = all(float(value) <= 1.0 for value in found), found
+            if not holds:
+                errors.warn_once("bounds", "weights changed after compilation and the bound of an approximate rewrite does not "
+                                 "hold any more: the exact graph runs. torch.compiler.reset() decides anew")  # fmt: skip
+        return approximate(*args) if holds else exact(*args)
+
+    return call
 
 
 def _static(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -139,15 +176,14 @@ def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, ti
             record = GraphRecord(name=name, stage=stage)  # type: ignore[arg-type]
             record.fallbacks.append(f"whole graph: {type(e).__name__}: {e}")
             call = boxed_eager(gm)
-    warm.observe(stage, call)
+    run = guarded(call, config.strict)
+    run._boxed_call = True  # type: ignore[attr-defined]
+    warm.observe(stage, call, run)
     remember(record)
     if config.dump:
         from .dump import write_graph
 
         write_graph(record, config)
-
-    run = guarded(call, config.strict)
-    run._boxed_call = True  # type: ignore[attr-defined]
     return run
 
 

@@ -46,7 +46,10 @@ class Config:
     cudagraphs       "auto", True or False
     verify           check every stage; FUSIONC_VERIFY
     tune             measure plans of kernels that cost time: "default", "off", "max" (that of max-autotune); FUSIONC_TUNE
-    remove_attention attention sublayers to leave out (approximate): a count, fraction, layer numbers or a Plan
+    remove_attention attention sublayers to leave out (approximate): a count, fraction, layer numbers, a drop list
+                     {"attention": [...], "mlp": [...], "block": [...]} or a Plan
+    large_kernel     sums of cheaper filters for large kernels (approximate): {"method": ..., "error": ...} or a Plan
+    fft_conv         True: long convolutions along one axis through the Fourier transform where cheaper (rounds differently)
     progress         "auto" (after 2 s, on a terminal), True or False
     """
 
@@ -64,6 +67,8 @@ class Config:
     progress: bool | str = "auto"
     tune: str = "default"
     remove_attention: Any = None
+    large_kernel: Any = None
+    fft_conv: bool | None = None
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Config:
@@ -198,6 +203,14 @@ def _remove_attention(where: str, value: Any) -> Any:
     return check(where, value)
 
 
+def _large_kernel(where: str, value: Any) -> Any:
+    if value is None:
+        return None
+    from fusionc.passes.large_kernel import check_option
+
+    return check_option(where, value)
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "dump": _dump,
     "strict": _bool,
@@ -212,4 +225,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "progress": _choice("auto", True, False),
     "tune": _choice(*TUNE),
     "remove_attention": _remove_attention,
+    "large_kernel": _large_kernel,
+    "fft_conv": lambda where, value: _bool(where, value) or None,
 }

@@ -149,6 +149,7 @@ def _summary_of(index: int, g: GraphRecord, measured: bool) -> list[str]:
     if refused:
         text = ", ".join(f"{name} ×{n}" for name, n in sorted(refused.items()))
         lines.append(f"  refusals (see refusals.txt): {text}")
+    lines += [f"  {p.name}: {note}" for p in g.passes for note in p.notes]
     return lines
 
 

@@ -111,7 +111,8 @@ def common_key(config: Config, device: torch.device, target: str) -> Key:
         "target": target,
         "device": str(device),
         "environment": environment_key(where if device.type in ("cpu", "cuda") else "cpu"),
-        "source": source_fingerprint(("ops", "graph", "passes", "removal", "ir", "schedule", "codegen", "runtime", "targets")),
+        "source": source_fingerprint(("ops", "graph", "removal", "decomposition", "passes", "ir", "schedule", "codegen",
+                                      "runtime", "targets")),
         "compiler": _own_sources(),
         "switches": switches(),
     }

@@ -31,7 +31,8 @@ class Refusal:
 
 @dataclass
 class PassRecord:
-    """One run of one pass. ``before``/``after`` are graph texts, kept only when a dump was asked for and it fired."""
+    """One run of one pass. ``before``/``after`` are graph texts, kept only when a dump was asked for and it fired; ``notes``:
+    what an approximate pass did at each place, with its error."""
 
     position: int
     name: str
@@ -41,6 +42,7 @@ class PassRecord:
     seconds: float = 0.0
     before: str | None = None
     after: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

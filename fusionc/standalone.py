@@ -96,9 +96,11 @@ def _index_limits(kernel: Kernel, sizes: dict[str, int]) -> dict[str, int]:
     limits: dict[str, int] = {}
 
     def bound(expr: Any, limit: int) -> None:
-        for n in walk([expr]):
-            if isinstance(n, Load):
-                limits[n.buffer] = min(limits.get(n.buffer, limit), limit)
+        loads = [n for n in walk([expr]) if isinstance(n, Load)]
+        if len(loads) > 1:  # as if they were multiplied
+            limit = max(1, int(limit ** (1 / len(loads))))
+        for n in loads:
+            limits[n.buffer] = min(limits.get(n.buffer, limit), limit)
 
     for n in kernel.nodes:
         if isinstance(n, Op) and n.name == "check_index":

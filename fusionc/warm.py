@@ -27,6 +27,7 @@ from .runtime.cache import canonical
 from .warm_training import training_callable
 
 KIND = "warm"
+Resolve = Callable[[Sequence[Any]], Sequence[Any]]
 stats: Counter[str] = Counter()  # "hit", "miss", "stored" and reasons for not storing, of this process
 _METADATA = ("recompute", "custom", "ac_graph_id")  # what a node may carry that changes how AOTAutograd treats it
 
@@ -42,6 +43,8 @@ class Warm:
         self.plan: dict[str, Any] | None = None
         self.key: dict[str, Any] | None = None
         self.shared: set[int] = set()
+        self.ready: dict[str, Callable[[list[Any]], Any]] = {}
+        self.wired: dict[str, Any] | None = None  # the plan, once everything is known
         try:
             self.key = self._make_key(gm, example_inputs)
             self.before = _guards()
@@ -59,6 +62,8 @@ class Warm:
             raise NotCacheable(why)
         if self.config.remove_attention is not None:
             raise NotCacheable("which sublayers are removed depends on the values of the weights")
+        if self.config.large_kernel is not None:
+            raise NotCacheable("which kernels are decomposed depends on the values of the weights")
         from .compiler import choose_target
 
         seats: dict[Node, int] = {}
@@ -142,7 +147,12 @@ class Warm:
                 raise ValueError("derived weights in training")
             call = training_callable(calls["forward"], calls["backward"], plan)
         else:
-            call = _inference_callable(calls["inference"], plan, derived, self.config)
+            resolve = None
+            if derived:
+                from .runtime.weights import DerivedWeights
+
+                resolve = DerivedWeights(derived, self.config.weights).resolve
+            call = _inference_callable(calls["inference"], plan, resolve)
         for record in records:
             record.passes = [*passes, *record.passes]
             record.cache = "hit, without AOTAutograd"
@@ -150,8 +160,9 @@ class Warm:
         return call
 
     # -- storing ----------------------------------------------------------------------------------------------------
-    def observe(self, stage: str, call: Any) -> None:
-        """A graph of ours was compiled (or loaded) as `stage`; `call` is what compile_graph returned."""
+    def observe(self, stage: str, call: Any, run: Callable[[list[Any]], Any]) -> None:
+        """A graph of ours was compiled (or loaded) as `stage`; `call` is what compile_graph returned, `run` what runs."""
+        self.ready[stage] = run
         if self.key is None:
             return
         key = getattr(call, "program_key", None)
@@ -197,11 +208,33 @@ class Warm:
             if results != len(plan["outputs"]):
                 raise NotCacheable("the graph gives other results than Dynamo's")
             _check_plan(plan, self.count, "backward" in stages)
+            self.wired = plan
             entry = {"plan": plan, "programs": self.programs, "derived": self.derived, "passes": self.passes}
             if program_cache.cache_of(self.config).put(KIND, self.key, json.loads(canonical(entry))):
                 stats["stored"] += 1
         except Exception as e:  # noqa: BLE001 - as above
             self._not_stored(e)
+
+
+    def short_cut(self, usual: Callable[..., Any], resolve: Resolve | None) -> Callable[..., Any]:
+        """What a warm start would build, around the calls of this process, or `usual` where the wiring is not plain: on
+        each call it costs the host less than AOTAutograd's wrappers.  A backward graph is compiled when it first runs;
+        until then it is `usual`.  `resolve` gives derived weights."""
+        if self.key is None or self.plan is None:
+            return usual
+        if "inference" in self.ready:
+            return usual if self.wired is None else _inference_callable(self.ready["inference"], self.wired, resolve)
+        if resolve is not None:
+            return usual
+        now = usual
+
+        def call(*args: Any) -> Any:
+            nonlocal now
+            if now is usual and self.wired is not None:
+                now = training_callable(self.ready["forward"], self.ready["backward"], self.wired)
+            return now(*args)
+
+        return call
 
 
 # -- what may be in a key ---------------------------------------------------------------------------------------------
@@ -431,18 +464,14 @@ def _check_plan(plan: Any, count: int, training: bool) -> None:
             fail()
 
 
-def _inference_callable(program: Callable[[list[Any]], Any], plan: Mapping[str, Any], derived: Sequence[Any],
-                        config: Config) -> Callable[..., Any]:  # fmt: skip
+def _inference_callable(
+    program: Callable[[list[Any]], Any], plan: Mapping[str, Any], resolve: Resolve | None
+) -> Callable[..., Any]:
     """What AOTAutograd's run-time wrapper does in the plain cases: gradients and autocast off, versions counted."""
     increment = tuple(plan["increment"])
     returned = [(k, base) for k, (kind, base, *_) in enumerate(plan["outputs"]) if kind == "input"]
     dynamic = [(k, set(dims)) for k, (_, _, dims, *_) in enumerate(plan["outputs"]) if dims]
     autocast_off = plan["autocast_off"]
-    resolve = None
-    if derived:
-        from .runtime.weights import DerivedWeights
-
-        resolve = DerivedWeights(derived, config.weights).resolve
     bump, grad_enabled, set_grad = torch.autograd.graph.increment_version, torch.is_grad_enabled, torch._C._set_grad_enabled
 
     def call(*args: Any) -> list[Any]:

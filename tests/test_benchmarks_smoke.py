@@ -16,7 +16,17 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `benchmarks` is a folder of the checkout, not part of the installed package
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import common, compile_time, cpu, gpu, gpu_models, gpu_workloads, host_cost  # noqa: E402
+from benchmarks import (  # noqa: E402
+    common,
+    compile_time,
+    conv,
+    cpu,
+    gpu,
+    gpu_models,
+    gpu_workloads,
+    host_cost,
+    removal,
+)
 from benchmarks.common import Case  # noqa: E402
 
 
@@ -43,6 +53,27 @@ def test_cpu_command_writes_what_it_prints(tmp_path, capsys):
         assert len(row["backends"]["floor"]["rounds_ms"]) == 2
     assert result["geomean"]["floor over eager"]["count"] == 3
     assert "softmax_train" in capsys.readouterr().out
+
+
+def test_conv_command_writes_what_it_prints(tmp_path, capsys):
+    path = tmp_path / "conv.json"
+    arguments = ["--device", "cpu", "--tiny", "--sizes", "3", "--kinds", "conv-train", "--peers", "eager", "--jobs", "2"]
+    assert conv.main([*arguments, "--repeat-ms", "1", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert [(r["layout"], r["check"]["ok"]) for r in result["block"]] == [("nchw", True), ("nhwc", True)]
+    assert [r["point"] for r in result["grid"]] == [[3, 4, 9, "nchw"], [3, 4, 9, "nhwc"]] and result["wrong"] == 0
+    assert "conv-train" in capsys.readouterr().out
+
+
+def test_conv_tables_compare_with_the_best_of_both_layouts():
+    rows = [{"kind": "block", "size": 7, "layout": layout, "backend": b, "ms": ms, "check": {"ok": True, "ratio": 1.0}}
+            for layout, b, ms in (("nchw", "eager", 3.0), ("nhwc", "eager", 2.0), ("nchw", "fusionc", 0.5),
+                                  ("nhwc", "fusionc", 1.0))]  # fmt: skip
+    lines = conv.block_table(rows, ["eager", "fusionc"]).splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["4", "2"]
+    rows = [{"point": [7, 64, 14, layout], "ms": {"eager": e, "fusionc": 1.0}, "check": {"ratio": 1.0}}
+            for layout, e in (("nchw", 3.0), ("nhwc", 2.0))]  # fmt: skip
+    assert [cell.strip() for cell in conv.grid_table(rows).splitlines()[2].split("|")[8:10]] == ["2", "2"]
 
 
 def test_every_cpu_workload_is_named_once_and_there_are_enough():
@@ -104,8 +135,10 @@ def test_a_run_that_fell_back_to_aten_is_no_figure_of_fusionc(new, monkeypatch, 
 def test_kernels_recorded_since_then_count_as_compiled():
     assert common.not_compiled(None) is None
     assert common.counts("inductor", []) is None
-    found = {"graphs": 1, "kernels": 2, "whole": []}
+    found = {"graphs": 1, "kernels": 2, "templates": 0, "whole": []}
     assert common.not_compiled(found) is None
+    assert common.not_compiled(found | {"kernels": 0, "templates": 1}) is None
+    assert common.not_compiled(found | {"kernels": 0}).startswith("NOT COMPILED")
     assert common.not_compiled(found | {"whole": [WHOLE]}).endswith(WHOLE)
 
 
@@ -267,6 +300,21 @@ def test_host_cost_measures_three_ways(tmp_path):
     assert host_cost.main([*arguments, "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert set(rows[1]["us"]) == {"call", "backend", "program"}
+
+
+def test_removal_counts_and_compares(tmp_path):
+    pytest.importorskip("transformers")
+    path = tmp_path / "removal.json"
+    removal.main(["--device", "cpu", "--shape", "tiny", "--prompt", "16", "--batch", "2", "--context", "8", "--rounds", "1",
+                  "--json", str(path)])  # fmt: skip
+    result = json.loads(path.read_text())
+    assert [r["layers"] for r in result["score"]] == [6, 6] and {r["name"] for r in result["speed"]} == {"prefill", "decode"}
+    for row in result["speed"]:
+        assert set(row["ms"]) == {f"{a} {b}" for a in ("whole", "pruned") for b in ("eager", "fusionc")}
+        assert max(row["against_eager"].values()) < 1e-4 and row["graphs"]["pruned"]["kernels"] > 0
+    whole, pruned = result["memory"]["cache"]
+    before, after = result["memory"]["parameters"]
+    assert pruned * 6 == whole * 4 and result["memory"]["freed"] == before - after > 0
 
 
 def test_commands_start_from_the_checkout():

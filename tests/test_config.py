@@ -36,7 +36,8 @@ def test_all_options_at_once_and_input_unchanged(tmp_path):
     options = {
         "dump": tmp_path, "strict": True, "target": "cpp", "weights": "frozen", "passes": [p], "disable": ["a", "b"],
         "deterministic": False, "cache": str(tmp_path), "cudagraphs": False, "verify": True,
-        "progress": False, "tune": "off", "remove_attention": 2,
+        "progress": False, "tune": "off", "remove_attention": 2, "large_kernel": {"method": "low_rank", "error": 0.1},
+            "fft_conv": True,
     }  # fmt: skip
     before = copy.copy(options)
     config = Config.parse("max-autotune", options)

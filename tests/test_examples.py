@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,16 +59,25 @@ def test_generate() -> None:
 
 def test_remove_attention() -> None:
     results = example("remove_attention").main(["--quick", "--counts", "0", "2", "--seeds", "2", "--tokens", "0"])
-    assert set(results) == {"gate_norm", "cosine", "random", "last", "tokens/s"}
+    assert set(results) == {"gate_norm", "heads", "rope", "cosine", "random", "last", "tokens/s"}
     assert len({curve[0] for name, curve in results.items() if name != "tokens/s"}) == 1  # nothing removed: the same model
     assert results["last"][2] != results["last"][0]
+
+
+def test_large_kernels(tmp_path: Path) -> None:
+    arguments = ["--channels", "4", "--threads", str(torch.get_num_threads()), "--plan", str(tmp_path / "plan.json")]
+    results = example("large_kernels").main([*arguments, "--methods", "recursive", "shiftwise", "auto"])
+    assert [results[f"{method} 0.03"]["layers"] for method in ("recursive", "shiftwise", "auto")] == [0, 1, 4]
+    for row in results.values():
+        assert row["predicted"] <= 0.03 and row["measured"] <= 0.03 and row["result"] <= 0.03
+    assert "low_rank 2" in (tmp_path / "plan.json").read_text(encoding="utf-8")
 
 
 def test_examples_are_short_and_all_tested() -> None:
     folder = ROOT / "examples"
     tests = Path(__file__).read_text(encoding="utf-8")
     for path in folder.glob("*.py"):
-        limit = {"generate": 150, "remove_attention": 180}.get(path.stem, 100)
+        limit = {"generate": 150, "remove_attention": 190, "large_kernels": 140}.get(path.stem, 100)
         assert len(path.read_text(encoding="utf-8").splitlines()) <= limit, path.name
         assert f'example("{path.stem}")' in tests, f"{path.name} has no test"
 

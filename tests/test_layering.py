@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "fusionc"
-ORDER = ("ops", "graph", "removal", "passes", "ir", "schedule", "codegen", "runtime")
+ORDER = ("ops", "graph", "removal", "decomposition", "passes", "ir", "schedule", "codegen", "runtime")
 DRIVERS = {"targets"}  # the top level in a folder of its own: joins all packages for one target, may import everything
 LEAVES = {"errors", "config", "record", "accuracy"}  # plain data and errors: every package may import them
 FILES = sorted(ROOT.rglob("*.py"))

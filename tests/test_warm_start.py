@@ -375,3 +375,37 @@ def test_another_process(tmp_path: Path) -> None:
     )
     assert first[3:] == ["0", "0"] and second[3:] == ["2", "3"]
     assert first[:3] == second[:3]
+
+
+def test_first_process_takes_the_short_cut_too(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+
+    def counted(name: str) -> None:
+        real = getattr(warm, name)
+        monkeypatch.setattr(warm, name, lambda *args: built.append(name) or real(*args))
+
+    counted("training_callable")
+    counted("_inference_callable")
+    model = Net()
+    x, g = torch.randn(4, 16), torch.randn(4, 16)
+
+    def step(f: Any) -> list[torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        y = f(x)
+        y.backward(g)
+        return [y, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    want, compiled = step(model), start(model)
+    y = compiled(x)  # two calls before the backward graph exists
+    first = step(compiled)
+    assert built == []
+    y.backward(g)
+    for found in (first, step(compiled), step(compiled)):
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert built == ["training_callable"]
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), want[0].detach(), rtol=1e-4, atol=1e-5)
+        model.q.weight.mul_(2.0)  # derived weights follow
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert built == ["training_callable", "_inference_callable"]

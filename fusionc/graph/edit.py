@@ -156,7 +156,7 @@ def add_derived(gm: GraphModule, sources: Sequence[int], compute: Callable[[list
                 volatile: Sequence[int] = (), recipe: Any = None) -> Node:
     """A new last placeholder ``derived_<n>`` that the runtime fills with ``compute(sources)``; see ``Derived``."""
     table: list[Derived] = gm.meta.setdefault(DERIVED_KEY, [])
-    name = f"derived_{max((int(each.name[8:]) for each in table), default=-1) + 1}"  # some may have gone
+    name = f"derived_{int(table[-1].name[8:]) + 1 if table else 0}"  # some may have gone
     node = add_input(gm, name, val, key)
     provenance(node, origin)
     if key != "val":  # AOTAutograd asks each placeholder of a Dynamo graph where it comes from and whether it moves
@@ -164,6 +164,19 @@ def add_derived(gm: GraphModule, sources: Sequence[int], compute: Callable[[list
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     table.append(Derived(name, tuple(sources), compute, share, tuple(volatile), recipe))
     return node
+
+
+def derived(gm: GraphModule, node: Node) -> Derived | None:
+    """What the runtime fills this input with, if a pass added it."""
+    return next((each for each in gm.meta.get(DERIVED_KEY, ()) if each.name == node.name and node.op == "placeholder"), None)
+
+
+def drop_derived(gm: GraphModule, node: Node) -> None:
+    """Erase an input that a pass added and that nothing reads any more; any other node stays."""
+    entry = derived(gm, node)
+    if entry is not None and not node.users:
+        gm.meta[DERIVED_KEY].remove(entry)
+        gm.graph.erase_node(node)
 
 
 def fake_empty(like: torch.Tensor, sizes: Sequence[Any], strides: Sequence[Any] | None = None,

@@ -193,19 +193,20 @@ def aliased_by(node: Node) -> list[Node]:
         if isinstance(target, torch._ops.HigherOrderOperator):
             return list(node.all_input_nodes)
     if node.op in ("call_function", "call_method"):
-        mine = _storages(value(node))
-        return [source for source in node.all_input_nodes if mine & _storages(value(source))]
+        mine = storages(value(node))
+        return [source for source in node.all_input_nodes if mine & storages(value(source))]
     return []
 
 
-def _storages(found: Any) -> set[int]:
+def storages(found: Any) -> set[int]:
+    """Storages of the tensors in a recorded value; empty if they have none."""
     if isinstance(found, torch.Tensor):
         try:
             return {found.untyped_storage()._cdata}
         except (NotImplementedError, RuntimeError):  # sparse and other layouts have none
             return set()
     if isinstance(found, (list, tuple)):
-        return set().union(*map(_storages, found)) if found else set()
+        return set().union(*map(storages, found)) if found else set()
     return set()
 
 

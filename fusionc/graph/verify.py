@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from fusionc.errors import VerifyError
 
 from .edit import compute_value, value_key
-from .facts import Facts, aliased_by, nodes_of, same_layout, value, written_by
+from .facts import Facts, aliased_by, nodes_of, same_layout, storages, value, written_by
 
 
 def verify(gm: GraphModule, where: str = "graph", before: list[tuple[Any, ...]] | None = None) -> None:
@@ -25,7 +25,7 @@ def verify(gm: GraphModule, where: str = "graph", before: list[tuple[Any, ...]] 
     if before is not None:
         after = mutations(gm)
         if not set(before) <= set(after):
-            lost = sorted(str(name) for name in set(before) - set(after))
+            lost = sorted(str(entry[0]) for entry in set(before) - set(after))
             raise VerifyError(where, f"inputs are not written any more: {', '.join(lost)}",
                               "a pass dropped a write; writes are effects and must stay")
 
@@ -116,6 +116,12 @@ def _say(found: Any) -> str:
     return _kind(found) or repr(found)
 
 
+def _apart(node: Node, others: list[Node]) -> bool:
+    """The recorded values are known to share no memory."""
+    mine, theirs = storages(value(node)), [storages(value(other)) for other in others]
+    return bool(mine) and all(found and not found & mine for found in theirs)
+
+
 def _mutation(gm: GraphModule, where: str) -> None:
     """Nothing reads, through a functional value, memory that was overwritten in between.
 
@@ -130,6 +136,8 @@ def _mutation(gm: GraphModule, where: str) -> None:
             for writer in writers:
                 if not holder < writer or holder in nodes_of((writer.args[:1],)):
                     continue
+                if isinstance(value(root), (tuple, list)) and _apart(holder, written_by(writer)):
+                    continue  # two results of one operator (values and indices of a sort)
                 late = next((reader for reader in holder.users if writer < reader and reader not in writing
                              and reader.op != "output" and not aliased_by(reader)), None)
                 if late is not None:

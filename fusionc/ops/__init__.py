@@ -19,10 +19,14 @@ def load(name: str) -> None:
         from . import decode_attention  # noqa: F401
     elif name in ("depthwise_conv", "depthwise_conv_weight"):
         from . import depthwise_conv  # noqa: F401
+    elif name == "fft_conv":
+        from . import fft_conv  # noqa: F401
     elif name == "depthwise_cpu":
         from . import depthwise_cpu  # noqa: F401
     elif name in ("linear_cross_entropy", "linear_cross_entropy_backward"):
         from . import linear_cross_entropy  # noqa: F401
+    elif name == "short_attention":
+        from . import short_attention  # noqa: F401
     elif name == "skinny_linear":
         from . import skinny_linear  # noqa: F401
 

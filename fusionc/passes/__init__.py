@@ -21,18 +21,24 @@ from .counters import Counters
 from .cse import CommonSubexpressions
 from .decode_attention import DecodeAttention
 from .depthwise import Depthwise
+from .depthwise_backward import DepthwiseBackward
 from .depthwise_cpu import DepthwiseCPU
+from .fft_conv import FftConv
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
+from .large_kernel import LargeKernel
 from .linear_cross_entropy import LinearCrossEntropy
 from .manager import named_approximate, run, run_passes, static_inputs
 from .max_pool import MaxPool
 from .outer_product import OuterProduct
 from .pad_matmul import PadMatmul
+from .per_example_conv import PerExampleConv
 from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .remove_attention import RemoveAttention
+from .short_attention import ShortAttention
 from .skinny_linear import SkinnyLinear
+from .stacked_sum import StackedSum
 from .strided_conv import StridedConv
 from .strip import Strip
 
@@ -57,12 +63,17 @@ PIPELINE: tuple[Step, ...] = (
     Step(6, ConvBranches(), "model", "after each branch took its BatchNorm in; folds the one after the sum itself"),
     Step(7, BatchNormConv(), "model", "a BatchNorm that a layer before it could take is gone by now"),
     Step(8, ConvValues(), "model", "looks at the filters as they are after merging; only with frozen weights"),
-    Step(9, None, "model", "the user's model passes see what ours left"),
+    Step(9, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
+    Step(10, None, "model", "the user's model passes see what ours left"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
-    Step(25, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
-    Step(27, ConvMatmul(), "graph", "with the bias, so before it is split off"),
-    Step(28, OuterProduct(), "graph", "before products are merged: this one is none"),
-    Step(29, DepthwiseCPU(), "graph", "like the next one, with a kernel for the CPU"),
+    Step(21, FftConv(), "graph", "before the convolution is taken by anything else"),
+    Step(22, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
+    Step(23, StackedSum(), "graph", "once equal stacks are one node, so that all of its readers can go"),
+    Step(24, PerExampleConv(), "graph", "takes the bias along, so before it is split off"),
+    Step(25, ConvMatmul(), "graph", "with the bias, so before it is split off"),
+    Step(26, OuterProduct(), "graph", "before products are merged: this one is none"),
+    Step(27, DepthwiseBackward(), "graph", "what it makes are kernels' calls, which later passes leave alone"),
+    Step(28, DepthwiseCPU(), "graph", "like the next one, with a kernel for the CPU"),
     Step(30, Depthwise(), "graph", "takes the bias along, so before it is split off"),
     Step(31, ConvBias(), "graph", "once equal convolutions are one node"),
     Step(32, MaxPool(), "graph", "moves in front of the bias that was just split off"),
@@ -74,6 +85,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
     Step(90, Reinplace(), "graph", "late: it gives up the functional form"),
     Step(92, DecodeAttention(), "graph", "takes in the writes into the cache, once they are in place"),
+    Step(93, ShortAttention(), "graph", "what reads no cache"),
     Step(94, Counters(), "graph", "after nothing reads a counter through the index that it was"),
 )
 
@@ -97,6 +109,8 @@ def pipeline(level: str, config: Any = None) -> list[tuple[int, Pass]]:
 def _configured(item: Pass, config: Any) -> Pass:
     """The pass with what the user asked of it."""
     wanted = getattr(config, "remove_attention", None)
+    if isinstance(item, LargeKernel) and getattr(config, "large_kernel", None) is not None:
+        return LargeKernel(config.large_kernel)
     return RemoveAttention(wanted) if isinstance(item, RemoveAttention) and wanted is not None else item
 
 

@@ -14,6 +14,9 @@ from torch.fx import Node
 
 from ..graph.facts import Facts
 
+# gm.meta: names of inputs that an approximate pass stopped writing on purpose; the manager's check of lost writes reads it
+DROPPED_KEY = "fusionc_dropped_writes"
+
 
 @dataclass(frozen=True)
 class Exact:

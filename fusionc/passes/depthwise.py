@@ -2,9 +2,9 @@
 
 Math       Σ_b conv(x, W_b, β_b) = conv(x, W, Σ β_b),  W[i d_b − p_b + P, …] += W_b[i, …]; then f
 Exactness  reassociates: the branches' sum is taken before the products; one rounding where ATen rounds each step
-Legality   on CUDA, floating, two dimensions, groups = channels = output channels, not transposed; dense input whose
-           layout the result shares; branches read one input with one stride, give one size, have frozen weights, and one
-           of them covers the others; nobody reads the values between
+Legality   on CUDA, floating, one or two dimensions, groups = channels = output channels, not transposed; dense input
+           whose layout the result shares (contiguous, if of one dimension); branches read one input with one stride, give
+           one size, have frozen weights, and one of them covers the others; nobody reads the values between
 Cost       ATen's kernels take 8 to 70 ms for a 31×31 filter where the matrix units need 0.3; bias, activation and the
            branches' sums were a read and a write each
 Source     Ding et al., RepLKNet (arXiv 2203.06717), structural re-parameterisation found from the graph
@@ -64,10 +64,10 @@ class Depthwise(Pass):
             return Refuse("a size is symbolic", root)
         if max(filters[2:]) == 1 and len(match.convs) == 1:
             return Refuse("one tap is a product", root)
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        last = is_last(x)
         if not last and not x.is_contiguous():
             return Refuse("the input is not dense", root)
-        if not last and (tuple(conv.args[3]) != (1, 1) or like.dtype not in self.dtypes[:2]):
+        if not last and (max(conv.args[3]) != 1 or like.dtype not in self.dtypes[:2]):
             return Refuse("no kernel of ours for contiguous images of this dtype and stride", root)
         if not like.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format):
             return Refuse("the result has another layout than the input", root)
@@ -98,6 +98,8 @@ class Depthwise(Pass):
                 wide = weights[0]
                 if like.dtype != kind:
                     wide = edit.insert(gm.graph, aten._to_copy.default, (wide,), {"dtype": kind}, origin=convs)
+                if len(like.shape) == 3:
+                    wide = edit.insert(gm.graph, aten.unsqueeze.default, (wide, 2), origin=convs)
                 turned = edit.insert(gm.graph, aten.permute.default, (wide, [2, 3, 0, 1]), origin=convs)
                 flat = edit.insert(gm.graph, aten.clone.default, (turned,), {"memory_format": torch.contiguous_format},
                                    origin=convs)  # fmt: skip
@@ -108,10 +110,27 @@ class Depthwise(Pass):
             taps = edit.add_derived(gm, sources, _taps(size, places, kind), edit.fake_empty(like, [*size, channels], dtype=kind),
                                     f"taps {size} {places} {kind}", convs, recipe=recipe)  # fmt: skip
         with gm.graph.inserting_before(before):
+            x, stride = convs[0].args[0], list(lifted(convs[0].args[3], 1))
+            line = len(like.shape) == 3  # an image of height one
+            if line:
+                x = edit.insert(gm.graph, aten.unsqueeze.default, (x, 2), origin=convs)
+            known: dict[str, Any] = {} if line else {"val": tensor(last)}
             made = edit.insert(gm.graph, torch.ops.fusionc.depthwise_conv.default,
-                               (convs[0].args[0], taps, bias, convs[0].args[3], list(padding), list(dilation), match.activation),
-                               origin=(*convs, last), val=tensor(last))  # fmt: skip
+                               (x, taps, bias, stride, list(padding), list(dilation), match.activation),
+                               origin=(*convs, last), **known)  # fmt: skip
+            if line:
+                made = edit.insert(gm.graph, aten.squeeze.dim, (made, 2), origin=(*convs, last), val=tensor(last))
         edit.replace(last, made)
+
+
+def is_last(x: torch.Tensor) -> bool:
+    """Are these images channels-last and nothing else? Lines (three dimensions) are not."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def lifted(values: Any, of_height: int) -> tuple[int, int]:
+    """Two numbers for two dimensions; one number (of a line) after that of its height."""
+    return tuple(values) if len(values) == 2 else (of_height, *values)  # type: ignore[return-value]
 
 
 def _depthwise(node: Node) -> bool:
@@ -119,7 +138,7 @@ def _depthwise(node: Node) -> bool:
         return False
     x, w, transposed, groups = shape(node.args[0]), shape(node.args[1]), node.args[6], node.args[8]
     return (
-        x is not None and w is not None and len(x) == len(w) == 4 and not transposed and isinstance(groups, int)
+        x is not None and w is not None and len(x) == len(w) in (3, 4) and not transposed and isinstance(groups, int)
         and groups == x[1] == w[0] and w[1] == 1
     )  # fmt: skip
 
@@ -140,10 +159,10 @@ def _branches(node: Node, facts: Facts, sums: dict[Node, list[Node]]) -> list[No
     if not alike or not whole or not all(_frozen(c.args[1], facts) for c in convs):
         return None
     size, padding, _, _ = _merged(convs)
-    reaches = [tuple((k - 1) * d + 1 for k, d in zip(shape(c.args[1])[2:], c.args[5])) for c in convs]  # type: ignore[index]
-    height, width = shape(first.args[0])[2:]  # type: ignore[index]
-    out = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), padding, size, first.args[3])]
-    return convs if tuple(size) in reaches and out == list(shape(node)[2:]) else None  # type: ignore[index]
+    reaches = [lifted([(k - 1) * d + 1 for k, d in zip(shape(c.args[1])[2:], c.args[5])], 1) for c in convs]  # type: ignore[index]
+    height, width = lifted(shape(first.args[0])[2:], 1)  # type: ignore[index]
+    out = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), padding, size, lifted(first.args[3], 1))]
+    return convs if size in reaches and out == list(lifted(shape(node)[2:], 1)) else None  # type: ignore[index]
 
 
 def _frozen(weight: Any, facts: Facts) -> bool:
@@ -153,12 +172,10 @@ def _frozen(weight: Any, facts: Facts) -> bool:
 
 def _merged(convs: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], list[Placement]]:
     """Size, padding and dilation of the one filter that stands for all, and where each branch's taps lie in it."""
+    kernels = [lifted(shape(conv.args[1])[2:], 1) for conv in convs]  # type: ignore[index]
+    paddings, dilations = [lifted(conv.args[4], 0) for conv in convs], [lifted(conv.args[5], 1) for conv in convs]
     if len(convs) == 1:
-        (conv,) = convs
-        kh, kw = shape(conv.args[1])[2:]  # type: ignore[index]
-        return (kh, kw), tuple(conv.args[4]), tuple(conv.args[5]), [(0, 0, 1, 1)]  # type: ignore[return-value]
-    kernels = [shape(conv.args[1])[2:] for conv in convs]  # type: ignore[index]
-    paddings, dilations = [conv.args[4] for conv in convs], [conv.args[5] for conv in convs]
+        return kernels[0], paddings[0], dilations[0], [(0, 0, 1, 1)]
     padding = [max(p[axis] for p in paddings) for axis in (0, 1)]
     size = [max((k[axis] - 1) * d[axis] - p[axis] for k, d, p in zip(kernels, dilations, paddings)) + padding[axis] + 1
             for axis in (0, 1)]  # fmt: skip
@@ -181,9 +198,10 @@ def _activation(node: Node) -> tuple[Node, str]:
 
 
 def _taps(size: tuple[int, int], places: list[Placement], kind: torch.dtype) -> Callable[[list[torch.Tensor]], torch.Tensor]:
-    """Weights [C, 1, kh, kw] → the sum of their taps [KH, KW, C]."""
+    """Weights [C, 1, kh, kw] or [C, 1, kw] → the sum of their taps [KH, KW, C]."""
 
     def compute(weights: list[torch.Tensor]) -> torch.Tensor:
+        weights = [weight.unsqueeze(2) if weight.dim() == 3 else weight for weight in weights]
         if len(weights) == 1:
             return weights[0].squeeze(1).permute(1, 2, 0).to(kind).contiguous()
         total = torch.zeros((*size, weights[0].shape[0]), dtype=kind, device=weights[0].device)

@@ -3,7 +3,7 @@
 Math       y = conv(x, W), stride 1:   dx = conv(dy, W turned round, padding d(k − 1) − P);   db = Σ dy;
            dW[c, i, j] = Σ dy[n, c, p, q] x[n, c, p + d i − P, q + d j − P]
 Exactness  reassociates: the same products, summed in float32
-Legality   on CUDA, float16 or bfloat16, two dimensions, groups = channels = output channels, stride 1, padding at most
+Legality   on CUDA, float16 or bfloat16, one or two dimensions, groups = channels = output channels, stride 1, padding at most
            d(k − 1); dy and x dense in one layout, the gradients in the layouts of x and W
 Cost       the gradient of the filter reads dy and x once per line of the filter, ATen's once per tap
 Source     the gradients of a correlation; kernels in ``codegen/templates/depthwise_conv.py``
@@ -21,15 +21,13 @@ from torch.fx import Node
 from ..graph import edit
 from ..graph.facts import Facts, same_layout, shape, tensor
 from .base import Match, Pass, Reassociates, Refuse
+from .depthwise import is_last, lifted
 
 aten = torch.ops.aten
 
 
 class DepthwiseBackward(Pass):
-    """convolution_backward → depthwise_conv, depthwise_conv_weight, sum.
-
-    Not in the pipeline before its kernel has been measured on a GPU; ``options={"passes": [DepthwiseBackward()]}``.
-    """
+    """convolution_backward → depthwise_conv, depthwise_conv_weight, sum."""
 
     name = "depthwise_backward"
     exactness = Reassociates(rtol=1e-6)
@@ -43,7 +41,7 @@ class DepthwiseBackward(Pass):
             like = tensor(node.args[1])
             if like is None or like.device.type not in self.devices or x is None or w is None or transposed:
                 continue
-            if len(x) == len(w) == 4 and groups == x[1] == w[0] and w[1] == 1 and w[2] * w[3] > 1:
+            if len(x) == len(w) in (3, 4) and groups == x[1] == w[0] and w[1] == 1 and max(w[2:]) > 1:
                 parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
                 yield Match({"node": node, "parts": parts}, (node,))
 
@@ -59,9 +57,9 @@ class DepthwiseBackward(Pass):
             return Refuse("not of one half-precision dtype", node)
         if not all(isinstance(n, int) for n in (*x.shape[1:], *grad.shape[1:], *stride, *padding, *dilation)):
             return Refuse("a size is symbolic", node)
-        if list(stride) != [1, 1] or any(p > d * (k - 1) for p, d, k in zip(padding, dilation, weight.shape[2:])):
+        if max(stride) != 1 or any(p > d * (k - 1) for p, d, k in zip(padding, dilation, weight.shape[2:])):
             return Refuse("strided, or padded by more than the filter reaches", node)
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        last = is_last(x)
         layout = torch.channels_last if last else torch.contiguous_format
         if not x.is_contiguous(memory_format=layout) or not grad.is_contiguous(memory_format=layout):
             return Refuse("the gradient of the result and the input are not dense in one layout", node)
@@ -81,9 +79,12 @@ class DepthwiseBackward(Pass):
         load("depthwise_conv")
         node, parts, graph = match.node, match.parts, facts.gm.graph
         grad, x, weight, _, _, padding, dilation = node.args[:7]
-        channels, _, kh, kw = shape(weight)  # type: ignore[misc]
         kind = tensor(weight).dtype  # type: ignore[union-attr]
         wide = torch.promote_types(kind, torch.float32)
+        line = len(shape(weight)) == 3  # type: ignore[arg-type]  # a line is an image of height one
+        channels = shape(weight)[0]  # type: ignore[index]
+        kernel = lifted(shape(weight)[2:], 1)  # type: ignore[index]
+        padding, dilation = list(lifted(padding, 0)), list(lifted(dilation, 1))
 
         def call(target: Any, *args: Any, **kwargs: Any) -> Node:
             return edit.insert(graph, target, args, kwargs, origin=(node,))
@@ -93,16 +94,20 @@ class DepthwiseBackward(Pass):
 
         ops = torch.ops.fusionc
         with graph.inserting_before(node):
+            given = grad
+            if line:
+                grad, x, weight = (call(aten.unsqueeze.default, each, 2) for each in (grad, x, weight))
             if 0 in parts:
                 turned = call(aten.permute.default, cast(call(aten.flip.default, weight, [2, 3]), wide), [2, 3, 0, 1])
                 dense = call(aten.clone.default, turned, memory_format=torch.contiguous_format)
-                taps = call(aten.view.default, dense, [kh, kw, channels])
-                rest = [d * (k - 1) - p for d, k, p in zip(dilation, (kh, kw), padding)]
-                edit.replace(parts[0], call(ops.depthwise_conv.default, grad, taps, None, [1, 1], rest, dilation, ""))
+                taps = call(aten.view.default, dense, [*kernel, channels])
+                rest = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding)]
+                found = call(ops.depthwise_conv.default, grad, taps, None, [1, 1], rest, dilation, "")
+                edit.replace(parts[0], call(aten.squeeze.dim, found, 2) if line else found)
             if 1 in parts:
-                found = call(ops.depthwise_conv_weight.default, grad, x, [kh, kw], padding, dilation)
+                found = call(ops.depthwise_conv_weight.default, grad, x, list(kernel), padding, dilation)
                 back = call(aten.permute.default, cast(found, kind), [2, 0, 1])
                 dense = call(aten.clone.default, back, memory_format=torch.contiguous_format)
-                edit.replace(parts[1], call(aten.view.default, dense, [channels, 1, kh, kw]))
+                edit.replace(parts[1], call(aten.view.default, dense, [channels, 1, *kernel[line:]]))
             if 2 in parts:
-                edit.replace(parts[2], call(aten.sum.dim_IntList, grad, [0, 2, 3]))
+                edit.replace(parts[2], call(aten.sum.dim_IntList, given, [0, 2] if line else [0, 2, 3]))

@@ -20,7 +20,7 @@ from ..graph import edit
 from ..graph.facts import Facts, placeholders, value
 from ..graph.verify import mutations
 from ..graph.verify import verify as check_graph
-from .base import Approximate, Match, Pass, Refuse
+from .base import DROPPED_KEY, Approximate, Match, Pass, Refuse
 
 STATIC_KEY = "fusionc_static"
 STAGE_KEY = "fusionc_stage"
@@ -97,12 +97,14 @@ def _run_once(pipeline: list[tuple[int, Pass]], gm: GraphModule, level: str, con
             text = _text(gm, static)
         facts = Facts(gm, level, stage, static, example_inputs if level == "model" else None)
         record = PassRecord(position, item.name, level)  # type: ignore[arg-type]
-        # an approximate pass may drop writes on purpose: the cache of what it removed
-        written = mutations(gm) if verify and not isinstance(item.exactness, Approximate) else None
+        written = mutations(gm) if verify else None
         start = time.perf_counter()
         try:
             _apply(item, gm, facts, record, saved)
+            dropped = gm.meta.pop(DROPPED_KEY, ())
             if record.fired and verify:
+                if written and isinstance(item.exactness, Approximate):  # the caches of what it removed
+                    written = [entry for entry in written if entry[0] not in dropped]
                 check_graph(gm, f"after pass {item.name}", written)
         except VerifyError:
             raise
@@ -150,6 +152,9 @@ def _apply(item: Pass, gm: GraphModule, facts: Facts, record: PassRecord, saved:
                 continue
         else:
             item.replace(match, facts)
+            note = getattr(match, "bound", {}).get("note")
+            if note:
+                record.notes.append(str(note))
         record.fired += 1
 
 

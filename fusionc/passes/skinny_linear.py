@@ -1,11 +1,13 @@
-"""A linear layer of a few rows takes in the norm before it and the gate or the residual sum after it.
+"""A linear layer of a few rows takes in the norm before it and the activation, gate or residual sum after it.
 
-Math       add(r, mm(rmsnorm(x), Wᵀ)),  silu(mm(x, W₁ᵀ)) · mm(x, W₂ᵀ),  …   →   fusionc::skinny_linear(x, W, …)
+Math       add(r, mm(rmsnorm(x), Wᵀ)),  silu(mm(x, W₁ᵀ)) · mm(x, W₂ᵀ),  gelu(addmm(b, x, W)),  …
+           →   fusionc::skinny_linear(x, W, …)
 Exactness  reassociates: products are summed in another order; every other rounding stays where it is
-Legality   inference on a GPU; bfloat16 or float16; x [M, K] with M known and small; W a parameter stored [N, K], not written
-           by the graph; what lies inside has no other reader; nothing is written between
-Cost       one launch instead of two to four, which is most of the time of a small layer at M = 1; the norm is computed
-           again in every program
+Legality   inference on a GPU; bfloat16 or float16; x [M, K] with M known and small; W a parameter, not written by the
+           graph; what lies inside has no other reader; nothing is written between
+Memory     sibling weights that horizontal_matmul laid side by side are read where they are, and the copy is dropped
+Cost       one launch instead of two to four, which is most of the time of a small layer; a norm only for one row, where
+           computing it again in every program is cheap; more than 16 rows only with small weights
 Source     GPT-fast and TensorRT-LLM decode with fused matrix–vector kernels; measured in NOTES.md
 """
 
@@ -29,6 +31,8 @@ _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, at
           aten.squeeze.dims, aten.squeeze.default, aten.alias.default, aten.detach.default}
 _TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
 _COPIES = {aten._to_copy.default}
+FEW = 16  # rows up to which reading the weight is all that counts
+SMALL = 1 << 22  # elements of a weight that more rows may have
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,13 @@ class Fused:
 
     mm: Node
     x: Node  # [M, K]
-    weight: Node  # [N, K]
+    weight: Node  # [N, K], or [K, N] if turned
     bias: Node | None
     last: Node
+    turned: bool = False
     norm: Norm | None = None
     activation: str = ""
+    gated: bool = False
     residual: Node | None = None
 
 
@@ -72,8 +78,7 @@ class SkinnyLinear(Pass):
     atomic = True
     exactness = Reassociates(rtol=1e-5)
 
-    # for more than one row the library is faster than all kernels that were tried
-    def __init__(self, rows: int = 1, devices: Collection[str] = ("cuda",)) -> None:
+    def __init__(self, rows: int = op.ROWS, devices: Collection[str] = ("cuda",)) -> None:
         self.rows, self.devices = rows, tuple(devices)
 
     def find(self, facts: Facts) -> Iterator[Match]:
@@ -108,25 +113,31 @@ class SkinnyLinear(Pass):
             return Refuse(f"it has more than {self.rows} rows", mm)
         if dtype(mm) not in (torch.bfloat16, torch.float16):
             return Refuse("it is neither bfloat16 nor float16", mm)
-        weight = right.args[0] if right.op == "call_function" and right.target in _TRANSPOSES else None
+        turned = right.op == "placeholder"
+        weight = right.args[0] if right.op == "call_function" and right.target in _TRANSPOSES else right
         if not isinstance(weight, Node) or weight.op != "placeholder" or len(shape(weight) or ()) != 2:
-            return Refuse("its weight is computed in the graph or stored [K, N]", mm)
+            return Refuse("its weight is computed in the graph", mm)
         derived = weight.name.startswith("derived_") and weight not in facts.static
         if not derived and not facts.constant(weight):
             return Refuse("its weight is not a parameter", mm)
-        if shape(weight) != (shape(mm)[1], sizes[1]) or stride(weight) != (sizes[1], 1):  # type: ignore[index]
-            return Refuse("its weight is computed in the graph or stored [K, N]", mm)
-        if sizes[1] % 8 or (stride(x) or (0, 0))[1] != 1 or sizes[0] > 1 and stride(x)[0] % 8:  # type: ignore[index]
+        width, inner = shape(mm)[1], sizes[1]  # type: ignore[index]
+        if shape(weight) != ((inner, width) if turned else (width, inner)) or stride(weight) != (shape(weight)[1], 1):  # type: ignore[index]
+            return Refuse("its weight is not stored densely", mm)
+        if inner % 8 or turned and width % 16 or (stride(x) or (0, 0))[1] != 1 or sizes[0] > 1 and stride(x)[0] % 8:  # type: ignore[index]
             return Refuse("its rows are not multiples of 16 bytes", mm)
+        if sizes[0] > FEW and width * inner > SMALL:
+            return Refuse(f"its weight is large and it has more than {FEW} rows", mm)
         bias = None
         if mm.target is aten.addmm.default:
             bias = mm.args[0]
-            if not isinstance(bias, Node) or shape(bias) != (shape(weight)[0],) or stride(bias) != (1,):  # type: ignore[index]
+            if not isinstance(bias, Node) or shape(bias) != (width,) or stride(bias) != (1,) or dtype(bias) is not dtype(mm):
                 return Refuse("its bias is not one vector of its width", mm)
-        return Fused(mm, x, weight, bias, mm)
+        return Fused(mm, x, weight, bias, mm, turned)
 
     def _norm(self, base: Fused, facts: Facts) -> Norm | None:
         """The norm in front, if every reader of it is a product that can take it in."""
+        if shape(base.x)[0] > 1 or base.turned:  # type: ignore[index]
+            return None  # the kernel of several rows has no room for it
         norm = _rms_norm(_peel(base.x), dtype(base.mm))
         if norm is None or shape(norm.x)[-1] != shape(base.x)[1]:  # type: ignore[index]
             return None
@@ -145,10 +156,10 @@ class SkinnyLinear(Pass):
         """One call where the last node of it was."""
         (fused,) = match.fused
         graph, last = facts.gm.graph, fused.last
-        rows, width = shape(fused.x)[0], shape(fused.weight)[0]  # type: ignore[index]
+        rows, width = shape(fused.mm)  # type: ignore[misc]
         like, sizes = tensor(last), shape(last)
         assert like is not None and sizes is not None
-        width //= 2 if fused.activation else 1
+        width //= 2 if fused.gated else 1
         values = edit.FakeViews(like, (rows, width))
         view = values.view(sizes, like.stride())
         norm = fused.norm
@@ -159,15 +170,44 @@ class SkinnyLinear(Pass):
             x = _flat(graph, flat, (rows, inner), origin)
             residual = None if fused.residual is None else _flat(graph, fused.residual, (rows, width), origin)
             chained = _follows(x, residual)
+            parts = _parts(fused, facts)
+            more: list[Any] = [parts[1:] or None, fused.gated or not fused.activation, fused.turned]
+            while more and more[-1] is (None, True, False)[len(more) - 1]:  # the schema's defaults
+                more.pop()
             new = edit.insert(
                 graph, torch.ops.fusionc.skinny_linear.default,
-                (x, fused.weight, norm.weight if norm else None, norm.eps if norm else 0.0, bool(norm and norm.rounds),
-                 fused.bias, fused.activation, residual, chained),
+                (x, parts[0], norm.weight if norm else None, norm.eps if norm else 0.0, bool(norm and norm.rounds),
+                 fused.bias, fused.activation, residual, chained, *more),
                 origin=origin, val=values.whole)
             if sizes != (rows, width):
                 new = edit.insert(graph, aten.view.default, (new, list(sizes)), origin=origin, val=view)
         last.replace_all_uses_with(new)
         edit.erase_dead([last])
+        edit.drop_derived(facts.gm, fused.weight)
+
+
+def _parts(fused: Fused, facts: Facts) -> list[Node]:
+    """The weights [Nᵢ, K] that a derived weight lays side by side, if the operator can read them apart; else itself."""
+    weight, width = fused.weight, shape(fused.x)[1]  # type: ignore[index]
+    entry = edit.derived(facts.gm, weight)
+    if entry is None or not isinstance(entry.recipe, list) or entry.recipe[:1] != ["concatenate"]:
+        return [weight]
+    _, _, transposed, chains = entry.recipe
+    inputs = edit.placeholders(facts.gm)
+    found = [inputs[position] for position in entry.sources]
+    if not transposed or fused.turned or len(found) > (2 if fused.gated else 3) or any(len(chain) != 1 for chain in chains):
+        return [weight]
+    if any(name not in ("aten::t", "aten::transpose.int", "aten::permute") for ((name, _, _),) in chains):
+        return [weight]
+    heights = [(shape(node) or (None,))[0] for node in found]
+    block = 8 if shape(fused.x)[0] == 1 else op.BLOCK  # type: ignore[index]
+    if any(not isinstance(height, int) or height % block for height in heights):
+        return [weight]
+    if fused.gated and heights[0] != heights[1]:
+        return [weight]
+    if any(shape(node) != (height, width) or stride(node) != (width, 1) for node, height in zip(found, heights)):
+        return [weight]
+    return found
 
 
 def _flat(graph: Any, node: Node, sizes: tuple[int, int], origin: list[Node]) -> Node:
@@ -270,12 +310,17 @@ def _contiguous(node: Any) -> bool:
 
 
 def _epilogue(base: Fused) -> None:
-    """Extend ``base`` by a gate, or by a residual sum."""
+    """Extend ``base`` by a gate, or by an activation and a residual sum."""
     gated = _gate(base.mm)
     if gated is not None:
         base.last, base.activation = gated
+        base.gated = True
         return
     end = _tail(base.mm)
+    active = _activation(end) if base.norm is None else None
+    if active is not None:
+        base.last, base.activation = active
+        end = _tail(base.last)
     user = _only_user(end)
     if not _is(user, aten.add.Tensor) or user.kwargs:  # type: ignore[union-attr]
         return
@@ -287,7 +332,58 @@ def _epilogue(base: Fused) -> None:
         base.last, base.residual = user, residual  # type: ignore[assignment]
 
 
-def _only_user(node: Node) -> Node | None:
+_ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
+
+
+def _word(node: Node) -> str:
+    """What the operator calls this activation, or ""."""
+    word = _ACTIVATIONS.get(node.target, "") if node.op == "call_function" else ""  # type: ignore[call-overload]
+    return "gelu_tanh" if word == "gelu" and node.kwargs.get("approximate") == "tanh" else word
+
+
+def _activation(end: Node) -> tuple[Node, str] | None:
+    """(node, activation) of what alone reads ``end``; also gelu with tanh spelled out, as Hugging Face's GPT-2 has it."""
+    user = _only_user(end)
+    if user is not None:
+        word = _word(user)
+        return (user, word) if word and _contiguous(user) and shape(user) == shape(end) else None
+    cube = _only([u for u in end.users if _is(u, aten.pow.Tensor_Scalar) and u.args == (end, 3)])
+    sum_ = _times(_only_user(cube), cube, 0.044715)
+    inner = _only_user(sum_) if sum_ is not None else None
+    if not _is(inner, aten.add.Tensor) or set(inner.args) != {end, sum_} or inner.kwargs:  # type: ignore[union-attr]
+        return None
+    scaled = _times(_only_user(inner), inner, 0.7978845608028654)  # type: ignore[arg-type]
+    tanh = _only_user(scaled) if scaled is not None else None
+    one = _only_user(tanh) if _is(tanh, aten.tanh.default) else None  # type: ignore[arg-type]
+    if not _is(one, aten.add.Tensor) or one.args != (tanh, 1) or one.kwargs:  # type: ignore[union-attr]
+        return None
+    product = _only_user(one)  # type: ignore[arg-type]
+    half = _only([u for u in end.users if _times(u, end, 0.5) is not None])
+    if half is None or _only_user(half) is not product or set(end.users) != {cube, inner, half}:
+        return None
+    if not _is(product, aten.mul.Tensor) or set(product.args) != {half, one}:  # type: ignore[union-attr]
+        return None
+    inside = (cube, sum_, inner, scaled, tanh, one, half, product)
+    if any(dtype(n) is not dtype(end) or shape(n) != shape(end) or not _contiguous(n) for n in inside):
+        return None
+    return product, "gelu_tanh"  # type: ignore[return-value]
+
+
+def _only(nodes: list[Node]) -> Node | None:
+    return nodes[0] if len(nodes) == 1 else None
+
+
+def _times(node: Node | None, of: Node | None, factor: float) -> Node | None:
+    """``node`` if it is ``of`` times this number."""
+    if of is None or not _is(node, aten.mul.Tensor) or node.args[0] is not of:  # type: ignore[union-attr]
+        return None
+    found = node.args[1]  # type: ignore[union-attr]
+    return node if isinstance(found, (int, float)) and abs(found - factor) <= 1e-12 else None
+
+
+def _only_user(node: Node | None) -> Node | None:
+    if node is None:
+        return None
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
@@ -331,11 +427,7 @@ def _gate(mm: Node) -> tuple[Node, str] | None:
         return None
     gate, up = _views(halves[0]), _views(halves[1])
     act = _only_user(gate)
-    word = ""
-    if _is(act, aten.silu.default):
-        word = "silu"
-    elif _is(act, aten.gelu.default):
-        word = "gelu_tanh" if act.kwargs.get("approximate") == "tanh" else "gelu"  # type: ignore[union-attr]
+    word = _word(act) if act is not None else ""
     if not word:
         return None
     end = _tail(act)  # type: ignore[arg-type]

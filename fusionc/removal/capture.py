@@ -58,8 +58,8 @@ def default_inputs(model: nn.Module) -> Inputs:
 
 
 @contextmanager
-def captured(model: nn.Module, inputs: Inputs) -> Iterator[Finder]:
-    """The finder of the model's graph. Raises OptionError if Dynamo cuts the model up between attention sublayers."""
+def captured(model: nn.Module, inputs: Inputs, mlps: bool = False) -> Iterator[Finder]:
+    """The finder of the model's graph. Raises OptionError if Dynamo cuts the model up between (attention) sublayers."""
     finders: list[Finder] = []
 
     def keep(gm: GraphModule, real: list[Any]) -> Callable[..., Any]:
@@ -69,7 +69,7 @@ def captured(model: nn.Module, inputs: Inputs) -> Iterator[Finder]:
         return gm.forward
 
     _run(model, inputs, keep)
-    with_cores = [f for f in finders if next(f.cores(), None) is not None]
+    with_cores = [f for f in finders if next(f.cores(), None) is not None or mlps and f.mlps()]
     if len(with_cores) > 1:
         raise OptionError(
             f"Dynamo cuts the model into {len(with_cores)} graphs with attention; only one can be handled."
@@ -90,13 +90,15 @@ def _run(model: nn.Module, inputs: Inputs, backend: Callable[..., Any]) -> Any:
         return call(torch.compile(model, backend=backend, dynamic=False), inputs)  # type: ignore[arg-type]
 
 
-def observe(model: nn.Module, inputs: Inputs, see: Callable[[Sublayer, Tensor, Tensor], None]) -> Any:
-    """Run the model; ``see(sublayer, residual, attention)`` gets what each sublayer read and added. Returns the result."""
+def observe(
+    model: nn.Module, inputs: Inputs, see: Callable[[Sublayer, Tensor, Tensor], None], mlps: bool = False
+) -> Any:
+    """Run the model; ``see(sublayer, residual, addend)`` gets what each sublayer read and added. Returns the result."""
 
     def watch(gm: GraphModule, real: list[Any]) -> Callable[..., Any]:
         nodes = dict(zip(placeholders(gm), real))
         finder = Finder(gm, nodes, {n for n, t in nodes.items() if isinstance(t, nn.Parameter) or _buffer(t)})
-        subs = [s for s in finder.sublayers() if not s.refusal]
+        subs = [s for s in [*finder.sublayers(), *(finder.mlps() if mlps else [])] if not s.refusal]
         finder.real = {}
         return lambda *args: _Watch(gm, subs, see).run(*args)
 

@@ -1,219 +1,30 @@
-"""``fusionc.remove_attention``: take attention sublayers out of a module, so that parameters and caches go with them.
+"""``fusionc.remove_attention``: take sublayers out of a module, so that parameters and caches go with them.
 
-The sublayers are found in the model's graph (``find``); the modules to change follow from the weights: the smallest module
-that holds a sublayer's projections and nothing that the rest still needs is replaced by one that returns zeros, and a norm
-that only fed it becomes an identity.  The edited module is then run against the edited graph; if it gives other numbers,
-the edit is undone and the layer kept, with that reason.  ``generate()`` goes on working: a removed layer never touches
-its cache, which therefore is never allocated.
+The sublayers are found in the model's graph (``find``), chosen (``choose``) and taken out (``surgery``).  The edited module
+is then run against the edited graph; if it gives other numbers, the edit is undone and refused.  ``generate()`` goes on
+working: a removed layer never touches its cache, which therefore is never allocated.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
 
-from fusionc.accuracy import Agreement, Change, Plan, Report, agreement, change, warn_unverified, within
+from fusionc.accuracy import Agreement, Change, Place, Plan, Report, agreement, change, warn_unverified, within
 from fusionc.errors import OptionError
 
-from . import choose, edit
+from . import choose
 from .capture import Inputs, call, captured, default_inputs, logits, observe
-from .find import Finder, Sublayer
+from .find import Sublayer
 from .scores import residual_cosine
+from .surgery import Stuck, Surgeon
 
 SCORERS = ("gate_norm", "cosine")
-
-
-class RemovedAttention(nn.Module):
-    """Stands where an attention module was: returns zeros (a broadcast view, no memory) in the same place of the result."""
-
-    def __init__(self, seat: int | str, template: Any) -> None:
-        super().__init__()
-        self.seat, self.template = seat, template
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros like the hidden states; None for every other tensor (weights, caches)."""
-        x = args[self.seat] if isinstance(self.seat, int) else kwargs[self.seat]
-        zero = x.new_zeros(()).expand(x.shape)
-        return _fill(self.template, zero)
-
-
-class ZeroOutput(nn.Module):
-    """Stands where a projection was: zeros [..., width]."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., d] to zeros [..., width] (a broadcast view)."""
-        return x.new_zeros(()).expand(*x.shape[:-1], self.width)
-
-
-def _fill(template: Any, zero: Tensor) -> Any:
-    if isinstance(template, tuple):
-        return tuple(_fill(t, zero) for t in template)
-    return zero if template == "zero" else None
-
-
-def _template(result: Any, shape: torch.Size) -> Any:
-    if isinstance(result, Tensor):
-        return "zero" if result.shape == shape else None
-    if isinstance(result, (tuple, list)):
-        parts: list[Any] = []
-        for r in result:
-            parts.append(None if "zero" in parts else _template(r, shape))
-        return tuple(parts)
-    return None
-
-
-class Surgeon:
-    """Edits of one model that can be undone."""
-
-    def __init__(self, model: nn.Module, inputs: Inputs, finder: Finder, subs: Sequence[Sublayer]) -> None:
-        self.model, self.inputs, self.finder, self.subs = model, inputs, finder, subs
-        self.paths: dict[int, str] = {}
-        for path, p in model.named_parameters(remove_duplicate=False):
-            self.paths.setdefault(id(p), path)
-        self.undo_list: list[tuple[nn.Module, str, nn.Module]] = []
-        self.seats: dict[str, tuple[int | str, Any]] = {}
-
-    def owner(self, node: Node) -> str:
-        """Path of the module that holds a weight."""
-        path = self.paths.get(id(self.finder.real.get(node)))
-        if path is None:
-            raise OptionError(f"weight {node.name} is no parameter of the model.")
-        return path.rpartition(".")[0]
-
-    def undo(self) -> None:
-        """Put every replaced module back."""
-        for parent, name, old in reversed(self.undo_list):
-            parent._modules[name] = old
-        self.undo_list.clear()
-
-    def put(self, path: str, new: nn.Module) -> None:
-        """Replace the module at ``path``."""
-        above, _, name = path.rpartition(".")
-        parent = self.model.get_submodule(above)
-        old = parent._modules[name]
-        assert old is not None
-        self.undo_list.append((parent, name, old))
-        new.train(old.training)
-        parent._modules[name] = new
-
-    def uniform(self, s: Sublayer) -> None:
-        """Queries and keys become zero: softmax then weighs all visible values alike."""
-        assert s.queries is not None and s.keys is not None
-        q, k = self.owner(s.queries.linear.weight), self.owner(s.keys.linear.weight)
-        if q == k or s.queries.linear.bias is not s.queries.bias or s.keys.linear.bias is not s.keys.bias:
-            raise OptionError("mode='uniform' needs separate modules for queries and keys.")
-        for path, rows in ((q, s.queries), (k, s.keys)):
-            self.put(path, ZeroOutput(int(rows.linear.node.meta["example_value"].shape[-1])))
-
-    def plan_edits(self, gone: Sequence[Sublayer]) -> tuple[dict[str, Any], GraphModule]:
-        """(path → "attention" | "projection" | "norm", the graph after removal) for an identity removal."""
-        from ..graph.edit import copy_module
-
-        gm = copy_module(self.finder.gm)
-        twin = dict(zip(self.finder.gm.graph.nodes, gm.graph.nodes))
-        copy = Finder(gm, {}, {twin[n] for n in self.finder.parameters})
-        cut = {s.index for s in gone}
-        for s in copy.sublayers():
-            if s.index in cut:
-                edit.remove(copy, s)
-        gm.recompile()
-        lifeless = edit.dead(gm)
-        live = {self.paths.get(id(self.finder.real[n])) for n in self.finder.parameters if twin[n] not in lifeless}
-        lost = {
-            p for n in self.finder.parameters if twin[n] in lifeless and (p := self.paths.get(id(self.finder.real[n])))
-        }
-        out: dict[str, Any] = {}
-        for s in gone:
-            assert s.queries is not None and s.keys is not None and s.output is not None
-            inside = [self.owner(s.queries.linear.weight), self.owner(s.keys.linear.weight)]
-            last = self.owner(s.output.weight)
-            whole, part = _common([*inside, last]), _common(inside)
-            if whole and not self._needed(whole, live) and not self._adds(whole, s):
-                out[whole] = "attention"
-            elif part and not self._needed(part, live):
-                out[part] = "attention" if part != inside[0] else "projection"
-                out[last] = "projection"
-            else:
-                raise OptionError(f"layer {s.index}: no module holds its attention alone.")
-        for path in sorted({p.rpartition(".")[0] for p in lost}):
-            if not any(path == o or path.startswith(o + ".") for o in out) and not self._needed(path, live):
-                out[path] = "norm"
-        return out, gm
-
-    def _needed(self, path: str, live: set[Any]) -> bool:
-        return any(f"{path}.{name}" in live for name, _ in self.model.get_submodule(path).named_parameters())
-
-    def _adds(self, path: str, s: Sublayer) -> bool:
-        """The residual addition happens inside this module (BERT): its result is not the addend."""
-        stack = list((s.add.meta.get("nn_module_stack") or {}).values())  # type: ignore[union-attr]
-        names = [_dots(str(entry[0])) for entry in stack]
-        return any(n == path or n.endswith("." + path) or n.startswith(path + ".") for n in names)
-
-    def apply(self, edits: dict[str, Any]) -> None:
-        """Replace the modules; those called are looked at first, to know what they take and return."""
-        wanted = [p for p, kind in edits.items() if kind == "attention" and p not in self.seats]
-        hooks = []
-        for path in wanted:
-
-            def hook(module: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> None:
-                given = [*enumerate(args), *kwargs.items()]
-                first = next((r for r in torch.utils._pytree.tree_leaves(result) if isinstance(r, Tensor)), None)
-                seat = next((k for k, t in given if isinstance(t, Tensor) and first is not None and t.shape == first.shape
-                             and t.dtype == first.dtype), None)  # fmt: skip
-                if seat is not None and first is not None:
-                    self.seats[path] = (seat, _template(result, first.shape))
-
-            hooks.append(self.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
-        try:
-            if hooks:
-                with torch.no_grad():
-                    call(self.model, self.inputs)
-        finally:
-            for h in hooks:
-                h.remove()
-        for path, kind in edits.items():
-            if kind == "attention":
-                if path not in self.seats:
-                    raise OptionError(f"module {path} returns nothing of its input's shape.")
-                self.put(path, RemovedAttention(*self.seats[path]))
-            elif kind == "projection":
-                old = self.model.get_submodule(path)
-                self.put(path, ZeroOutput(_width(old)))
-            else:
-                self.put(path, nn.Identity())
-
-
-def _dots(path: str) -> str:
-    text = path.replace("L['self']", "").replace("L['fn']", "")
-    for a, b in (("._modules['", "."), ("['", "."), ("']", ""), ("[", "."), ("]", ""), ("_modules.", "")):
-        text = text.replace(a, b)
-    return text.strip(".")
-
-
-def _width(linear: nn.Module) -> int:
-    found = getattr(linear, "out_features", None) or getattr(linear, "nf", None)
-    if not isinstance(found, int):
-        raise OptionError(f"the width of a {type(linear).__name__} is unknown.")
-    return found
-
-
-def _common(paths: Sequence[str]) -> str:
-    parts = [p.split(".") for p in paths]
-    out = []
-    for column in zip(*parts):
-        if len(set(column)) > 1:
-            break
-        out.append(column[0])
-    return ".".join(out)
 
 
 def remove_attention(model: nn.Module, what: Any, *, inputs: Inputs = None, calibration: Sequence[Inputs] | None = None,
@@ -221,13 +32,14 @@ def remove_attention(model: nn.Module, what: Any, *, inputs: Inputs = None, cali
                      protect: tuple[int, int] = choose.PROTECT, error_budget: float | None = None) -> Report:  # fmt: skip
     """Remove attention sublayers from ``model`` in place and say what that did.  An approximation: results change.
 
-    what          how many (int), which share (float below 1), which (list of layer numbers), or a Plan, its JSON or its path
+    what          how many (int), which share (float below 1), which (list of layer numbers), a drop list
+                  ``{"attention": [3], "mlp": [3, 5], "block": [7]}`` (MLPs and whole blocks too), or a Plan, its JSON or path
     inputs        any inputs of the model (mapping, tuple or tensor), to find the sublayers in one call; default: the first of
                   ``calibration``, else ``model.dummy_inputs``
     calibration   batches to measure the error on; without them the report is "unverified" and a warning says so once
     scorer        "gate_norm" (weights only; ``method`` "layer", "heads" or "rope") or "cosine" (needs calibration)
     mode          "identity" (the sublayer adds nothing) or "uniform" (every visible value weighs the same: the limit of
-                  vanishing coupling; needs separate query and key modules, and keeps the values and the cache)
+                  vanishing coupling; the value and output projections stay, and of the cache the values)
     protect       layers at the start and the end that a count or fraction must not take
     error_budget  largest mean KL of the final logits, in nats; the worst layers are put back until it holds
 
@@ -248,9 +60,12 @@ def remove_attention(model: nn.Module, what: Any, *, inputs: Inputs = None, cali
         raise OptionError("the cosine scorer and error_budget need calibration= inputs.")
     inputs = inputs if inputs is not None else batches[0] if batches else default_inputs(model)
     before = _bytes(model)
-    changes, cosine = _measure(model, batches)
-    with captured(model, inputs) as finder:
-        subs = finder.sublayers()
+    mlps = choose.needs_mlps(what)
+    if mlps and mode != "identity":
+        raise OptionError("mode='uniform' is for attention: an MLP can only be dropped.")
+    changes, cosine = _measure(model, batches, mlps)
+    with captured(model, inputs, mlps) as finder:
+        subs = finder.sublayers() + (finder.mlps() if mlps else [])
         if not subs:
             raise OptionError("no attention was found in the model.")
         surgeon = Surgeon(model, inputs, finder, subs)
@@ -259,65 +74,95 @@ def remove_attention(model: nn.Module, what: Any, *, inputs: Inputs = None, cali
                                         name=lambda _, s: _path_of(surgeon, s))  # fmt: skip
         original = _logits(model, batches)
 
+        stuck: dict[Place, str] = {}
+
         def apply(p: Plan) -> Agreement:
             surgeon.undo()
-            _apply(surgeon, p, subs)
+            _apply(surgeon, _rest(p, stuck), subs)
             return agreement(original, _logits(model, batches)) if batches else Agreement(0.0, 1.0, 0.0)
 
-        rolled: tuple[int, ...] = ()
+        rolled: tuple[Place, ...] = ()
         found: Agreement | None
         try:
-            if error_budget is not None:
-                worst = {n: c.relative_l2 for n, c in changes.items()}
-                plan, found, rolled = within(plan, error_budget, worst, apply)
-            else:
-                found = apply(plan)
+            while True:
+                try:
+                    if error_budget is not None:
+                        worst = {n: c.relative_l2 for n, c in changes.items()}
+                        plan, found, rolled = within(_rest(plan, stuck), error_budget, worst, apply)
+                    else:
+                        found = apply(plan)
+                    break
+                except Stuck as e:
+                    stuck |= e.reasons
+            plan, refusals = _rest(plan, stuck), refusals | stuck
         except BaseException:
             surgeon.undo()
             raise
-        surgeon.undo_list.clear()
+        surgeon.keep()
     if not batches and plan.entries:
         warn_unverified(plan.kind)
-    kept = {e.layer for e in plan.entries}
+    kept = {e.place for e in plan.entries}
     return Report(plan, {n: c for n, c in changes.items() if n in kept} if mode == "identity" else {},
                   found if batches else None, rolled, refusals, before - _bytes(model))  # fmt: skip
 
 
+def _rest(plan: Plan, stuck: Iterable[Place]) -> Plan:
+    for place in stuck:
+        plan = plan.without(place)
+    return plan
+
+
 def _path_of(surgeon: Surgeon, s: Sublayer) -> str:
-    if s.queries is None:
-        return s.core.name
-    return surgeon.owner(s.queries.linear.weight)
+    return surgeon.owner(s.weights[0]) if s.weights else s.core.name
 
 
 def _apply(surgeon: Surgeon, plan: Plan, subs: Sequence[Sublayer]) -> None:
-    gone = [subs[n] for n in plan.layers]
+    by_place = {s.place: s for s in subs}
+    gone = [by_place[e.place] for e in plan.entries]
     if not gone:
         return
-    if plan.mode == "uniform":
-        for s in gone:
+    uniform = plan.mode == "uniform"
+    edits: dict[str, Any] = {}
+    if uniform:
+        gm = surgeon.uniform_graph(gone)
+    else:
+        edits, gm = surgeon.plan_edits(gone)
+    real = [surgeon.finder.real[n] for n in surgeon.finder.gm.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        # The traced graph may take other kernels than eager (Hugging Face traces a mask where eager says "causal"): by how
+        # much that moves the whole model is how much it may move the edited one.
+        noise = _distance(call(surgeon.model, surgeon.inputs), surgeon.finder.gm(*real))
+        surgeon.apply(edits)
+        for s in gone if uniform else ():
             surgeon.uniform(s)
-        return
-    edits, gm = surgeon.plan_edits(gone)
-    with torch.no_grad():
-        expected = gm(*[surgeon.finder.real[n] for n in surgeon.finder.gm.graph.find_nodes(op="placeholder")])
-    surgeon.apply(edits)
-    with torch.no_grad():
-        result = call(surgeon.model, surgeon.inputs)
-    mine = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
-    theirs = [t for t in torch.utils._pytree.tree_leaves(expected) if isinstance(t, Tensor)]
-    for a in mine:
-        if not any(a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-3) for b in theirs):
-            raise OptionError("the edited module and the edited graph disagree: this model's attention cannot leave "
-                              "its modules; options={'remove_attention': ...} of the backend removes it.")  # fmt: skip
+        found = _distance(call(surgeon.model, surgeon.inputs), gm(*real))
+    if not found <= max(1e-4, 4 * noise):
+        raise OptionError(f"the edited module and the edited graph disagree (relative {found:.1e}, where tracing alone moves "
+                          f"it by {noise:.1e}): this model's sublayers cannot leave their modules; "
+                          "options={'remove_attention': ...} of the backend removes them.")  # fmt: skip
 
 
-def _barred(model: nn.Module, subs: Sequence[Sublayer], mode: str) -> dict[int, str]:
+def _distance(result: Any, traced: Any) -> float:
+    """Largest relative L2 distance of a tensor of ``result`` to the nearest one of its shape in ``traced``."""
+    theirs = [t.double().nan_to_num() for t in torch.utils._pytree.tree_leaves(traced) if isinstance(t, Tensor)]
+    worst = 0.0
+    for a in torch.utils._pytree.tree_leaves(result):
+        if isinstance(a, Tensor):
+            mine, near = a.double().nan_to_num(), [b for b in theirs if a.shape == b.shape]
+            found = [float((mine - b).norm() / b.norm().clamp_min(1e-300)) for b in near]
+            worst = max(worst, min(found, default=math.inf))
+    return worst
+
+
+def _barred(model: nn.Module, subs: Sequence[Sublayer], mode: str) -> dict[Place, str]:
     """Layers whose cache counts the tokens that generate() has seen: the first, and the first of each kind of attention."""
     if not callable(getattr(model, "generate", None)) or mode != "identity":
         return {}
     kinds = getattr(getattr(model, "config", None), "layer_types", None) or []
     first = {kinds.index(kind) for kind in set(kinds)} | {0}
-    return {n: "its cache counts the tokens for generate()" for n in first if n < len(subs)}
+    return {
+        n: "its cache counts the tokens for generate()" for n in first if n < sum(s.part == "attention" for s in subs)
+    }
 
 
 def _bytes(model: nn.Module) -> int:
@@ -329,18 +174,18 @@ def _logits(model: nn.Module, batches: Sequence[Inputs]) -> list[Tensor]:
         return [logits(call(model, b)).detach().clone() for b in batches]
 
 
-def _measure(model: nn.Module, batches: Sequence[Inputs]) -> tuple[dict[int, Change], dict[int, float]]:
-    """By layer, averaged over the batches: the change of leaving it out, and the cosine score."""
-    changes: dict[int, list[Change]] = {}
-    scores: dict[int, list[float]] = {}
+def _measure(model: nn.Module, batches: Sequence[Inputs], mlps: bool) -> tuple[dict[Place, Change], dict[Place, float]]:
+    """By place, averaged over the batches: the change of leaving it out, and the cosine score."""
+    changes: dict[Place, list[Change]] = {}
+    scores: dict[Place, list[float]] = {}
 
     def see(s: Sublayer, x: Tensor, y: Tensor) -> None:
         y = y.reshape(x.shape)
-        changes.setdefault(s.index, []).append(change(x + y, x))
-        scores.setdefault(s.index, []).append(residual_cosine(x, y))
+        changes.setdefault(s.place, []).append(change(x + y, x))
+        scores.setdefault(s.place, []).append(residual_cosine(x, y))
 
     for batch in batches:
-        observe(model, batch, see)
+        observe(model, batch, see, mlps)
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -349,4 +194,4 @@ def _measure(model: nn.Module, batches: Sequence[Inputs]) -> tuple[dict[int, Cha
             {n: mean(found) for n, found in scores.items()})  # fmt: skip
 
 
-__all__ = ["RemovedAttention", "ZeroOutput", "remove_attention"]
+__all__ = ["remove_attention"]

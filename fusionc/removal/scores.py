@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 METHODS = ("layer", "heads", "rope")
-_CHUNK = 1 << 20  # elements folded at a time
+_CHUNK = {"cpu": 1 << 20}  # elements folded at a time: on a CPU what stays in its cache, elsewhere what fills it
+_LARGE = 1 << 26
 _SMALL = 1 << 22  # elements up to which float64 costs nothing worth saving
 
 
@@ -52,8 +54,11 @@ class Coupling:
 
 
 def folded(p: Projection, gain: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[out, d + 1]: weight times gain, and the bias (with what the norm's shift adds to it) as last column."""
+    """[out, d + 1]: weight times gain, and the bias (with what the norm's shift adds to it) as last column. [out, d] where
+    there is neither bias nor shift: a column of zeros adds nothing to a score."""
     weight = p.weight.detach().to(dtype)
+    if p.bias is None and shift is None:
+        return weight if gain is None else weight * gain.detach().to(dtype)
     bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device)
     if p.bias is not None:
         bias = bias + p.bias.detach().to(dtype)
@@ -70,22 +75,33 @@ def score(c: Coupling, method: str = "layer") -> float:
         raise ValueError(f"no score named {method!r}; there are {', '.join(METHODS)}")
     dtype = torch.float64 if c.query.weight.numel() <= _SMALL else torch.float32
     if method == "layer":
-        query, key = (folded(p, c.gain, c.shift, dtype) for p in (c.query, c.key))
+        query, key = _sides(c, c.query, c.key, dtype)
         square = _layer(query, key, c.query.rows.to(query.device), c.key.rows.to(query.device))
     else:
         square = 0.0
-        some = max(
-            1, _CHUNK // (c.query.rows.shape[1] * c.query.weight.shape[1])
-        )  # heads that stay in the processor's cache
+        chunk = _CHUNK.get(c.query.weight.device.type, _LARGE)
+        some = max(1, chunk // (c.query.rows.shape[1] * c.query.weight.shape[1]))  # heads at a time
         for qrows, krows in zip(c.query.rows.split(some), c.key.rows.split(some)):
-            a, b = (folded(_picked(p, r), c.gain, c.shift, dtype).view(*r.shape, -1)
-                    for p, r in ((c.query, qrows), (c.key, krows)))  # fmt: skip
+            a, b = _sides(c, _picked(c.query, qrows), _picked(c.key, krows), dtype)
+            a, b = a.view(*qrows.shape, -1), b.view(*krows.shape, -1)
             square += _product(a, b) if method == "heads" or c.partner is None else _rotated(a, b, c.partner)
     return abs(c.scale) * math.sqrt(max(square, 0.0))
 
 
+def _sides(c: Coupling, query: Projection, key: Projection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both, folded, with a bias column on both if either has one."""
+    a, b = (folded(p, c.gain, c.shift, dtype) for p in (query, key))
+    wide = max(a.shape[1], b.shape[1])
+    return tuple(m if m.shape[1] == wide else torch.nn.functional.pad(m, (0, 1)) for m in (a, b))  # type: ignore[return-value]
+
+
 def _picked(p: Projection, rows: Tensor) -> Projection:
-    picked = rows.flatten().to(p.weight.device)
+    flat = rows.flatten()
+    first = int(flat[0])
+    if bool((flat == torch.arange(first, first + len(flat))).all()):  # one block of the weight: no copy
+        picked: Any = slice(first, first + len(flat))
+    else:
+        picked = flat.to(p.weight.device)
     return Projection(p.weight.detach()[picked], rows, None if p.bias is None else p.bias.detach()[picked])
 
 
@@ -109,7 +125,7 @@ def _rotated(a: Tensor, b: Tensor, partner: Tensor) -> float:
     turned, still = (found.nonzero()[:, 0] for found in (partner >= 0, partner < 0))
     # partial rotation: the rest is a plain product, and the mixed terms average to 0
     total = _product(a[:, still], b[:, still]) if len(still) else 0.0
-    q, k = (m.square().sum(2, dtype=torch.float64) for m in (a, b))
+    q, k = (torch.linalg.vector_norm(m, dim=2).double().square() for m in (a, b))
     mates = partner[turned]
     pairs = (q[:, turned] + q[:, mates]) * (k[:, turned] + k[:, mates])  # each pair twice
     return total + 0.25 * float(pairs.sum())

@@ -2,10 +2,10 @@
 
 Candidates are plain tuples, so that a choice can be remembered on disk:
 
-    ("library",)                                        ATen or cuDNN, then the activation
-    ("direct", strip, block, rows, warps)               channels-last, any stride and dilation
-    ("toeplitz", TW, KD, BM, warps, stages)             contiguous, stride 1, half precision
-    ("turned", TW, KD, BM, warps, stages)               the same for channels-last, between two transpositions
+    ("library",)                                            ATen or cuDNN, then the activation
+    ("direct", strip, block, rows, warps)                   channels-last, any stride and dilation
+    ("toeplitz", group, ahead, held, TW, KD, BM, warps, stages)   contiguous, stride 1, half precision
+    ("turned", group, ahead, held, TW, KD, BM, warps, stages)     the same for channels-last, between two transpositions
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .launch import load_module
 
 Candidate = tuple[Any, ...]
 _HALF = (torch.bfloat16, torch.float16)
+_TEXT = 15  # lines of a kernel that may all stand in a text
 _UNROLLED = 128  # multiply-adds of a strip and kernel row that may stand in a text
 
 
@@ -58,49 +59,67 @@ def candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
     wide = shape.kernel[0] * shape.kernel[1] > 81
     if shape.last:
         ours = _direct(shape, images)
-        found += [("turned", *c) for c in _toeplitz(shape, images)] + ours if wide else ours
+        turned = [("turned", *c) for c in _toeplitz(shape, images)] if wide else []
+        found += turned if turned and shape.kernel[0] * shape.kernel[1] > 169 else turned + ours
     else:
         found += [("toeplitz", *c) for c in _toeplitz(shape, images)]
     found.append(("library",))
     return tuple(found)
 
 
-def _toeplitz(shape: Shape, images: int) -> list[Candidate]:
-    """(TW, KD, BM, warps, stages): whole lines where they fit, else windows with 16-byte aligned starts."""
+def _tiles(shape: Shape) -> list[tuple[int, int]]:
+    """(TW, KD): whole lines where they fit, else windows with 16-byte aligned starts."""
     if shape.stride != (1, 1) or shape.dtype not in _HALF:
         return []
     width, out = shape.size[1], shape.out[1]
     reach = (shape.kernel[1] - 1) * shape.dilation[1] + 1
-    tiles: list[tuple[int, int]] = []
     side = _power(max(width, out, 16))
     if side <= 64:
-        tiles.append((side, side))
+        return [(side, side)]
     ahead = -(-shape.padding[1] // 8) * 8
-    for tw in (64, 32, 16):
-        kd = _power(ahead + tw + reach - 1 - shape.padding[1])
-        if tw < side and kd <= 128 and (not tiles or kd <= 2 * tw):
-            tiles.append((tw, kd))
-    many = images * shape.out[0] >= 256
+    windows = [(tw, _power(ahead + tw + reach - 1 - shape.padding[1])) for tw in (64, 32, 16)]
+    return [w for w in windows if w[1] <= 64][:1] or [w for w in windows if w[1] <= 128][:1]
+
+
+def _toeplitz(shape: Shape, images: int) -> list[Candidate]:
+    """(group, ahead, held, TW, KD, BM, warps, stages).
+
+    H200, 32×256×56×56: with all lines in the text 7×7 takes 0.103 ms and 13×13 0.152, in a loop 0.115 and 0.166; 31×31
+    0.318 in a loop by two lines, 0.423 by one. Eight warps want 128 registers, so that two programs share a
+    multiprocessor: with 134 it is 0.140 for 7×7. Narrow images like low tiles, and large kernels there groups of four.
+    """
     found: list[Candidate] = []
-    for k, (tw, kd) in enumerate(tiles[:2]):
-        found.append((tw, kd, 128 if many else 64, 4, 3))
-        if many and k == 0:
-            found += [(tw, kd, 256, 8, 3), (tw, kd, 128, 4, 4), (tw, kd, 128, 8, 3)]
+    kernel, many = shape.kernel[0], images * shape.out[0] >= 512
+    for tw, kd in _tiles(shape):
+        tall = 128 if many and kd <= 64 else 64
+        warps = tall // 16
+        if kernel < 3:
+            found.append((1, 0, False, tw, kd, tall, 4, 3))
+            continue
+        if kd >= 64 and kernel <= _TEXT:
+            found.append((2, 3 if kernel < 9 and tall > 64 else 1, False, tw, kd, tall, warps, 1))
+            found.append((2, 1, True, tw, kd, tall, warps, 1) if tw < kd else (4, 2, False, tw, kd, 64, 4, 1))
+        if kd <= 32:
+            groups = (2, 4) if kernel <= _TEXT else (4, 2)
+            found += [(group, 0, True, tw, kd, 64, 4, 2) for group in groups]
+        if kd > 32 or tall > 64:
+            found.append((2, 0, tw < kd, tw, kd, tall, warps, 2))
     return found
 
 
 def _direct(shape: Shape, images: int) -> list[Candidate]:
-    """("direct", strip, block, rows, warps): strips that waste little of a line, four channels a thread.
+    """("direct", strip, block, rows, warps): strips that waste little of a line, two or four channels a thread.
 
-    H200: two channels a thread are up to twice slower, 64 channels per program too; narrow images want short strips.
+    H200, 7×7, 32×256×56×56: 0.1005 ms with two channels a thread, 0.106 with four; narrow images want short strips.
     """
     out, kw = shape.out[1], shape.kernel[1]
     if kw * 4 > _UNROLLED or not shape.last:
         return []
     fitting = [s for s in (14, 8, 7, 4) if kw * s <= _UNROLLED and -(-out // s) * s <= 1.25 * out] or [4]
-    strips = sorted(fitting, key=lambda s: abs(s - (14 if out >= 56 else 7 if out > 7 else 4)))[:3]
-    block = min(32, _power(shape.channels))
-    return [("direct", s, block, 4 * 32 * warps // block, warps) for s in strips for warps in (4, 2)]
+    strips = sorted(fitting, key=lambda s: abs(s - (14 if out >= 56 else 7 if out > 7 else 4)))
+    block = 64 if shape.channels % 64 == 0 else min(32, _power(shape.channels))
+    found: list[Candidate] = [("direct", s, block, 2 * 128 // block, 4) for s in strips[:3]]
+    return [*found, ("direct", strips[0], min(block, 32), 4 * 128 // min(block, 32), 4)]
 
 
 def _power(n: int) -> int:
@@ -136,7 +155,7 @@ def _launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor 
     elif how[0] == "toeplitz":
         _run_toeplitz(how, shape, x, taps, bias, y, interpret)
     else:
-        module = load_module(template.TOEPLITZ, interpret=interpret)
+        module = load_module(template.TURN, interpret=interpret)
         flat = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels)
         result = torch.empty(y.shape, dtype=x.dtype, device=x.device)
@@ -153,6 +172,16 @@ def _start(fn: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         fn.warmup(*args, grid=grid, **options)
     else:
         fn[grid](*args, **options)
+
+
+def prepare(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None) -> None:
+    """Compile the kernels of one candidate without running them."""
+    _compiling.on = True
+    try:
+        if how != ("library",):
+            launch(how, shape, x, taps, bias)
+    finally:
+        _compiling.on = False
 
 
 def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int) -> None:
@@ -174,22 +203,32 @@ def _run_direct(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Ten
 
 def _run_toeplitz(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
                   interpret: bool) -> None:  # fmt: skip
-    _, tw, kd, bm, warps, stages = how
-    (h, w), (oh, ow), (kh, kw) = shape.size, shape.out, shape.kernel
-    c, ahead = shape.channels, 0 if kd >= w and tw >= ow else -(-shape.padding[1] // 8) * 8
-    length = tw + kd
-    module = load_module(template.TOEPLITZ, interpret=interpret)
-    packed = torch.empty(c * kh * 8 * length, dtype=x.dtype, device=x.device)
+    _, group, ahead, held, tw, kd, bm, warps, stages = how
+    (h, w), (oh, ow), (kh, kw), dh = shape.size, shape.out, shape.kernel, shape.dilation[0]
+    c, left = shape.channels, _left(shape, tw, kd)
+    length, lead = _power(tw + kd), 0 if ahead else group - 1
+    lines = kh if ahead else -(-(kh + group - 1) // group) * group + lead
+    packed = torch.empty(c * lines * 8 * length, dtype=x.dtype, device=x.device)
     _start(
-        module.pack, (-(-packed.numel() // 1024),), taps, packed,
-        KH=kh, KW=kw, C=c, DW=shape.dilation[1], FIRST=kd - 1 + shape.padding[1] - ahead, L=length, BLOCK=1024, num_warps=4,
+        load_module(template.PACK, interpret=interpret).pack, (lines * -(-c // 8),), taps, packed,
+        KH=kh, KW=kw, C=c, DW=shape.dilation[1], FIRST=kd - 1 + shape.padding[1] - left, L=length, LEAD=lead, LINES=lines,
+        BC=8, num_warps=4,
     )  # fmt: skip
-    rows, tiles = x.shape[0] * oh, -(-ow // tw)
+    across = -(-oh // (group * dh)) * dh  # rows of an image
+    rows, tiles = x.shape[0] * across, -(-ow // tw)
+    text = template.toeplitz(kh, group, ahead, held and not interpret)
     _start(
-        module.conv, (-(-rows // bm) * tiles, c), x, packed, packed if bias is None else bias, y, rows,
-        C=c, H=h, W=w, OH=oh, OW=ow, KH=kh, DH=shape.dilation[0], PH=shape.padding[0], PA=ahead, L=length, TILES=tiles,
-        TW=tw, KD=kd, BM=bm, BIAS=bias is not None, ACTIVATION=_activation(shape), num_warps=warps, num_stages=stages,
+        load_module(text, interpret=interpret).conv, (-(-rows // bm) * tiles * c,),
+        x, packed, packed if bias is None else bias, y, rows,
+        C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines, TILES=tiles,
+        TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape), num_warps=warps,
+        num_stages=stages, maxnreg=128 if warps == 8 else None,
     )  # fmt: skip
+
+
+def _left(shape: Shape, tw: int, kd: int) -> int:
+    """By how much windows begin before their columns: not at all where they hold whole lines."""
+    return 0 if kd >= shape.size[1] and tw >= shape.out[1] else -(-shape.padding[1] // 8) * 8
 
 
 def library(x: Tensor, taps: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
@@ -237,15 +276,8 @@ def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequenc
         want = library(x, taps, bias, shape).float()
         return bool((launch(how, shape, x, taps, bias).float() - want).norm() <= 0.02 * want.norm())
 
-    def prepare(how: Candidate) -> None:
-        _compiling.on = True
-        try:
-            if how != ("library",):
-                launch(how, shape, x, taps, bias)
-        finally:
-            _compiling.on = False
-
-    how = choose(key, options, lambda each: launch(each, shape, x, taps, bias), device=x.device, check=right, prepare=prepare)
+    how = choose(key, options, lambda each: launch(each, shape, x, taps, bias), device=x.device, check=right,
+                 prepare=lambda each: prepare(each, shape, x, taps, bias))  # fmt: skip
     return launch(how, shape, x, taps, bias)
 
 
@@ -270,18 +302,17 @@ def _run_weight(how: Candidate, shape: Shape, grad: Tensor, x: Tensor, interpret
     kind, tw, kd, bm, warps, stages, parts = how
     (h, w), (oh, ow), (kh, kw), c = shape.size, shape.out, shape.kernel, shape.channels
     if kind == "turned":
-        turning = load_module(template.TOEPLITZ, interpret=interpret)
+        turning = load_module(template.TURN, interpret=interpret)
         flat = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (grad, x)]
         for source, place in zip((grad, x), flat):
             _turn(turning, source, place, source.shape[2] * source.shape[3], c)
         grad, x = flat
-    ahead = 0 if kd >= w and tw >= ow else -(-shape.padding[1] // 8) * 8
     module = load_module(template.WEIGHT, interpret=interpret)
     out = torch.empty((parts, kh, kw, c), dtype=torch.float32, device=x.device)
     _start(
         module.weight, (kh * parts, c), x, grad, out, x.shape[0] * oh,
         C=c, H=h, W=w, OH=oh, OW=ow, KH=kh, KW=kw, DH=shape.dilation[0], DW=shape.dilation[1], PH=shape.padding[0],
-        PW=shape.padding[1], PA=ahead, TILES=-(-ow // tw), TW=tw, KD=kd, KP=_power(kw), BM=bm, PARTS=parts,
+        PW=shape.padding[1], PA=_left(shape, tw, kd), TILES=-(-ow // tw), TW=tw, KD=kd, KP=_power(kw), BM=bm, PARTS=parts,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
@@ -298,8 +329,7 @@ def _library_weight(shape: Shape, grad: Tensor, x: Tensor) -> Tensor:
 def weight_candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
     """Implementations of the gradient of the taps, a good default first."""
     found: list[Candidate] = []
-    tiles = list(dict.fromkeys(c[:2] for c in _toeplitz(shape, images)))[:1]
-    for tw, kd in tiles:
+    for tw, kd in _tiles(shape)[:1]:
         steps = -(-images * shape.out[0] // 64) * -(-shape.out[1] // tw)
         parts = max(1, min(steps // 4, 8, 512 // (shape.channels * shape.kernel[0])))
         for bm, warps in ((64, 4), (128, 4), (128, 8)):

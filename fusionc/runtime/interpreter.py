@@ -5,6 +5,7 @@ Triton's interpreter (3.6–3.7) lacks a few things, which are supplied while ou
 - reductions and scans with a combine function of our own run element by element in Python: here the same function is
   applied to whole halves;
 - fp32 → bf16 truncates: here it rounds to nearest even, as on every GPU;
+- `tl.dot` multiplies the bit patterns of bf16 (triton issue 11584): here their values;
 - the device library (`libdevice`) is missing: here torch computes it;
 - `range` over a size fails with numpy 2.4 and later: one-element arrays are integers again.
 """
@@ -111,8 +112,18 @@ def repaired() -> Iterator[None]:
             return (np.asarray(data).astype(np.uint32) << 16).view(np.float32)
         return convert(data, src, dst, mode)
 
+    def numbers(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle(convert_float(handle.data, tl.bfloat16, tl.float32, None), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *more: Any) -> Any:
+        return dot(self, numbers(a), numbers(b), d, *more)
+
+    dot = interpreter.InterpreterBuilder.create_dot
     changes = [
         (interpreter, "_convert_float", convert_float),
+        (interpreter.InterpreterBuilder, "create_dot", create_dot),
         (interpreter, "_patch_lang_tensor", patch_lang_tensor),
         (interpreter.ReduceOps, "generic_reduce", _reduce),
         (interpreter.ScanOps, "generic_scan", _scan),

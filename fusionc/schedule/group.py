@@ -31,8 +31,9 @@ from ..ir.value import Context, Value, normalize_dim, numel
 Idx = tuple[Index, ...]
 MAX_MEMBERS = 96
 MAX_INPUTS = 28
-# A reduction with fewer rows than this and a longer axis than that is split over programs (schedule/split.py).
-FEW_ROWS, LONG_AXIS = 32, 4096
+# A reduction with fewer rows than this and a longer axis than that is split over programs (schedule/split.py).  Of a shorter
+# axis one program makes less than the launch of a second kernel would cost.
+FEW_ROWS, LONG_AXIS = 32, 16384
 # Groups that only share an operand are merged if they are at most this many nodes apart: results must not wait in memory.
 SIBLING_REACH = 48
 
@@ -75,7 +76,7 @@ LIBRARY = frozenset(
     "_scaled_dot_product_fused_attention_overrideable _grouped_mm _fft_c2c _fft_r2c _fft_c2r topk sort "
     # writes into the memory of an input: ATen's kernel is one launch as well
     "copy_ index_copy_ index_put_ index_fill_ scatter_ _foreach_add_ "
-    "skinny_linear decode_attention decode_attention_update".split()
+    "skinny_linear short_attention decode_attention decode_attention_update".split()
 )
 
 
@@ -182,7 +183,7 @@ class Grouper:
 
     @staticmethod
     def _why_not(node: Node) -> str:
-        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
+        name = _name(node) or str(node.target)
         ours = getattr(node.target, "namespace", "") == "fusionc"
         return "" if ours or name in LIBRARY or node.target is operator.getitem else "no lowering"
 
@@ -1057,8 +1058,13 @@ def _mutated_args(node: Node) -> list[Node]:
     return out
 
 
+def _name(node: Node) -> str:
+    """The operator's name without its overload; empty for what is no ATen operator (``getitem`` of several results)."""
+    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+
+
 def _transcendental(node: Node) -> bool:
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = _name(node)
     return name in FLOAT_ONLY - {"div", "sqrt", "rsqrt"} or name in (
         "gelu",
         "silu",
@@ -1074,8 +1080,7 @@ def _is_cast(node: Node) -> bool:
 
 
 def _one_to_one(view: Node) -> bool:
-    name = getattr(getattr(view.target, "overloadpacket", None), "__name__", "")
-    return name != "expand" or view.meta["val"].shape == view.args[0].meta["val"].shape  # type: ignore[union-attr]
+    return _name(view) != "expand" or view.meta["val"].shape == view.args[0].meta["val"].shape  # type: ignore[union-attr]
 
 
 def _broadcasts(node: Node, user: Node) -> bool:

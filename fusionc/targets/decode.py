@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from typing import Any
 
 import torch
@@ -11,14 +10,10 @@ from torch import Tensor
 
 from ..codegen.templates.decode_attention import TEXT, ranges
 from ..ops import decode_attention as op
+from ..runtime.counters import zeros
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
 from .skinny import dependent, generation
-
-_SLAB = 1 << 16  # counters of a device that recorded graphs share: each launch has its own for ever, so replays never meet
-_counters: dict[tuple[int, int], Tensor] = {}
-_slabs: dict[int, tuple[Tensor, int]] = {}
-_lock = threading.Lock()
 
 
 def decode_attention(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, chained: bool) -> Tensor:
@@ -55,7 +50,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
     part, counters = out, out
     if count > 1:
         part = torch.empty(batch * groups * count * (16 * width + 32), dtype=torch.float32, device=q.device)
-        counters = _zeros(batch * groups, q.device, stream)
+        counters = zeros(batch * groups, q.device, stream)
     kernel.launch(
         batch * groups * count, stream, q.data_ptr(), k.data_ptr(), v.data_ptr(),
         spare if cos is None else cos.data_ptr(), spare if sin is None else sin.data_ptr(), key.data_ptr(),
@@ -107,25 +102,3 @@ def _fits(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cos: Tenso
             return False
         bits |= mask.data_ptr()
     return q.shape[1] // key.shape[1] <= 16 and not bits & 15 and generation(q.device) >= 80
-
-
-def _zeros(count: int, device: torch.device, stream: int) -> Tensor:
-    """Counters that are 0 now, and that the kernel leaves at 0.
-
-    Kernels of one stream run one after the other and share theirs.  A recorded graph may be replayed on any stream, so
-    each recorded launch gets counters that nothing else uses.
-    """
-    index = device.index
-    with _lock:
-        if torch.cuda.is_current_stream_capturing():
-            found = _slabs.get(index)
-            if found is None or found[1] + count > _SLAB:
-                return torch.zeros(count, dtype=torch.int32, device=device)  # recorded too: set to 0 at each replay
-            _slabs[index] = (found[0], found[1] + -(-count // 4) * 4)
-            return found[0][found[1] :]
-        if index not in _slabs:
-            _slabs[index] = (torch.zeros(_SLAB, dtype=torch.int32, device=device), 0)
-        mine = _counters.get((index, stream))
-        if mine is None or mine.numel() < count:
-            mine = _counters[index, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-        return mine

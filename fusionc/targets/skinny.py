@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,20 +17,29 @@ from ..runtime.templates import POINTER, Template, template
 
 
 def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
-           activation: str, residual: Tensor | None, chained: bool) -> Tensor:  # fmt: skip
+           activation: str, residual: Tensor | None, chained: bool, more: Sequence[Tensor] | None = None,
+           gated: bool = True, turned: bool = False) -> Tensor:  # fmt: skip
     """The operator's implementation for CUDA; ATen where the kernels do not apply.  See `ops.skinny_linear`."""
     inner = x.shape[1]
-    if not _fits(x, weight, norm, bias, residual):
-        return reference(x, weight, norm, eps, rounds, bias, activation, residual)
-    width = weight.shape[0] // 2 if activation else weight.shape[0]
+    if x.shape[0] != 1 or turned or activation and not gated:
+        from .few_rows import few_rows
+
+        return few_rows(x, weight, norm, eps, rounds, bias, activation, residual, more, gated, turned)
+    if not fits(x, weight, norm, bias, residual, more, 8):
+        return reference(x, weight, norm, eps, rounds, bias, activation, residual, False, more)
+    parts = (weight, *(more or ()))
+    heights = tuple(part.shape[0] for part in parts)
+    width = sum(heights) // (2 if activation else 1)
     out = torch.empty((1, width), dtype=x.dtype, device=x.device)
     kind = 0 if norm is None else 1 if rounds else 2
-    plan = _plan(width, inner, x.dtype, norm.dtype if norm is not None else x.dtype, eps, kind, activation,
+    plan = _plan(heights, inner, x.dtype, norm.dtype if norm is not None else x.dtype, eps, kind, activation,
                  bias is not None, residual is not None, chained and dependent(x.device), x.device)  # fmt: skip
     spare = out.data_ptr()
     args: list[int] = [
         x.data_ptr(),
         weight.data_ptr(),
+        parts[len(parts) // 2].data_ptr(),
+        parts[-1].data_ptr(),
         spare if norm is None else norm.data_ptr(),
         spare if bias is None else bias.data_ptr(),
         spare if residual is None else residual.data_ptr(),
@@ -48,18 +57,22 @@ def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
 class _Plan:
     """Everything about one shape of the operator but the tile."""
 
-    def __init__(self, width: int, inner: int, dtype: torch.dtype, norm_dtype: torch.dtype, eps: float,
+    def __init__(self, heights: tuple[int, ...], inner: int, dtype: torch.dtype, norm_dtype: torch.dtype, eps: float,
                  kind: int, activation: str, bias: bool, residual: bool, chained: bool, device: torch.device) -> None:
+        width = sum(heights) // (2 if activation else 1)
         self.width, self.device, self.chained = width, device, chained
-        wide = width * (2 if activation else 1) * inner >= 1 << 31
+        wide = sum(heights) * inner >= 1 << 31
+        several = len(heights) > 1 and not activation
+        ends = (heights[0], heights[0] + heights[1]) if several else (0, 0)
         self.constants: tuple[tuple[str, Any], ...] = (
-            ("N", width), ("K", inner), ("EPS", eps), ("NORM", kind), ("ACT", activation), ("HAS_BIAS", bias),
+            ("N0", ends[0]), ("N1", ends[1]), ("UP", width if len(heights) == 1 else 0), ("N", width),
+            ("K", inner), ("EPS", eps), ("NORM", kind), ("ACT", activation), ("HAS_BIAS", bias),
             ("HAS_RESIDUAL", residual), ("WIDE", wide), ("PDL", chained),
         )  # fmt: skip
         p, n = POINTER[dtype], POINTER[norm_dtype]
-        self.kinds = (p, p, n, p, p, p)
+        self.kinds = (p, p, p, p, n, p, p, p)
         self.tiles = texts.one_row_tiles(width, inner, activation != "")
-        what = [dtype, width, inner, kind, activation, bias, residual, chained]
+        what = [dtype, "+".join(map(str, heights)), inner, kind, activation, bias, residual, chained]
         self.key = f"skinny_linear {' '.join(map(str, what))}"
         self._kernels: dict[Tile, Template] = {}
 
@@ -89,13 +102,18 @@ class _Plan:
 _plan = functools.lru_cache(maxsize=4096)(_Plan)
 
 
-def _fits(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Types, layouts and alignment that the kernels assume."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype or x.shape[0] != 1:
+def fits(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+         more: Sequence[Tensor] | None, block: int) -> bool:  # fmt: skip
+    """Types, layouts and alignment that the kernels assume; a block of rows must lie in one of the weights."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         return False
     if x.stride(1) != 1 or not weight.is_contiguous() or torch.version.hip:
         return False
-    bits = x.data_ptr() | weight.data_ptr() | x.shape[1] * 2
+    bits = x.data_ptr() | weight.data_ptr() | x.shape[1] * 2 | (x.stride(0) * 2 if x.shape[0] > 1 else 0)
+    for part in more or ():
+        if part.dtype != x.dtype or not part.is_contiguous() or part.shape[0] % block or weight.shape[0] % block:
+            return False
+        bits |= part.data_ptr()
     for t, allowed in ((norm, (x.dtype, torch.float32)), (bias, (x.dtype,)), (residual, (x.dtype,))):
         if t is not None:
             if not t.is_contiguous() or t.dtype not in allowed:

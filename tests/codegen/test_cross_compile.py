@@ -10,7 +10,7 @@ import pytest
 from fusionc.codegen.triton import render
 from fusionc.errors import CompileError
 from fusionc.runtime.device import TARGETS, known
-from fusionc.runtime.launch import Compiled, compile_many, cross_compile
+from fusionc.runtime.launch import Compiled, compile_many, cross_compile, early_start
 from fusionc.schedule.plan import Plan
 from fusionc.schedule.rules_triton import default_plan
 from tests.codegen import kernels
@@ -115,6 +115,22 @@ def test_wide_and_narrow_variants() -> None:
     source = render(case.kernel, plan, "k0")
     for wide in (False, True):
         assert cross_compile(source, "k0", case.kernel, plan, "sm_90", wide=wide).asm["cubin"]
+
+
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[5], kernels.dynamic_axis(8, 1000)], ids=lambda c: c.name)
+def test_kernels_that_start_early_wait_before_they_touch_memory(case: kernels.Case) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    plan = default_plan(case.kernel, case.sizes, known("sm_90"))
+    source = render(case.kernel, plan, "k0")
+    early = early_start(source, "k0", GPUTarget("cuda", 90, 32))
+    ptx = cross_compile(early, "k0", case.kernel, plan, "sm_90").asm["ptx"]
+    wait = ptx.index("griddepcontrol.wait")
+    touch = re.search(r"\b(ld|st|atom|red)\.\S*global|\bcp\.async", ptx)
+    assert touch is not None and wait < ptx.index("griddepcontrol.launch_dependents") < touch.start()
+    assert early_start(source, "k0", GPUTarget("cuda", 80, 32)) is source
+    assert early_start(source, "k0", GPUTarget("hip", "gfx942", 64)) is source
+    assert early_start(source, "other", GPUTarget("cuda", 90, 32)) is source
 
 
 def test_errors_name_the_kernel() -> None:

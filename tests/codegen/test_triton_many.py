@@ -87,3 +87,15 @@ def test_refuses_what_one_kernel_refuses() -> None:
     plans = [Plan("triton", xblock=1 << 16, rblock=0) for _ in many.families]
     with pytest.raises(Unrenderable, match="too large"):
         render_many(many, plans)
+
+
+@pytest.mark.interpret
+def test_the_sweep_notices_a_wrong_item() -> None:
+    from tests.sweeps.kernels import compare_many
+
+    many, _ = value()
+    plans = plans_of(many, known("sm_90"))
+    rendered = render_many(many, plans)
+    assert not compare_many(many, plans[0], rendered.source, rendered.grid)
+    wrong = rendered.source.replace("tl.store(", "tl.store(1 + ", 1)
+    assert compare_many(many, plans[0], wrong, rendered.grid)

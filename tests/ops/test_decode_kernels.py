@@ -61,21 +61,28 @@ def _linear() -> None:
 
     module = launch.load_module(TEXT, interpret=True)
     half, brain = torch.float16, torch.bfloat16
-    #     dtype  M  N   K   norm activation bias residual BN  BK  repeat
-    for dtype, m, n, k, norm, act, bias, residual, bn, bk, repeat in (
-        (half, 1, 10, 48, 1, "", False, True, 4, 64, 1),
-        (brain, 1, 10, 100, 2, "silu", False, False, 4, 32, 2),
-        (brain, 1, 7, 64, 0, "gelu", True, False, 2, 64, 1),
-        (half, 1, 9, 33, 1, "gelu_tanh", False, False, 2, 16, 3),
+    #     dtype  M  parts of N   K   norm activation bias residual BN  BK  repeat
+    for dtype, m, parts, k, norm, act, bias, residual, bn, bk, repeat in (
+        (half, 1, (10,), 48, 1, "", False, True, 4, 64, 1),
+        (brain, 1, (20,), 100, 2, "silu", False, False, 4, 32, 2),
+        (brain, 1, (14,), 64, 0, "gelu", True, False, 2, 64, 1),
+        (half, 1, (18,), 33, 1, "gelu_tanh", False, False, 2, 16, 3),
+        (half, 1, (24, 8, 16), 33, 2, "", True, False, 4, 16, 2),
+        (half, 1, (8, 16), 40, 0, "", False, True, 4, 64, 1),
+        (brain, 1, (16, 16), 100, 2, "silu", False, False, 4, 32, 2),
     ):
-        x, w = torch.randn(m, k).to(dtype), (torch.randn(n * (2 if act else 1), k) * k**-0.5).to(dtype)
+        n = sum(parts) // (2 if act else 1)
+        x, w = torch.randn(m, k).to(dtype), (torch.randn(sum(parts), k) * k**-0.5).to(dtype)
+        apart = [part.clone() for part in w.split(parts)]
+        ends = (parts[0], sum(parts[:2])) if len(parts) > 1 and not act else (0, 0)
         nw = (1 + 0.1 * torch.randn(k)).to(dtype) if norm else None
-        b = torch.randn(n).to(dtype) if bias and not act else None
+        b = torch.randn(sum(parts)).to(dtype) if bias else None
         r = torch.randn(m, n).to(dtype) if residual else None
         out = torch.full((m, n), float("nan"), dtype=dtype)
-        constants = {"N": n, "K": k, "EPS": 1e-5, "NORM": norm, "ACT": act, "HAS_BIAS": b is not None,
+        constants = {"N0": ends[0], "N1": ends[1], "UP": n if len(parts) == 1 else 0, "N": n, "K": k,
+                     "EPS": 1e-5, "NORM": norm, "ACT": act, "HAS_BIAS": b is not None,
                      "HAS_RESIDUAL": residual, "WIDE": False, "PDL": False, "BN": bn, "BK": bk}
-        args = [out if t is None else t for t in (x, w, nw, b, r)]
+        args = [out if t is None else t for t in (x, apart[0], apart[len(parts) // 2], apart[-1], nw, b, r)]
         with interpreter.lock, interpreter.repaired(), launch._interpreting(True):
             module.one_row[(-(-n // (bn * repeat)), 1, 1)](*args, out, REPEAT=repeat, **constants)
         want = reference(*(None if t is None else t.float() for t in (x, w)), None if nw is None else nw.float(), 1e-5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -53,9 +54,9 @@ TOEPLITZ = [
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(("given", "tile"), TOEPLITZ, ids=str)
-@pytest.mark.parametrize("last", [False, True])
-def test_toeplitz(given: dict, tile: tuple[int, int], last: bool) -> None:
-    check(("turned" if last else "toeplitz", *tile, 16, 4, 2), *make(**given, last=last))
+@pytest.mark.parametrize(("last", "form"), [(False, (1, 0)), (False, (2, 0)), (True, (2, 3)), (False, (4, 1))], ids=str)
+def test_toeplitz(given: dict, tile: tuple[int, int], last: bool, form: tuple[int, int]) -> None:
+    check(("turned" if last else "toeplitz", *form, True, *tile, 16, 4, 2), *make(**given, last=last))
 
 
 DIRECT = [
@@ -116,14 +117,16 @@ def test_candidates_fit_the_shape() -> None:
     for width in (7, 14, 28, 56, 112, 200):
         for k in (3, 7, 13, 31, 51):
             shape = make(n=1, c=1, size=(4, width), kernel=(k, k))[0]
-            for tw, kd, *_ in runtime._toeplitz(shape, 64):
+            for tw, kd in runtime._tiles(shape):
                 whole = kd >= width and tw >= width
                 assert whole or kd >= -(-(k // 2) // 8) * 8 + tw + k // 2, (width, k, tw, kd)
 
 
 @pytest.mark.cross
-@pytest.mark.parametrize("how", [("toeplitz", 64, 64, 128, 4, 3), ("toeplitz", 32, 64, 128, 4, 3),
-                                 ("direct", 14, 64, 8, 8)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("how", [("toeplitz", 2, 3, False, 64, 64, 128, 8, 1),
+                                 ("toeplitz", 2, 1, True, 64, 64, 64, 4, 1), ("toeplitz", 4, 2, False, 64, 64, 64, 4, 1),
+                                 ("toeplitz", 2, 0, False, 64, 64, 128, 8, 2), ("toeplitz", 2, 0, True, 64, 64, 64, 4, 2),
+                                 ("toeplitz", 1, 0, False, 64, 64, 128, 4, 3), ("direct", 14, 32, 8, 4)], ids=str)  # fmt: skip
 def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -136,20 +139,44 @@ def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
         module = load_module(template.direct(256, 56, 56, (7, 7), (1, 1), (3, 3), (1, 1), how[1], how[2]))
         constants |= {"BR": how[3]}
     else:
-        module = load_module(template.TOEPLITZ)
-        constants |= {"C": 256, "H": 56, "W": 56, "OH": 56, "OW": 56, "KH": 7, "DH": 1, "PH": 3}
-        constants |= {"L": how[1] + how[2], "PA": 0 if how[1] == 64 else 8, "TILES": -(-56 // how[1]), "TW": how[1],
-                      "KD": how[2], "BM": how[3]}  # fmt: skip
+        _, group, ahead, held, tw, kd, tall, _, stages = how
+        module = load_module(template.toeplitz(7, group, ahead, held))
+        constants |= {"C": 256, "H": 56, "W": 56, "OH": 56, "OW": 56, "G": 56 // group, "DH": 1, "PH": 3, "L": 128}
+        constants |= {"LINES": 10, "PA": 0, "TILES": 1, "TW": tw, "KD": kd, "BM": tall, "STAGES": stages}
     fn = module.conv
     kinds = {n: "constexpr" if n in constants else "i32" if n in ("rows", "strips") else "*bf16" for n in fn.arg_names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if kinds[n] == "*bf16"}
     source = ASTSource(fn=fn, signature=kinds, constexprs=constants, attrs=attrs)
-    warps = how[4]
+    warps = how[4] if how[0] == "direct" else how[7]
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     registers, spills = _usage(built)
     assert spills <= 0 and registers < 255
+    if how[0] == "toeplitz" and warps == 8:
+        assert registers <= 128  # two programs on a multiprocessor
     if how[0] == "toeplitz":
-        assert "wgmma" in built.asm["ptx"] and "cp.async.cg.shared.global [ %r" in built.asm["ptx"]
+        assert "wgmma" in built.asm["ptx"]
+        assert bool(re.search(r"wgmma\.mma_async[^;]*\}, \{", built.asm["ptx"])) == held  # A from registers
+        assert ("cp.async.cg.shared.global [ %r" if not how[2] else "ld.global.v4") in built.asm["ptx"]
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize(("tall", "warps"), [(64, 4), (128, 8)])
+def test_the_gradient_of_the_taps_compiles_without_spills(tall: int, warps: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fusionc.runtime.launch import _usage, load_module
+
+    fn = load_module(template.WEIGHT).weight
+    constants = {"C": 256, "H": 56, "W": 56, "OH": 56, "OW": 56, "KH": 31, "KW": 31, "DH": 1, "DW": 1, "PH": 15, "PW": 15,
+                 "PA": 0, "TILES": 1, "TW": 64, "KD": 64, "KP": 32, "BM": tall, "PARTS": 1}  # fmt: skip
+    kinds = {n: "constexpr" if n in constants else {"rows": "i32", "out": "*fp32"}.get(n, "*bf16") for n in fn.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if kinds[n][0] == "*"}
+    source = ASTSource(fn=fn, signature=kinds, constexprs=constants, attrs=attrs)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 3})
+    registers, spills = _usage(built)
+    assert spills <= 0 and registers < 255 and "wgmma" in built.asm["ptx"]
 
 
 def test_the_kernels_get_a_contiguous_bias(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,31 @@ def test_stride_dilation_and_other_paddings() -> None:
                  fired=1, exact=False)  # fmt: skip
 
 
+LINES = """
+%x: f64[2, 4, 20] = input
+%w9: f64[4, 1, 9] = input  # static
+%w3: f64[4, 1, 3] = input  # static
+%b: f64[4] = input
+%y9: f64[2, 4, 20] = aten.convolution(%x, %w9, %b, [1], [4], [1], False, [0], 4)
+%y3: f64[2, 4, 20] = aten.convolution(%x, %w3, None, [1], [3], [3], False, [0], 4)
+%s: f64[2, 4, 20] = aten.add(%y9, %y3)
+%r: f64[2, 4, 20] = aten.silu(%s)
+return (%r)
+"""
+
+
+def test_lines() -> None:
+    assert rewritten(OnCpu(), LINES).splitlines()[5:] == [
+        "%derived_0: f64[1, 9, 4] = input",
+        "%unsqueeze: f64[2, 4, 1, 20] = aten.unsqueeze(%x, 2)",
+        '%depthwise_conv: f64[2, 4, 1, 20] = fusionc.depthwise_conv(%unsqueeze, %derived_0, %b, [1, 1], [0, 4], [1, 1], "silu")',
+        "%squeeze: f64[2, 4, 20] = aten.squeeze.dim(%depthwise_conv, 2)",
+        "return (%squeeze)",
+    ]
+    check_values(OnCpu(), LINES, fired=1, exact=False)
+    check_values(OnCpu(), LINES.replace("  # static", ""), fired=2, exact=False)
+
+
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"f64": "i64", "aten.gelu(%y)": "aten.neg(%y)"}, "not of one floating dtype (y)"),
     ({"[4, 1, 7, 7]": "[4, 1, 1, 1]", "[3, 3]": "[0, 0]"}, "one tap is a product (y)"),
@@ -151,3 +176,27 @@ def test_recipe() -> None:
 
 def test_elsewhere_nothing_changes() -> None:
     check_values(Depthwise(), ONE, fired=0)
+
+
+CONTINUOUS = f"""
+%x: f64[2, 4, 9, 8] = input
+%at: f64[49, 2] = input  # static
+%w1: f64[2, 5] = input  # static
+%w2: f64[5, 4] = input  # static
+%h: f64[49, 5] = aten.mm(%at, %w1)
+%t: f64[49, 5] = aten.tanh(%h)
+%k: f64[49, 4] = aten.mm(%t, %w2)
+%kt: f64[4, 49]{{1, 4}} = aten.t(%k)
+%kc: f64[4, 49] = aten.clone(%kt, memory_format=torch.contiguous_format)
+%w: f64[4, 1, 7, 7] = aten.view(%kc, [4, 1, 7, 7])
+%y: f64[2, 4, 9, 8] = {conv("x", "w")}
+%r: f64[2, 4, 9, 8] = aten.silu(%y)
+return (%r)
+"""
+
+
+def test_kernels_made_by_a_network() -> None:
+    # CKConv, FlexConv: the taps are turned in the graph, and the operator takes them as any others
+    gm = check_values(OnCpu(), CONTINUOUS, fired=1, exact=False)
+    assert "fusionc_derived" not in gm.meta
+    assert "= fusionc.depthwise_conv(%x, %view" in rewritten(OnCpu(), CONTINUOUS).splitlines()[-2]

@@ -57,6 +57,12 @@ def test_dilated_and_contiguous() -> None:
     check_values(OnCpu(), BACKWARD.replace(LAST, "").replace("[2, 1], [1, 1]", "[4, 2], [2, 2]"), fired=1, exact=False)
 
 
+def test_lines() -> None:
+    text = BACKWARD.replace(LAST, "").replace("7, 8]", "8]").replace("5, 3]", "3]")
+    text = text.replace("[1, 1], [2, 1], [1, 1], False, [0, 0]", "[1], [2], [2], False, [0]")
+    check_values(OnCpu(), text, fired=1, exact=False)
+
+
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"f64": "f32"}, "not of one half-precision dtype (p)"),
     ({"%g: f64[2, 4, 7, 8]": "%g: f64[2, 4, 4, 4]", "[4], [1, 1]": "[4], [2, 2]", LAST: ""},

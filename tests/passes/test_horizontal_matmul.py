@@ -152,6 +152,35 @@ def test_refuses_in_training() -> None:
     assert refusals(PASS, pair(), stage="backward") == ["weights change every step in training (a)"]
 
 
+def test_refuses_many_rows_on_a_cpu() -> None:
+    many = pair().replace("[6, 8]", "[33, 8]").replace("[6, 5]", "[33, 5]").replace("[6, 4]", "[33, 4]")
+    assert refusals(PASS, many) == ["on a CPU a wider product of many rows is no faster (a)"]
+    assert apply(PASS, many.replace("[33, ", "[32, "))[1].fired == 1
+
+
+@pytest.mark.parametrize("rows, inner, width, kind, busy", [
+    (8192, 64, 1024, torch.bfloat16, False),  # 64 x 4 tiles
+    (8192, 64, 1280, torch.bfloat16, True),  # 64 x 5
+    (4096, 768, 768, torch.bfloat16, False),
+    (16, 4096, 4096, torch.bfloat16, True),  # 32 MiB of weight
+    (16, 4096, 4000, torch.bfloat16, False),
+    (1, 4096, 14336, torch.bfloat16, False),
+    (1, 4096, 14336, torch.float32, True),
+])
+def test_products_that_keep_a_gpu_busy_stay_apart(rows: int, inner: int, width: int, kind: torch.dtype, busy: bool) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    from fusionc.passes.horizontal_matmul import _busy
+
+    graph = torch.fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    y = graph.call_function(torch.ops.aten.mm.default, (x, w))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for node, sizes in ((x, (rows, inner)), (w, (inner, width)), (y, (rows, width))):
+            node.meta["val"] = torch.empty(sizes, dtype=kind, device="cuda")
+    assert _busy(y) is busy
+
+
 def test_refuses_other_dtypes() -> None:
     # not two matmuls of one input in practice, but the check must not depend on that
     from fusionc.passes.horizontal_matmul import Sibling, Weight, _fits

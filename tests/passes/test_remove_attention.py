@@ -16,7 +16,7 @@ from fusionc.graph.text import show
 from fusionc.passes.manager import run_passes
 from fusionc.passes.remove_attention import RemoveAttention
 from fusionc.removal.capture import logits
-from tests.removal.models import inputs, make, zeroed
+from tests.removal.models import Backend, inputs, make, run, zeroed
 
 pytestmark = pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
 
@@ -25,35 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning"
 def fresh() -> None:
     torch._dynamo.reset()
     reset_warnings()
-
-
-class Backend:
-    """Runs the model-level pipeline with the option and then the graph as it is: no other rounding than eager's."""
-
-    def __init__(self, what: Any, **options: Any) -> None:
-        self.config = Config.parse(None, {"remove_attention": what, "verify": True, "strict": True,
-                                          "disable": ["plain_attention", "causal_mask", "grouped_heads"]} | options)  # fmt: skip
-
-    def __call__(self, gm: torch.fx.GraphModule, given: list[Any]) -> Any:
-        self.inputs = given
-        self.gm, records = run_passes(gm, "model", self.config, given)
-        (self.record,) = [r for r in records if r.name == "remove_attention"]
-        return self.gm.forward
-
-    @property
-    def reasons(self) -> list[str]:
-        return [r.reason for r in self.record.refusals]
-
-    @property
-    def attentions(self) -> int:
-        live = copy.deepcopy(self.gm.graph)
-        live.eliminate_dead_code()
-        return sum("scaled_dot" in str(n.target) or "softmax" in str(n.target) for n in live.nodes)
-
-
-def run(backend: Backend, model: Any, *args: Any, **kwargs: Any) -> Tensor:
-    with torch.no_grad():
-        return logits(torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs))
 
 
 @pytest.mark.parametrize("kind, attention", [("Llama", "sdpa"), ("Llama", "eager"), ("GPT2", "sdpa"), ("Phi", "eager"),

@@ -34,16 +34,17 @@ def test_generate(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
-def test_generate_with_a_static_cache() -> None:
-    model, prompt = make("Llama"), inputs("Llama")["input_ids"][:1]
+@pytest.mark.parametrize("kind", DECODERS)
+def test_generate_with_a_static_cache(kind: str) -> None:
+    model, prompt = make(kind), inputs(kind)["input_ids"][:1]
+    reference = zeroed(copy.deepcopy(model), (2, 4))
     fusionc.remove_attention(model, [2, 4], inputs={"input_ids": prompt})
-    common = {
-        "max_new_tokens": 5,
-        "do_sample": False,
-        "attention_mask": torch.ones_like(prompt),
-        "disable_compile": True,
-    }
-    assert (
-        model.generate(prompt, cache_implementation="static", **common).tolist()
-        == model.generate(prompt, **common).tolist()
-    )
+    common = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(prompt), "disable_compile": True,
+              "cache_implementation": "static", "return_dict_in_generate": True}  # fmt: skip
+    found, expected = model.generate(prompt, **common), reference.generate(prompt, **common)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    sizes = [
+        [layer.keys.nbytes if layer.is_initialized else 0 for layer in x.past_key_values.layers]
+        for x in (found, expected)
+    ]
+    assert sizes[0] == [0 if n in (2, 4) else size for n, size in enumerate(sizes[1])] and min(sizes[1]) > 0

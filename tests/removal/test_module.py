@@ -13,29 +13,64 @@ import torch
 import fusionc
 from fusionc.accuracy import Plan
 from fusionc.errors import FallbackWarning, OptionError
-from fusionc.removal.module import RemovedAttention
+from fusionc.removal.surgery import Removed
 
 from .models import inputs, make, values
+
+
+def coupled(kind: str) -> Any:
+    """A model whose attention is far from uniform, which that of freshly initialised weights is not."""
+    model = make(kind)
+    with torch.no_grad():
+        for path, p in model.named_parameters():
+            if p.dim() == 2 and any(n in path for n in ("attn", "attention")):
+                p.mul_(15)
+    return model
 
 
 @pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
 @pytest.mark.parametrize("kind", ["Llama", "OPT", "Bert"])
 def test_uniform_equals_zero_queries(kind: str) -> None:
-    model, batch = make(kind), inputs(kind)
-    reference = copy.deepcopy(model)
+    model, batch = coupled(kind), inputs(kind)
+    reference, original = copy.deepcopy(model), values(model, batch)
     with torch.no_grad():
         for path, p in reference.named_parameters():
             if ".3." in path and any(f".{n}." in path for n in ("q_proj", "query")):
                 p.zero_()
-    fusionc.remove_attention(model, [3], inputs=batch, mode="uniform")
-    torch.testing.assert_close(values(model, batch), values(reference, batch), rtol=0, atol=1e-6)
+    report = fusionc.remove_attention(model, [3], inputs=batch, mode="uniform")
+    torch.testing.assert_close(values(model, batch), values(reference, batch), rtol=1e-5, atol=1e-6)
+    assert report.freed_bytes > 0 and (values(model, batch) - original).abs().max() > 3e-4
     names = [path for path, _ in model.named_parameters() if ".3." in path]
     assert not [n for n in names if "q_proj" in n or "query" in n or "k_proj" in n or ".key." in n]
 
 
-def test_uniform_refuses_fused_projections() -> None:
-    with pytest.raises(OptionError, match="separate modules"):
-        fusionc.remove_attention(make("GPT2"), [3], inputs=inputs("GPT2"), mode="uniform")
+@pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
+@pytest.mark.parametrize("kind, heads", [("GPT2", "plain"), ("Phi3", "grouped"), ("GPTNeoX", "mixed")])
+def test_uniform_of_a_fused_projection(kind: str, heads: str) -> None:
+    """The value rows of q/k/v in one weight stay, in whatever order they lie."""
+    model, batch = coupled(kind), inputs(kind)
+    reference, original = copy.deepcopy(model), values(model, batch)
+    (fused,) = [m for path, m in reference.named_modules()
+                if ".3." in path and path.endswith(("c_attn", "qkv_proj", "query_key_value"))]  # fmt: skip
+    rows = {"plain": range(32), "grouped": range(32), "mixed": [24 * h + i for h in range(4) for i in range(8)]}[heads]
+    with torch.no_grad():
+        for p in fused.parameters():
+            (p.T if p.dim() == 2 and kind == "GPT2" else p)[list(rows)] = 0
+    report = fusionc.remove_attention(model, [3], inputs=batch, mode="uniform")
+    found = values(model, batch)
+    torch.testing.assert_close(found, values(reference, batch), rtol=1e-5, atol=1e-6)
+    assert (found - original).abs().max() > 1e-3
+    gone = 32 + (16 if heads == "grouped" else 32)  # rows of queries and keys, with their biases
+    assert report.freed_bytes == 4 * gone * (32 + (kind != "Phi3"))
+
+
+@pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
+def test_uniform_refuses_modules_that_other_layers_share() -> None:
+    model, batch = coupled("Albert"), inputs("Albert")
+    before = values(model, batch)
+    with pytest.raises(OptionError, match="disagree"):
+        fusionc.remove_attention(model, [3], inputs=batch, mode="uniform")
+    assert (values(model, batch) - before).abs().max() == 0
 
 
 @pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
@@ -122,7 +157,7 @@ def test_refuses_training_mode_and_wrong_requests() -> None:
         fusionc.remove_attention(model, 1, inputs=batch, error_budget=0.1)
     with pytest.raises(OptionError, match="calibration"):
         fusionc.remove_attention(model, 1, inputs=batch, scorer="cosine")
-    assert not [m for m in model.modules() if isinstance(m, RemovedAttention)]
+    assert not [m for m in model.modules() if isinstance(m, Removed)]
 
 
 def test_plan_file_replays_and_is_checked(tmp_path: Path) -> None:

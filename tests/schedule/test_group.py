@@ -176,6 +176,10 @@ TRAPS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "siblings of a few long rows": (lambda x: (x * 2, x.sum(-1), x.amax(-1)), (rand(2, 9000),)),
     "sliced in steps and written": (lambda x: torch.slice_scatter(x * 2, x[:, 1::3] - 1, 1, 1, None, 3), (rand(5, 9),)),
     "few long rows": (lambda x: torch.softmax(x, -1) + x.sum(-1, keepdim=True), (rand(2, 9000),)),
+    "parts of a table made of positions": (
+        lambda x: torch.cat([p * a for p, a in zip(x.chunk(2, -1), torch.arange(8.0).split(4))], -1),
+        (rand(5, 8),),
+    ),
     "long total then elementwise": (lambda x: x * x.pow(2).sum().rsqrt(), (rand(20000),)),
 }  # fmt: skip
 

@@ -5,7 +5,8 @@ Row-Toeplitz (contiguous NCHW, stride 1). For one channel and one kernel row i t
     y[rows, w0 : w0 + TW] += x[rows + i, s0 : s0 + KD] @ T_i       T_i[a, b] = taps[i, (s0 + a) − (w0 + b) + padding]
 
 with rows = all (image, line) pairs: K small matrix products per tile, most of whose columns are real work where TW is not
-small against K. T_i is constant along its diagonals, so its rows are windows of one reversed, zero-padded row R of taps;
+small against K. What bounds it is not the products but how often x and T come from the L2 cache, hence groups of lines
+(see ``toeplitz``). T_i is constant along its diagonals, so its rows are windows of one reversed, zero-padded row R of taps;
 ``pack`` stores R in eight copies, shifted by 0 … 7 elements, so that every run of eight elements of every T_i is one
 aligned 16-byte load. Columns of the window outside of the kernel are multiplied by zero, hence an infinity or NaN in x
 reaches the whole tile's row of the result, not only the pixels that the kernel touches.
@@ -45,57 +46,9 @@ def activate(x, ACTIVATION: tl.constexpr):
     return x
 '''
 
-TOEPLITZ = _HEAD + '''
-
-@triton.jit
-def pack(taps, packed, KH: tl.constexpr, KW: tl.constexpr, C: tl.constexpr, DW: tl.constexpr, FIRST: tl.constexpr,
-         L: tl.constexpr, BLOCK: tl.constexpr):
-    """packed[c, i, m, u] = R[u + m], R[v] = taps[i, (FIRST − v) / DW, c] where that is a tap, else 0."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    u = at % L
-    m = at // L % 8
-    i = at // (L * 8) % KH
-    c = at // (L * 8 * KH)
-    step = FIRST - u - m
-    j = step // DW
-    ok = (c < C) & (step >= 0) & (step % DW == 0) & (j < KW)
-    w = tl.load(taps + (i * KW + j) * C + c, mask=ok, other=0.0)
-    tl.store(packed + at, w.to(packed.dtype.element_ty), mask=c < C)
-
-
-@triton.jit
-def conv(x, packed, bias, y, rows, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr,
-         OW: tl.constexpr, KH: tl.constexpr, DH: tl.constexpr, PH: tl.constexpr, PA: tl.constexpr, L: tl.constexpr,
-         TILES: tl.constexpr, TW: tl.constexpr, KD: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr,
-         ACTIVATION: tl.constexpr):
-    """One channel, BM rows, TW columns."""
-    pid = tl.program_id(0)
-    c = tl.program_id(1)
-    tile = pid % TILES
-    row = pid // TILES * BM + tl.arange(0, BM)
-    live = row < rows
-    n = (row // OH).to(tl.int64)
-    h = row % OH
-    a = tl.arange(0, KD)
-    b = tl.arange(0, TW)
-    column = tile * TW - PA + a
-    inside = (column >= 0) & (column < W)
-    top = h - PH
-    pixels = x + (n * (C * H * W) + c * (H * W) + top * W)[:, None] + column[None, :]
-    q = KD - 1 - a
-    diagonals = packed + c.to(tl.int64) * (KH * 8 * L) + (q % 8 * L + q // 8 * 8)[:, None] + b[None, :]
-    total = tl.full((BM, TW), 0.0, tl.float32)
-    for i in range(KH):
-        line = top + i * DH
-        mask = (live & (line >= 0) & (line < H))[:, None] & inside[None, :]
-        window = tl.load(pixels + i * (DH * W), mask=mask, other=0.0)
-        t = tl.load(diagonals + i * (8 * L))
-        total = tl.dot(window, t, total, input_precision="ieee")
-    if BIAS:
-        total += tl.load(bias + c).to(tl.float32)
-    out = tile * TW + b
-    at = y + (n * (C * OH * OW) + c * (OH * OW) + h * OW)[:, None] + out[None, :]
-    tl.store(at, activate(total, ACTIVATION).to(y.dtype.element_ty), mask=live[:, None] & (out < OW)[None, :])
+TURN = '''
+import triton
+import triton.language as tl
 
 
 @triton.jit
@@ -109,6 +62,109 @@ def turn(x, y, A: tl.constexpr, B: tl.constexpr, TA: tl.constexpr, TB: tl.conste
     found = tl.load(x + n * (A * B) + a[:, None] * B + b[None, :], mask=(a < A)[:, None] & (b < B)[None, :])
     tl.store(y + n * (A * B) + b[:, None] * A + a[None, :], tl.trans(found), mask=(b < B)[:, None] & (a < A)[None, :])
 '''
+
+PACK = '''
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pack(taps, packed, KH: tl.constexpr, KW: tl.constexpr, C: tl.constexpr, DW: tl.constexpr, FIRST: tl.constexpr,
+         L: tl.constexpr, LEAD: tl.constexpr, LINES: tl.constexpr, BC: tl.constexpr):
+    """packed[c, i, m, u] = R[u + m], R[v] = taps[i − LEAD, (FIRST − v) / DW, c] where that is a tap, else 0."""
+    place = tl.program_id(0) % LINES
+    c = tl.program_id(0) // LINES * BC + tl.arange(0, BC)[:, None]
+    at = tl.arange(0, 8 * L)[None, :]
+    step = FIRST - at % L - at // L
+    i, j = place - LEAD, step // DW
+    ok = (c < C) & (step >= 0) & (step % DW == 0) & (j < KW) & (i >= 0) & (i < KH)
+    w = tl.load(taps + (i * KW + j) * C + c, mask=ok, other=0.0)
+    tl.store(packed + (c.to(tl.int64) * LINES + place) * (8 * L) + at, w.to(packed.dtype.element_ty), mask=c < C)
+'''
+
+_ROWS = '''
+
+@triton.jit
+def conv(x, packed, bias, y, rows, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
+         G: tl.constexpr, DH: tl.constexpr, PH: tl.constexpr, PA: tl.constexpr, L: tl.constexpr, LINES: tl.constexpr,
+         TILES: tl.constexpr, TW: tl.constexpr, KD: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+         BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
+    c = tl.program_id(0) % C
+    pid = tl.num_programs(0) // C - 1 - tl.program_id(0) // C  # the last images were written last and may be in the cache
+    tile = pid % TILES
+    row = pid // TILES * BM + tl.arange(0, BM)
+    live = row < rows
+    n = (row // G).to(tl.int64)
+    group = row % G
+    h = group // DH * (GROUP * DH) + group % DH
+    a = tl.arange(0, KD)
+    b = tl.arange(0, TW)
+    column = tile * TW - PA + a
+    inside = (column >= 0) & (column < W)
+    top = h - PH
+    pixels = x + (n * (C * H * W) + c * (H * W) + top * W)[:, None] + column[None, :]
+    q = KD - 1 - a
+    diagonals = packed + c.to(tl.int64) * (LINES * 8 * L) + (q % 8 * L + q // 8 * 8)[:, None] + b[None, :]
+    out = tile * TW + b
+    place = y + (n * (C * OH * OW) + c * (OH * OW) + h * OW)[:, None] + out[None, :]
+'''
+
+
+def toeplitz(kernel: int, group: int, ahead: int, held: bool = False) -> str:
+    """Text of ``conv``, row-Toeplitz: one channel, BM × ``group`` lines of the result, TW columns.
+
+    ``group`` lines that lie DH apart belong to one row of the tiles, so that a line of the input, loaded once, is
+    multiplied by T of as many lines of the kernel. ``ahead`` 0: a loop over the kernel's lines that asynchronous copies
+    feed, STAGES of them ahead; T has ``group`` − 1 lines of zeros before and behind. Else all lines stand in the text and
+    are loaded that many before their use; a line of the kernel is loaded once, too. ``held``: the matrix units get x from
+    registers instead of shared memory, whose bandwidth bounds products of 64 columns. Triton decides that from what made
+    an operand: an instruction that it cannot look into (not for the interpreter, either) keeps x out of shared memory.
+    """
+    rows = range(group)
+    last = kernel + group - 1
+    lines = [_HEAD, _ROWS.replace("GROUP", str(group))]
+    lines += [f"    t{r} = tl.full((BM, TW), 0.0, tl.float32)" for r in rows]
+
+    def load(name: str, u: str, indent: str) -> list[str]:
+        line = f"(top + ({u}) * DH >= 0) & (top + ({u}) * DH < H)"
+        mask = f"(live & {line})[:, None] & inside[None, :]"
+        return [f"{indent}{name} = tl.load(pixels + ({u}) * (DH * W), mask={mask}, other=0.0)"]
+
+    def store(r: int) -> list[str]:
+        return ["    if BIAS:", f"        t{r} += tl.load(bias + c).to(tl.float32)",
+                f"    tl.store(place + {r} * (DH * OW), activate(t{r}, ACTIVATION).to(y.dtype.element_ty), "
+                f"mask=(live & (h + {r} * DH < OH))[:, None] & (out < OW)[None, :])"]  # fmt: skip
+
+    def hold(name: str, indent: str) -> list[str]:
+        asm = f"tl.inline_asm_elementwise('mov.b32 $0, $1;', '=r,r', [{name}], dtype={name}.dtype, is_pure=True, pack=2)"
+        return [f"{indent}{name} = {asm}"] if held else []
+
+    def dot(r: int, x: int, w: int, indent: str) -> str:
+        return f"{indent}t{r} = tl.dot(x{x}, w{w}, t{r}, input_precision='ieee')"
+
+    if not ahead:
+        deep = " " * 8
+        lines.append(f"    for i in tl.range(0, {last}, {group}, num_stages=STAGES):")
+        for s in rows:
+            lines += load(f"x{s}", f"i + {s}", deep)
+        lines += [f"{deep}w{d} = tl.load(diagonals + (i + {d}) * (8 * L))" for d in range(2 * group - 1)]
+        for s in rows:
+            lines += hold(f"x{s}", deep)
+            lines += [dot(r, s, s - r + group - 1, deep) for r in rows]
+        for r in rows:
+            lines += store(r)
+        return "\n".join(lines) + "\n"
+    for u in range(last + ahead):
+        if u < last:
+            lines += load(f"x{u}", str(u), "    ")
+        if u < kernel:
+            lines.append(f"    w{u} = tl.load(diagonals + {u} * (8 * L))")
+        v = u - ahead
+        lines += hold(f"x{v}", "    ") if v >= 0 else []
+        lines += [dot(r, v, v - r, "    ") for r in rows if 0 <= v - r < kernel]
+        if v - (kernel - 1) in rows:
+            lines += store(v - (kernel - 1))
+    return "\n".join(lines) + "\n"
 
 
 WEIGHT = '''

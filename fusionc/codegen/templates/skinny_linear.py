@@ -1,8 +1,9 @@
 """Kernels for y = epilogue(norm(x) Wᵀ) with one row of x, where reading W once is all the work.
 
 `one_row` multiplies and adds in float32: each program owns BN rows of W (twice that with a gate) and walks along K.  It
-computes the row statistics of x itself, which is small and lies in L2.  Results are rounded where separate operators
-would round: after the norm, after the product, after the activation, after the sum.
+computes the row statistics of x itself, which is small and lies in L2.  The rows of W may lie in up to three tensors.
+Results are rounded where separate operators would round: after the norm, after the product, after the activation, after
+the sum.
 
 With PDL a program loads its first tile of W, which no kernel of the chain writes, before it waits for the kernel in
 front of it (programmatic dependent launch).  Every program waits, and only then lets the next kernel start: so
@@ -54,20 +55,31 @@ def _finish(y, rows, at, ok, bias, residual, HAS_BIAS: tl.constexpr, HAS_RESIDUA
 
 
 @triton.jit
-def one_row(x, w, norm, bias, residual, out,
+def one_row(x, w, w1, w2, norm, bias, residual, out,
+            N0: tl.constexpr, N1: tl.constexpr, UP: tl.constexpr,
             N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
             HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
             BN: tl.constexpr, BK: tl.constexpr, REPEAT: tl.constexpr):
     DT: tl.constexpr = out.dtype.element_ty
     TILES: tl.constexpr = (K + BK - 1) // BK
     cols = tl.arange(0, BK)
-    rows = tl.program_id(0) * (BN * REPEAT) + tl.arange(0, BN)
+    start = tl.program_id(0) * (BN * REPEAT)
+    if UP == 0:  # the up rows lie in a tensor of their own
+        u = w1
+    else:
+        u = w
+    if N0 > 0:  # rows from N0 on lie in w1, from N1 on in w2; no block of rows lies in two
+        if start >= N0:
+            w = w1 - N0 * K
+        if start >= N1:
+            w = w2 - N1 * K
+    rows = start + tl.arange(0, BN)
     if WIDE:
         rows = rows.to(tl.int64)
     ok = (rows < N)[:, None] & (cols < K)[None, :]
     first = tl.load(w + rows[:, None] * K + cols[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
     if ACT != "":
-        first_up = tl.load(w + (rows + N)[:, None] * K + cols[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
+        first_up = tl.load(u + (rows + UP)[:, None] * K + cols[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -90,7 +102,7 @@ def one_row(x, w, norm, bias, residual, out,
             ok = (rows < N)[:, None] & (cols < K)[None, :]
             first = tl.load(w + rows[:, None] * K + cols[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
             if ACT != "":
-                first_up = tl.load(w + (rows + N)[:, None] * K + cols[None, :], mask=ok, other=0.0,
+                first_up = tl.load(u + (rows + UP)[:, None] * K + cols[None, :], mask=ok, other=0.0,
                                    eviction_policy="evict_first")
         acc = first.to(tl.float32) * xv[None, :]
         if ACT != "":
@@ -100,7 +112,7 @@ def one_row(x, w, norm, bias, residual, out,
             ok = (rows < N)[:, None] & (c < K)[None, :]
             tile = tl.load(w + rows[:, None] * K + c[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
             if ACT != "":
-                tile_up = tl.load(w + (rows + N)[:, None] * K + c[None, :], mask=ok, other=0.0,
+                tile_up = tl.load(u + (rows + UP)[:, None] * K + c[None, :], mask=ok, other=0.0,
                                   eviction_policy="evict_first")
             v = tl.load(x + c, mask=c < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
             if NORM != 0:
@@ -110,8 +122,12 @@ def one_row(x, w, norm, bias, residual, out,
                 acc_up += tile_up.to(tl.float32) * v[None, :]
         y = tl.sum(acc, 1)
         if ACT != "":
-            y = _activated(y, tl.sum(acc_up, 1), ACT, DT)
-        y = _finish(y, rows, rows, rows < N, bias, residual, HAS_BIAS, HAS_RESIDUAL, DT)
+            up = tl.sum(acc_up, 1)
+            if HAS_BIAS:
+                y += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+                up += tl.load(bias + N + rows, mask=rows < N, other=0.0).to(tl.float32)
+            y = _activated(y, up, ACT, DT)
+        y = _finish(y, rows, rows, rows < N, bias, residual, HAS_BIAS and ACT == "", HAS_RESIDUAL, DT)
         tl.store(out + rows, y, mask=rows < N)
 '''
 

@@ -1,0 +1,113 @@
+"""`fusionc::skinny_linear` for more than one row, and for what its kernel of one row does not know: tile, scratch, launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codegen.templates import few_rows as texts
+from ..codegen.templates.few_rows import Tile
+from ..ops.skinny_linear import BLOCK, ROWS, reference
+from ..runtime.counters import zeros
+from ..runtime.device import properties
+from ..runtime.templates import POINTER, Template, template
+from ..runtime.tune import choose
+from .skinny import dependent, fits
+
+
+def few_rows(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
+             activation: str, residual: Tensor | None, more: Sequence[Tensor] | None, gated: bool,
+             turned: bool) -> Tensor:  # fmt: skip
+    """See `ops.skinny_linear`; ATen where the kernel does not apply or is slower."""
+
+    def library() -> Tensor:
+        return reference(x, weight, norm, eps, rounds, bias, activation, residual, False, more, gated, turned)
+
+    if norm is not None or x.shape[0] > ROWS or not fits(x, weight, norm, bias, residual, more, BLOCK):
+        return library()
+    parts = (weight, *(more or ()))
+    heights = tuple(part.shape[int(turned)] for part in parts)
+    width = sum(heights) // (2 if activation and gated else 1)
+    if turned and (more or width % 8):
+        return library()
+    rows, inner = x.shape
+    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    plan = _plan(rows, heights, inner, x.stride(0), x.dtype, activation, bool(activation) and gated, bias is not None,
+                 residual is not None, turned, x.device)  # fmt: skip
+    spare = out.data_ptr()
+    args: list[int] = [
+        x.data_ptr(),
+        weight.data_ptr(),
+        parts[len(parts) // 2].data_ptr(),
+        parts[-1].data_ptr(),
+        *[spare if t is None else t.data_ptr() for t in (bias, residual)],
+        spare,
+    ]
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+
+    def run(tile: Tile | None) -> Tensor:
+        if tile is None:
+            return library()
+        part = counters = out
+        tiles = plan.tiles_of(tile)
+        if tile.split > 1:
+            part = torch.empty(plan.scratch(tile), dtype=torch.float32, device=x.device)
+            counters = zeros(tiles, x.device, stream)
+        plan.kernel(tile).launch(tiles * tile.split, stream, *args, part.data_ptr(), counters.data_ptr())
+        return out
+
+    return run(plan.choose(run))
+
+
+class _Plan:
+    """Everything about one shape of the operator but the tile."""
+
+    def __init__(self, rows: int, heights: tuple[int, ...], inner: int, step: int, dtype: torch.dtype, activation: str,
+                 gated: bool, bias: bool, residual: bool, turned: bool, device: torch.device) -> None:  # fmt: skip
+        self.rows, self.width, self.gated = rows, sum(heights) // (2 if gated else 1), gated
+        self.device, self.early = device, dependent(device)
+        several = len(heights) > 1 and not gated
+        ends = (heights[0], heights[0] + heights[1]) if several else (0, 0)
+        self.constants: tuple[tuple[str, Any], ...] = (
+            ("N0", ends[0]), ("N1", ends[1]), ("APART", gated and len(heights) > 1), ("M", rows), ("N", self.width),
+            ("K", inner), ("XS", step), ("ACT", activation), ("GATED", gated), ("HAS_BIAS", bias),
+            ("HAS_RESIDUAL", residual), ("KN", turned), ("WIDE", sum(heights) * inner >= 1 << 31), ("PDL", self.early),
+            ("FETCH", texts.ahead(self.width, inner, gated)),
+        )  # fmt: skip
+        p = POINTER[dtype]
+        self.kinds = (p,) * 7 + ("*fp32", "*i32")
+        # the last candidate is the library
+        self.tiles = (*texts.tiles(rows, self.width, inner, gated, properties(device).processors), None)
+        what = [dtype, rows, "+".join(map(str, heights)), inner, activation, gated, bias, residual, turned]
+        self.key = f"few_rows {' '.join(map(str, what))}"
+        self._kernels: dict[Tile, Template] = {}
+
+    def kernel(self, tile: Tile) -> Template:
+        found = self._kernels.get(tile)
+        if found is None:
+            own = (("SPLIT", tile.split), ("BM", tile.bm), ("BN", tile.bn), ("BK", tile.bk), ("STAGES", tile.stages))
+            found = self._kernels[tile] = template(
+                texts.TEXT, "few_rows", self.kinds, (*self.constants, *own), self.device, tile.warps, tile.stages,
+                dependent=self.early,
+            )  # fmt: skip
+        return found
+
+    def tiles_of(self, tile: Tile) -> int:
+        return -(-self.rows // tile.bm) * -(-self.width // tile.bn)
+
+    def scratch(self, tile: Tile) -> int:
+        return self.tiles_of(tile) * tile.split * tile.bm * tile.bn * (2 if self.gated else 1)
+
+    def _prepare(self, tile: Tile | None) -> None:
+        if tile is not None:
+            self.kernel(tile).prepare()
+
+    def choose(self, run: Callable[[Tile | None], Tensor]) -> Tile | None:
+        return choose(self.key, self.tiles, run, device=self.device, prepare=self._prepare)
+
+
+_plan = functools.lru_cache(maxsize=4096)(_Plan)

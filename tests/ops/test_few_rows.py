@@ -1,0 +1,115 @@
+"""The kernel of `skinny_linear` for several rows in Triton's interpreter against the operator in ATen, and its tiles.
+
+The kernel runs in a process of its own: parts of Triton's library are made for the interpreter only when imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusionc.ops
+from fusionc.codegen.templates.few_rows import tiles
+from fusionc.ops.skinny_linear import BLOCK, ROWS
+
+HERE = Path(__file__).resolve()
+
+
+@pytest.mark.interpret
+def test_kernel() -> None:
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(HERE)], capture_output=True, text=True, env=env, cwd=HERE.parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_operator_is_well_formed() -> None:
+    fusionc.ops.load("skinny_linear")
+    x, w, n = torch.randn(3, 16), torch.randn(16, 8), torch.rand(16)
+    given = (x, w, n, 1e-5, False, torch.randn(8), "relu", torch.randn(3, 8), False, None, False, True)
+    torch.library.opcheck(torch.ops.fusionc.skinny_linear.default, given, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 100, ROWS])
+@pytest.mark.parametrize("width, inner, gated", [(14336, 4096, True), (4096, 14336, False), (768, 768, False), (2304, 768, False),
+                                                 (768, 3072, False), (40, 104, True), (128256, 2048, False)])  # fmt: skip
+def test_tiles_fit(rows: int, width: int, inner: int, gated: bool) -> None:
+    found = tiles(rows, width, inner, gated, 132)
+    assert found and len(set(found)) == len(found) <= 2
+    for t in found:
+        assert 16 <= t.bm <= 128 and 16 <= t.bn <= BLOCK and t.bk >= 16
+        assert t.split == 1 or (t.split - 1) * -(-(-(-inner // t.bk)) // t.split) * t.bk < inner  # no range is empty
+        assert (t.bm + t.bn * (2 if gated else 1)) * t.bk * 2 * t.stages <= 200 << 10  # shared memory
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize("rows, width, inner, gated, turned", [(128, 768, 3072, False, True), (16, 4096, 14336, False, False),
+                                                               (24, 3072, 1024, True, False)])  # fmt: skip
+def test_kernel_builds_for_hopper_without_spills(rows: int, width: int, inner: int, gated: bool, turned: bool) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    from fusionc.codegen.templates.few_rows import TEXT, ahead
+    from fusionc.runtime.templates import Template
+
+    t = tiles(rows, width, inner, gated, 132)[0]
+    constants = {"N0": 0, "N1": 0, "APART": gated, "M": rows, "N": width, "K": inner, "XS": inner,
+                 "ACT": "silu" if gated else "", "GATED": gated, "HAS_BIAS": True, "HAS_RESIDUAL": True, "KN": turned,
+                 "SPLIT": t.split, "WIDE": False, "PDL": True, "FETCH": ahead(width, inner, gated),
+                 "BM": t.bm, "BN": t.bn, "BK": t.bk, "STAGES": t.stages}  # fmt: skip
+    kinds = ("*bf16",) * 7 + ("*fp32", "*i32")
+    kernel = Template(TEXT, "few_rows", kinds, tuple(constants.items()), torch.device("cpu"), t.warps, t.stages)
+    built = kernel.build(GPUTarget("cuda", 90, 32), usage=True)
+    ptx = built.asm["ptx"]
+    assert built.spills == 0 and "cp.async" in ptx and ("wgmma" in ptx or "mma.sync" in ptx)
+    assert ptx.index("griddepcontrol.wait") < ptx.index("cp.async")
+
+
+def _kernel() -> None:
+    from fusionc.codegen.templates.few_rows import TEXT
+    from fusionc.ops.skinny_linear import reference
+    from fusionc.runtime import interpreter, launch
+
+    module = launch.load_module(TEXT, interpret=True)
+    module.gdc_wait = module.gdc_launch_dependents = lambda: None  # the interpreter has no inline assembly
+    half = torch.float16  # of bfloat16 the interpreter multiplies bit patterns
+    #  M  N   K    turned activation gated bias residual parts BM BN BK split
+    for m, n, k, turned, act, gated, bias, residual, parts, bm, bn, bk, split in (
+        (20, 48, 96, True, "gelu_tanh", False, True, False, 1, 16, 32, 32, 1),
+        (16, 40, 104, False, "silu", True, False, True, 1, 16, 16, 16, 1),
+        (16, 48, 104, False, "silu", True, False, False, 2, 16, 16, 32, 1),
+        (5, 96, 64, False, "", False, True, False, 3, 16, 32, 32, 1),
+        (33, 48, 200, True, "", False, True, True, 1, 16, 32, 32, 3),
+        (16, 40, 104, False, "gelu", True, True, True, 1, 16, 16, 16, 2),
+        (5, 24, 64, True, "relu", True, True, False, 1, 16, 16, 16, 2),
+    ):
+        x, wide = (torch.randn(m, k) + 0.5).to(half), n * (2 if gated else 1)
+        w = (torch.randn(wide, k) * k**-0.5).to(half)
+        pieces = list(w.split(wide // parts))
+        b = torch.randn(wide).to(half) if bias else None
+        r = torch.randn(m, n).to(half) if residual else None
+        out = torch.full((m, n), float("nan"), dtype=half)
+        count = -(-m // bm) * -(-n // bn)
+        part, counters = torch.full((count * split * bm * bn * 2,), float("nan")), torch.zeros(count, dtype=torch.int32)
+        weights = [p.contiguous() for p in (pieces[0].t() if turned else pieces[0], pieces[parts // 2], pieces[-1])]
+        constants = {"N0": n // 3 if parts == 3 else 0, "N1": 2 * n // 3 if parts == 3 else 0, "APART": parts == 2,
+                     "M": m, "N": n, "K": k, "XS": k, "ACT": act, "GATED": gated, "HAS_BIAS": bias,
+                     "HAS_RESIDUAL": residual, "KN": turned, "SPLIT": split, "WIDE": False, "PDL": False, "FETCH": 0,
+                     "BM": bm, "BN": bn, "BK": bk, "STAGES": 2}  # fmt: skip
+        args = [x, *weights, *[out if t is None else t for t in (b, r)], out, part, counters]
+        with interpreter.lock, interpreter.repaired(), launch._interpreting(True):
+            module.few_rows[(count * split, 1, 1)](*args, **constants)
+        x64, w64, b64, r64 = (None if t is None else t.double() for t in (x, w, b, r))
+        assert x64 is not None and w64 is not None
+        want = reference(x64, w64, None, 0.0, False, b64, act, r64, False, None, gated)
+        error = (out.double() - want).norm() / want.norm()
+        assert error < 1e-3, (error, m, n, k, act)
+        assert not counters.any()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    _kernel()
