@@ -101,12 +101,9 @@ def test_not_depthwise() -> None:
 
 
 def test_rule_of_sizes() -> None:
-    assert worth((31, 31), (1, 1), 7, False) and worth((31, 31), (1, 1), 7, True) and worth((3, 3), (1, 1), 56, False)
-    assert (
-        not worth((1, 1), (1, 1), 56, False)
-        and not worth((7, 7), (1, 1), 56, True)
-        and not worth((3, 3), (2, 2), 56, False)
-    )
+    assert worth((31, 31), (2, 2), 7, False) and worth((3, 3), (1, 1), 56, False) and worth((13, 13), (1, 1), 7, True)
+    assert not worth((1, 1), (1, 1), 56, False) and not worth((7, 7), (1, 1), 56, True) and not worth((3, 3), (2, 2), 56, False)
+    assert not worth((31, 31), (1, 1), 56, True) and not worth((7, 7), (1, 1), 14, False)
 
 
 @pytest.mark.parametrize("last", [False, True])
