@@ -58,8 +58,6 @@ class BatchNormConv(Pass):
             listed = padding if isinstance(padding, (list, tuple)) else [0 if padding == "valid" else padding]
             if any(p != 0 for p in listed) and not (padding == "same" and all(k == 1 for k in sizes[2:])):
                 return Refuse("zeros of the padding are not normalised", conv)
-            if not isinstance(layer["groups"], int):
-                return Refuse("the number of groups is symbolic", conv)
         place = through(match.views, Place(1, channels)) if isinstance(channels, int) else None
         rank = len(shape(layer["input"]) or ())
         if place is None or (place.axis != rank - 1 if linear else (place.axis, place.outer, place.inner) != (1, 1, 1)) or \

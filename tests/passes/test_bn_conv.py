@@ -178,6 +178,15 @@ def test_half_precision() -> None:
     assert (found - exact).norm() <= 2 * (eager - exact).norm()
 
 
+class Vector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.weight = nn.BatchNorm1d(4), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.bn(x), self.weight)
+
+
 class Twice(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         y = self[0](x)
@@ -209,6 +218,7 @@ NEXT_REFUSED: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = 
              lambda: Chain(nn.BatchNorm1d(4), lambda x: x.transpose(1, 2).reshape(2, 4, 6), nn.Conv1d(4, 3, 1)), (2, 4, 6)),
     "written": ("the input is written before the layer reads it",
         lambda: WrittenBetween(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), (1, 4, 5, 5)),
+    "vector": ("the layer is a product with a vector", Vector, (4, 4)),
     "layout": ("BatchNorm changes the layout",
         lambda: Chain(lambda x: x[..., ::2], nn.BatchNorm1d(4), nn.Conv1d(4, 4, 1)), (2, 4, 6)),
 }  # fmt: skip
