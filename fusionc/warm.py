@@ -71,12 +71,14 @@ class Warm:
         lines: list[Any] = []
         given = iter(example_inputs)
         storages: dict[int, int] = {}
+        tensors: dict[Node, Any] = {}
         device = torch.device("cpu")
         for node in gm.graph.nodes:
             if any(name in node.meta for name in _METADATA):
                 raise NotCacheable("nodes are marked for recomputation or by the user")
             if node.op == "placeholder":
                 real, seat = next(given), len(seats)
+                tensors[node] = real
                 line = ["input", program_cache.layout(node.meta["example_value"], symbols), *_facts(real)]
                 if isinstance(real, torch.Tensor):
                     first = storages.setdefault(real.untyped_storage()._cdata, seat)
@@ -88,6 +90,10 @@ class Warm:
             elif node.op == "call_function":
                 line = [_function(node.target), program_cache.literal(node.args, seats),
                         program_cache.literal(node.kwargs, seats)]  # fmt: skip
+                if node.target is torch.nn.functional.batch_norm:
+                    from .passes.bn_conv import decides
+
+                    line.append(decides(node, tensors))
             elif node.op == "call_method":
                 line = [_method(node), program_cache.literal(node.args, seats), program_cache.literal(node.kwargs, seats)]
             elif node.op == "output":

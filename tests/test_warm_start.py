@@ -89,6 +89,17 @@ def test_conv_bn_is_folded_again(start: Callable[..., Any]) -> None:
         torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_large_means_are_another_program(start: Callable[..., Any]) -> None:
+    """Whether BatchNorm is folded into the next layer depends on its statistics."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 4)).eval()
+    other, x = copy.deepcopy(model), torch.randn(4, 8) + 20
+    other[0].running_mean.fill_(20)
+    twice(start, model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(start(other)(x), other(x), rtol=1e-5, atol=1e-5)
+    assert warm.stats["miss"] == 1
+
+
 def test_two_instances_of_the_class(start: Callable[..., Any]) -> None:
     one, two = Net().eval(), Net().eval()
     x = torch.randn(4, 16)

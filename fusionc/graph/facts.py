@@ -25,6 +25,9 @@ _IN_PLACE_OPERATORS = {
     operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.imatmul,
     operator.setitem, operator.delitem,
 }
+# norms that write their running statistics where an argument says so: its name and default
+_MOVE_STATISTICS = {torch.nn.functional.batch_norm: ("training", False),
+                    torch.nn.functional.instance_norm: ("use_input_stats", True)}  # fmt: skip
 
 
 def value(node: Node) -> Any:
@@ -162,6 +165,10 @@ def written_by(node: Node) -> list[Node]:
             return list(nodes_of(node.kwargs["out"]))
         if isinstance(target, torch._ops.HigherOrderOperator):
             return list(node.all_input_nodes)
+        if target in _MOVE_STATISTICS:
+            training = node.args[5] if len(node.args) > 5 else node.kwargs.get(*_MOVE_STATISTICS[target])
+            given = (*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var"))
+            return [] if training is False else list(nodes_of(given))
         # functional.relu(x, True), dropout(x, p, training, True): a trailing positional True may mean inplace
         if getattr(target, "__module__", "") == "torch.nn.functional" and any(arg is True for arg in node.args[1:]):
             names = getattr(getattr(target, "__code__", None), "co_varnames", ())

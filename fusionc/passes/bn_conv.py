@@ -3,21 +3,23 @@
 Math       conv(s x + t, W) + b = conv(x, s W) + (b + Σᵢ W[:, i, …] tᵢ),  s = γ/√(σ² + ε), t = β − μ s along W's inputs
 Exactness  reassociates: folded in float64, rounded once
 Legality   as for ``conv_bn``; only this layer reads the normalised value, through views at most; the convolution pads
-           nothing, for the zeros of a padding are not normalised: at the border t would be added too often
+           nothing, for the zeros of a padding are not normalised: at the border t would be added too often; where values are
+           known and narrower than float64, means are not far from zero: the rounding of s W meets x, eager's only x − μ
+           (bfloat16, |μ| = 3 σ: 3.1 times eager's error, 10 σ: 9.4 times)
 Cost       saves a read and a write of the activation; a copy of W
 Source     RepLKNet and UniRepLKNet fold the norm in front of 1×1 convolutions when they deploy
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from ..graph import edit
-from ..graph.facts import Facts, same_layout, shape, tensor, value
+from ..graph.facts import Facts, dtype, same_layout, shape, tensor, value
 from . import constants, conv_bn
 from .base import Match, Pass, Reassociates, Refuse
 from .channels import Place, through, views_before, written_between
@@ -58,8 +60,6 @@ class BatchNormConv(Pass):
             listed = padding if isinstance(padding, (list, tuple)) else [0 if padding == "valid" else padding]
             if any(p != 0 for p in listed) and not (padding == "same" and all(k == 1 for k in sizes[2:])):
                 return Refuse("zeros of the padding are not normalised", conv)
-            if not isinstance(layer["groups"], int):
-                return Refuse("the number of groups is symbolic", conv)
         place = through(match.views, Place(1, channels)) if isinstance(channels, int) else None
         rank = len(shape(layer["input"]) or ())
         if place is None or (place.axis != rank - 1 if linear else (place.axis, place.outer, place.inner) != (1, 1, 1)) or \
@@ -70,6 +70,8 @@ class BatchNormConv(Pass):
         writer = written_between(given["input"], bn, conv, facts)
         if writer is not None:
             return Refuse("the input is written before the layer reads it", writer)
+        if blurs(bn, facts.real):
+            return Refuse("means are large against deviations: the weights' rounding would show", bn)
         match.bound["place"] = place
         return None
 
@@ -102,6 +104,30 @@ class BatchNormConv(Pass):
         edit.replace(conv, folded)
         edit.erase_dead([bn])
         constants.drop_unused(facts.gm, parts)
+
+
+def blurs(bn: Node, real: Mapping[Node, Any]) -> bool:
+    """Would folding lose digits, by the statistics in ``real`` (graph inputs → tensors)? False where they are not known."""
+    given = conv_bn.norm_arguments(bn)
+    if given["training"] is not False or not isinstance(given["eps"], (int, float)) or dtype(bn) == torch.float64:
+        return False
+    found = [real.get(given[name]) for name in ("running_mean", "running_var", "weight", "bias")]
+    if any(type(f) not in (torch.Tensor, torch.nn.Parameter) for f, name in zip(found, "mvwb") if f is not None or name in "mv"):
+        return False
+    if any(f is None and given[name] is not None for f, name in zip(found[2:], ("weight", "bias"))):
+        return False
+    with torch.no_grad():
+        mean, var, gamma, beta = (None if f is None else f.detach().double() for f in found)
+        assert mean is not None and var is not None
+        spread = (1.0 if gamma is None else gamma.square()) / (var + float(given["eps"]))
+        ours, eager = (spread * (var + mean.square())).sum(), (spread * var + (0.0 if beta is None else beta.square())).sum()
+        return bool(ours > 3 * eager)
+
+
+def decides(bn: Node, real: Mapping[Node, Any]) -> bool:
+    """What this pass looks at in the values of a graph that no pass has seen: part of the key of a stored start."""
+    before = conv_bn.folding(bn)
+    return (before is None or len(before.conv.users) != 1) and blurs(bn, real)
 
 
 def rebuild(present: Any, eps: Any, groups: Any, outer: Any, inner: Any, want_bias: Any,

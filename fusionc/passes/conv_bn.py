@@ -141,6 +141,10 @@ def check_parts(bn: Node, conv: Node, given: dict[str, Any], layer: dict[str, An
     sizes = shape(weight)
     if sizes is None or not all(isinstance(size, int) for size in sizes):
         return Refuse("the weight has a symbolic size", weight)
+    if conv.target in LINEAR and len(sizes) != 2:
+        return Refuse("the layer is a product with a vector", conv)
+    if not isinstance(_groups(conv), int):
+        return Refuse("the number of groups is symbolic", conv)
     return None
 
 
@@ -156,12 +160,11 @@ def arguments(node: Node, names: tuple[str, ...], defaults: tuple[Any, ...]) -> 
     return found
 
 
-def _groups(conv: Node) -> int:
+def _groups(conv: Node) -> Any:
     if conv.target in LINEAR:
         return 1
     # input, weight, bias, stride, padding, dilation, groups; transposed: …, padding, output_padding, groups, dilation
-    found = conv.args[6] if len(conv.args) > 6 else conv.kwargs.get("groups", 1)
-    return int(found)  # type: ignore[arg-type]
+    return conv.args[6] if len(conv.args) > 6 else conv.kwargs.get("groups", 1)
 
 
 def _fold(present: tuple[bool, ...], eps: float, axis: int, groups: int,

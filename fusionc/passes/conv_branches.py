@@ -112,8 +112,10 @@ class ConvBranches(Pass):
                 branches.append(found)
             elif found is not None and first is None:
                 first = found
-        sources = {b.source for b in branches if b.kind == "conv"}
-        branches += [_identity(a, root) for a in match.addends if a in sources]
+        if _layout(root) is None:
+            return Refuse("the sum is neither contiguous nor channels-last", root)
+        into = {b.source: b.channels[1] for b in branches if b.kind == "conv"}
+        branches += [_identity(a, into[a]) for a in match.addends if a in into]
         clusters = [each for each in _clusters(branches, root) if len(each.branches) > 1]
         if not clusters:
             return first or Refuse("no two branches are one cheaper convolution", root)
@@ -128,16 +130,25 @@ class ConvBranches(Pass):
         """The convolutions in front of their first branch, the sum of the rest in the root's place."""
         gm, root = facts.gm, match.root
         graph, key = gm.graph, edit.value_key(gm.graph)
-        rest, made = list(match.addends), []
         used = [part for cluster in match.clusters for branch in cluster.branches for part in branch.parts]
+        layout = _layout(root)
+        assert layout is not None
+        slots: list[Node | None] = list(match.addends)  # in their order: the first decides about the sum's layout
+        made = []
         for cluster in match.clusters:
+            taken = []
             for branch in cluster.branches:
-                rest.remove(branch.node)
-            made.append(_insert(cluster, facts, key))
-        total = made[0]
+                taken.append(slots.index(branch.node))
+                slots[taken[-1]] = None
+            made.append(_insert(cluster, facts, key, layout != torch.contiguous_format))
+            slots[min(taken)] = made[-1]
+        parts = [part for part in slots if part is not None]
+        total = parts[0]
         with graph.inserting_before(root):
-            for each in [*made[1:], *rest]:
+            for each in parts[1:]:
                 total = edit.insert(graph, torch.add, (total, each), origin=(root,), key=key)
+            if not tensor(total).is_contiguous(memory_format=layout):  # type: ignore[union-attr]
+                total = edit.insert(graph, torch.clone, (total,), {"memory_format": layout}, origin=(root,), key=key)
         edit.provenance(total, match.adds)
         root.replace_all_uses_with(total)
         for node in match.adds:  # from the root down; those in place write memory of their own only
@@ -197,6 +208,14 @@ def _fresh(node: Any, facts: Facts) -> bool:
     return facts.roots(node) == {node}
 
 
+def _layout(node: Node) -> torch.memory_format | None:
+    """The memory format that a value is dense in, contiguous first; None for another."""
+    found = tensor(node)
+    named = {4: torch.channels_last, 5: torch.channels_last_3d}
+    formats = [torch.contiguous_format, *([named[found.dim()]] if found is not None and found.dim() in named else ())]
+    return next((f for f in formats if found is not None and found.is_contiguous(memory_format=f)), None)
+
+
 def _promising(addends: Sequence[Node]) -> bool:
     inputs = [a.args[0] if a.args and (a.target in _CONVOLUTIONS or a.target is torch.nn.functional.batch_norm)
               else a.kwargs.get("input", a) for a in addends]  # fmt: skip
@@ -244,8 +263,9 @@ def _branch(node: Node, root: Node, facts: Facts) -> Branch | Refuse | None:
     )
 
 
-def _identity(node: Node, root: Node) -> Branch:
-    channels, axes = (shape(node) or (0, 0))[1], len(shape(node) or ()) - 2
+def _identity(node: Node, channels: int) -> Branch:
+    """``channels`` are those that a convolution of it says: its own size may be symbolic still."""
+    axes = len(shape(node) or ()) - 2
     one = (1,) * axes
     return Branch(node, node, "identity", (), (channels, channels), channels, one, one, (0,) * axes, one)
 
@@ -310,8 +330,8 @@ def _together(branches: tuple[Branch, ...], root: Node) -> Merged | None:
 
 
 def _written(cluster: Merged, match: Match, facts: Facts) -> Node | None:
-    """Who writes the input or an addend between the first branch and the root."""
-    first = min(b.node if b.kind != "identity" else match.root for b in cluster.branches)
+    """Who writes the input or an addend between the first branch or addition and the root, which reads them all now."""
+    first = min([*(b.node for b in cluster.branches if b.kind != "identity"), *match.adds])
     held = {root for node in (cluster.branches[0].source, *match.addends) for root in facts.roots(node)}
     for root in held:
         for writer in facts.writers.get(root, ()):
@@ -320,8 +340,8 @@ def _written(cluster: Merged, match: Match, facts: Facts) -> Node | None:
     return None
 
 
-def _insert(cluster: Merged, facts: Facts, key: str) -> Node:
-    """The convolution in front of its first branch, its weight and bias derived."""
+def _insert(cluster: Merged, facts: Facts, key: str, last: bool) -> Node:
+    """The convolution in front of its first branch, its weight (``last``: channels-last) and bias derived."""
     branches = cluster.branches
     conv = next(b for b in branches if b.kind == "conv")
     like = tensor(conv.parts[0])
@@ -331,7 +351,6 @@ def _insert(cluster: Merged, facts: Facts, key: str) -> Node:
     moving = [part for b in branches if b.kind == "norm" for part in b.parts[:2] if part is not None]
     terms = [[b.kind, [part is not None for part in b.parts], b.groups, list(b.kernel), [list(p) for p in place], b.eps.hex()]
              for b, place in zip(branches, cluster.places)]  # fmt: skip
-    last = not like.is_contiguous() and like.dim() in (4, 5)
     recipe = ["merge_branches", out, into, cluster.groups, list(cluster.kernel), terms, last]
     given = _plan(out, into, cluster.groups, cluster.kernel, terms, last)
     sizes = (out, into // cluster.groups, *cluster.kernel)
@@ -421,7 +440,8 @@ def rebuild(out: Any, into: Any, groups: Any, kernel: Any, terms: Any, last: Any
         raise ValueError("not merged convolutions")
     for name, there, own, size, places, _ in plan.terms:
         inside = all(type(a) is int and a >= 0 and a + (k - 1) * d < n for (a, d), k, n in zip(places, size, kernel))
-        if lengths.get(name) != len(there) or not inside or not len(size) == len(places) == len(kernel) or \
+        given = all(type(flag) is bool for flag in there) and all(there[: {"conv": 1, "norm": 2}.get(name, 0)])
+        if lengths.get(name) != len(there) or not given or not inside or not len(size) == len(places) == len(kernel) or \
                 own % groups or out % own or into % own:  # fmt: skip
             raise ValueError("not merged convolutions")
     if sum(sum(t[1]) for t in plan.terms) != count or not count:

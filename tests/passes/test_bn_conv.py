@@ -178,6 +178,33 @@ def test_half_precision() -> None:
     assert (found - exact).norm() <= 2 * (eager - exact).norm()
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_large_means_stay(affine: bool) -> None:
+    """The folded weights' rounding would be multiplied by the mean; in float64 it does not matter."""
+    model = settle(Chain(nn.BatchNorm1d(64, affine=affine), nn.Linear(64, 32)))
+    model.layers[0].running_mean.fill_(6)
+    x = torch.randn(16, 64, dtype=torch.float64) + 6
+    assert compare(copy.deepcopy(model), x).fired() == {"bn_conv": 1}
+    for kind in (torch.bfloat16, torch.float32):
+        torch._dynamo.reset()
+        narrow, given, backend = copy.deepcopy(model).to(kind), x.to(kind), Backend()
+        with torch.no_grad():
+            found, eager = torch.compile(narrow, backend=backend)(given), narrow(given)
+            exact = copy.deepcopy(narrow).double()(given.double())
+        reason = "means are large against deviations: the weights' rounding would show"
+        assert [r.reason for r in backend.records["bn_conv"].refusals] == [reason]
+        assert (found - exact).norm() <= 2 * (eager - exact).norm()
+
+
+class Vector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.weight = nn.BatchNorm1d(4), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.bn(x), self.weight)
+
+
 class Twice(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         y = self[0](x)
@@ -209,6 +236,7 @@ NEXT_REFUSED: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = 
              lambda: Chain(nn.BatchNorm1d(4), lambda x: x.transpose(1, 2).reshape(2, 4, 6), nn.Conv1d(4, 3, 1)), (2, 4, 6)),
     "written": ("the input is written before the layer reads it",
         lambda: WrittenBetween(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), (1, 4, 5, 5)),
+    "vector": ("the layer is a product with a vector", Vector, (4, 4)),
     "layout": ("BatchNorm changes the layout",
         lambda: Chain(lambda x: x[..., ::2], nn.BatchNorm1d(4), nn.Conv1d(4, 4, 1)), (2, 4, 6)),
 }  # fmt: skip

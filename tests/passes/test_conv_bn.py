@@ -133,6 +133,32 @@ class Unbatched(nn.Module):
         return self.bn(self.conv(x))  # [6, 7]: normalises the positions, not the channels
 
 
+class BothModes(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        bn = self[1]
+        one = torch.nn.functional.batch_norm(x, bn.running_mean, bn.running_var, training=True)
+        return one, bn(self[0](x))
+
+
+class Vector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bn = nn.Parameter(torch.randn(4)), nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(torch.nn.functional.linear(x, self.weight))
+
+
+class SymbolicGroups(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bn = nn.Parameter(torch.randn(4, 1, 3)), nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.conv1d(x, self.weight, groups=x.shape[1])
+        return torch.nn.functional.batch_norm(y, self.bn.running_mean, self.bn.running_var)
+
+
 REFUSED: dict[str, tuple[Any, tuple[int, ...]]] = {
     "the convolution has another reader": (lambda: TwoReaders(nn.Linear(4, 6), nn.BatchNorm1d(6)), (5, 4)),
     "a weight or statistic is not a parameter or buffer": (lambda: Computed(nn.Linear(4, 6), nn.BatchNorm1d(6)), (5, 4)),
@@ -152,6 +178,29 @@ def test_refusals(reason: str) -> None:
         found = torch.compile(model, backend=backend)(x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert backend.record.fired == 0 and reason in [r.reason for r in backend.record.refusals]
+
+
+def test_statistics_that_another_call_in_the_graph_moves() -> None:
+    """Batch normalisation in training mode writes them, which its name does not say."""
+    model, backend = settle(BothModes(nn.Linear(4, 4), nn.BatchNorm1d(4))), Backend()
+    other, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), other(x), rtol=1e-12, atol=1e-12)
+    assert [r.reason for r in backend.record.refusals] == ["a weight or statistic is written by the graph"]
+
+
+def test_refuses_a_vector_and_symbolic_groups() -> None:
+    for model, size, dynamic, reason in ((Vector(), (5, 4, 4), None, "the layer is a product with a vector"),
+                                         (SymbolicGroups(), (2, 4, 8), True, "the number of groups is symbolic")):  # fmt: skip
+        torch._dynamo.reset()
+        backend, x = Backend(), torch.randn(size, dtype=torch.float64)
+        with torch.no_grad():
+            found = torch.compile(settle(model), backend=backend, dynamic=dynamic)(x)
+            torch.testing.assert_close(found, model(x), rtol=1e-12, atol=1e-12)
+        assert backend.record.fired == 0
+        assert [r.reason for r in backend.record.refusals] == [reason]
 
 
 def test_refuses_with_gradients() -> None:

@@ -294,6 +294,13 @@ def write_addend(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
     return z + b(x) + y
 
 
+def write_early_addend(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+    y = x.sin()
+    z = y + x.cos()
+    y.mul_(3)  # before the first branch, after what reads it
+    return z + (a(x) + b(x)) + y
+
+
 def reflect(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
     return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), a.weight, a.bias) + b(x)
 
@@ -310,6 +317,7 @@ def batch_statistics(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
 REFUSED: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "write between": ("a value is written between the branches", write_between),
     "write an addend": ("a value is written between the branches", write_addend),
+    "write an early addend": ("a value is written between the branches", write_early_addend),
     "computed weight": ("a weight or statistic is no parameter or buffer that stays as it is",
                         lambda x, a, b: a(x) + F.conv2d(x, b.weight * 2)),
     "used elsewhere": ("a branch has another reader", used_elsewhere),
@@ -420,11 +428,40 @@ def test_two_instances_share_one_graph() -> None:
         assert compare(model, x, fired=2).count() == 2
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_the_layout_is_that_of_the_first_addend(last: bool) -> None:
+    """compare() checks strides: addends and weights of several layouts, and weights of which torch says the layout by strides."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    wide, small = conv(4, 4, 3, padding=1), conv(4, 4, 1)
+    wide.to(memory_format=torch.channels_last)
+    deep = [conv(4, 4, k, padding=k // 2, groups=4).to(memory_format=torch.channels_last) for k in (3, 5)]
+    x, y = (torch.randn(2, 4, 6, 7, dtype=torch.float64).contiguous(memory_format=f) for f in (formats[last], formats[not last]))
+    compare(settle(Sum([small, wide], lambda x, a, b: a(x) + b(x))), x)
+    compare(settle(Sum([nn.BatchNorm2d(4), wide], lambda x, a, b: a(x) + b(x))), x)
+    compare(settle(Sum(deep, lambda x, a, b: a(x) + b(x))), x)
+
+    class Addend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv(4, 4, 3, padding=1), conv(4, 4, 1)
+
+        def forward(self, y: Tensor, x: Tensor) -> Tensor:
+            return y + self.a(x) + x + self.b(x) + x
+
+    compare(settle(Addend()), y, x)
+
+
+def test_identity_with_a_symbolic_number_of_channels() -> None:
+    model = settle(Sum([conv(4, 4, 3, padding=1), conv(4, 4, 1)], lambda x, a, b: x + a(x) + b(x)))
+    assert compare(model, torch.randn(3, 4, 7, 9, dtype=torch.float64), dynamic=True).count() == 1
+
+
 def test_recipes_are_checked() -> None:
     backend = compare(settle(RepVGG(4, 4)), torch.randn(2, 4, 5, 5, dtype=torch.float64))
     (weight, _), count = backend.gm.meta["fusionc_derived"], len(backend.gm.meta["fusionc_derived"][0].sources)
     for change in (lambda r: r[1].__setitem__(1, 0), lambda r: r[1][5][0].__setitem__(0, "pool"),
                    lambda r: r[1].__setitem__(6, 1), lambda r: r[1][5][0][4][0].__setitem__(0, 9),
+                   lambda r: r[1][5][0].__setitem__(1, [False, True]), lambda r: r[1][5][0].__setitem__(1, [2, 0]),
                    lambda r: r[2].pop(), lambda r: r[2][0][0].__setitem__(0, 99),
                    lambda r: r.__setitem__(3, "int8")):  # fmt: skip
         broken = copy.deepcopy(weight.recipe)

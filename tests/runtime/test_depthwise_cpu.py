@@ -106,7 +106,7 @@ def test_infinities_stay_where_they_are(last: bool) -> None:
     x[0, 1, 5, 6], x[0, 2, 0, 0] = float("inf"), float("nan")
     x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format)
     w = torch.randn(3, 1, 3, 3)
-    for activation in ("", "relu"):
+    for activation in ("", "relu", "gelu_tanh", "silu"):
         found = depthwise(x, w, None, (1, 1), (1, 1), (1, 1), activation)
         expected = ACTIVATIONS[activation](F.conv2d(x, w, None, 1, 1, 1, 3))
         assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isinf(), expected.isinf())

@@ -25,7 +25,7 @@ ACTIVATIONS = {
     "": "v",
     "relu": "(v < 0.0f ? 0.0f : v)",  # keeps NaN, as eager does
     "gelu": "0.5f * v * (1.0f + erf_quick(v * 0.70710678118654752f))",
-    "gelu_tanh": "v - v / (1.0f + fc_exp(1.59576912160573072f * (v + 0.044715f * v * v * v)))",
+    "gelu_tanh": "v / (1.0f + fc_exp(-1.59576912160573072f * (v + 0.044715f * v * v * v)))",
     "silu": "v / (1.0f + fc_exp(-v))",
 }
 
