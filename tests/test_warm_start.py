@@ -430,5 +430,6 @@ def test_dynamo_leaves_a_compiled_backward_graph_alone(start: Callable[..., Any]
     model.zero_grad()
     model(x).square().sum().backward()
     torch.testing.assert_close(found, [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-5)
-    breaks = [why for why in torch._dynamo.utils.counters["graph_break"] if "CFunctionType" in why or "_reinterpret_tensor" in why]
+    told = torch._dynamo.utils.counters["graph_break"]
+    breaks = [why for why in told if "CFunctionType" in why or "_reinterpret_tensor" in why]
     assert not breaks, breaks
