@@ -107,7 +107,10 @@ class Plan:
                 len(item["weights"]) == _HASH and set(item["weights"]) <= set("0123456789abcdef")
             ):
                 raise OptionError(f"the weight hash of layer {item['layer']} is not {_HASH} hexadecimal digits.")
-            score = math.nan if item["score"] is None else float(item["score"])
+            try:
+                score = math.nan if item["score"] is None else float(item["score"])
+            except OverflowError:
+                raise OptionError(f"the score of layer {item['layer']} is out of range.") from None
             entries.append(Entry(item["layer"], item["name"], item["reason"], score, item["weights"], item["part"],
                                  item["form"]))  # fmt: skip
         return cls(data["kind"], data["total"], tuple(entries), data["scorer"], data["mode"])

@@ -40,6 +40,7 @@ def training_callable(forward: Program, backward: Program, plan: Mapping[str, An
             return tuple(results)
 
         @staticmethod
+        @torch._dynamo.disable(reason="a graph of fusionc's is compiled already")  # backward() in a compiled function
         def backward(ctx: Any, *grads: Any) -> Any:
             if relaxed and torch.are_deterministic_algorithms_enabled():
                 raise RuntimeError(

@@ -26,6 +26,7 @@ def test_round_trip(tmp_path: Path) -> None:
     {"format": "other"}, {"total": "6"}, {"total": True}, {"entries": {}}, {"extra": 1}, {"total": 2},
     {"entries": [{"layer": 1}]}, {"entries": [{"layer": 1, "name": "", "reason": "", "score": 0.0, "weights": "zz"}]},
     {"entries": [{"layer": 1, "name": "", "reason": "", "score": "0", "weights": ""}]},
+    {"entries": [{"layer": 1, "name": "", "reason": "", "score": 10**400, "weights": ""}]},
     {"entries": [{"layer": 1, "name": "", "reason": "", "score": None, "weights": ""}] * 2},
     {"entries": [{"layer": -1, "name": "", "reason": "", "score": None, "weights": ""}]},
 ])  # fmt: skip

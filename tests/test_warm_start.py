@@ -420,3 +420,27 @@ def test_first_process_takes_the_short_cut_too(start: Callable[..., Any], monkey
         model.q.weight.mul_(2.0)  # derived weights follow
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     assert built == ["training_callable", "_inference_callable"]
+
+
+def test_dynamo_leaves_a_compiled_backward_graph_alone(start: Callable[..., Any]) -> None:
+    """It runs inside of a compiled function that calls backward(): Dynamo would trace our kernels' launches."""
+    model, x = Net(), torch.randn(4, 16)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).square().sum()
+        torch._dynamo.graph_break()
+        loss.backward()
+        return loss.detach()
+
+    outer = start(step)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(3):
+        model.zero_grad()
+        outer(x)
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(found, [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-5)
+    told = torch._dynamo.utils.counters["graph_break"]
+    breaks = [why for why in told if "CFunctionType" in why or "_reinterpret_tensor" in why]
+    assert not breaks, breaks

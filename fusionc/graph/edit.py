@@ -156,8 +156,8 @@ def add_derived(gm: GraphModule, sources: Sequence[int], compute: Callable[[list
                 volatile: Sequence[int] = (), recipe: Any = None) -> Node:
     """A new last placeholder ``derived_<n>`` that the runtime fills with ``compute(sources)``; see ``Derived``."""
     table: list[Derived] = gm.meta.setdefault(DERIVED_KEY, [])
-    name = f"derived_{int(table[-1].name[8:]) + 1 if table else 0}"  # some may have gone
-    node = add_input(gm, name, val, key)
+    node = add_input(gm, f"derived_{len(table)}", val, key)
+    name = node.target = node.name  # another one where a derived input of that name stands or stood
     provenance(node, origin)
     if key != "val":  # AOTAutograd asks each placeholder of a Dynamo graph where it comes from and whether it moves
         setattr(node, _SOURCE, None)

@@ -316,3 +316,8 @@ def test_inputs_added_later_have_names_of_their_own() -> None:
     assert last.name == "derived_3"
     edit.drop_derived(gm, gm.graph.find_nodes(op="placeholder")[0])
     assert len(gm.graph.find_nodes(op="placeholder")) == 7
+    for node in (made[0], made[2], last):
+        edit.drop_derived(gm, node)
+    more = [edit.add_derived(gm, [1], lambda found: found[0], like) for _ in range(2)]  # all had gone
+    assert [each.name for each in gm.meta["fusionc_derived"]] == [node.name for node in more] == [n.target for n in more]
+    assert edit.derived(gm, more[0]) is gm.meta["fusionc_derived"][0]

@@ -68,6 +68,9 @@ def few_rows(x, w, w1, w2, bias, residual, out, part, counters,
     at_n = n
     if WIDE:
         at_n = n.to(tl.int64)
+    at_m = m
+    if M * XS >= 2147483648:  # rows far apart: the last position of each of several long sequences
+        at_m = m.to(tl.int64)
     if N0 > 0:  # columns from N0 on lie in w1, from N1 on in w2; no block of columns lies in two
         if pn * BN >= N0:
             w = w1 - N0 * K
@@ -110,12 +113,12 @@ def few_rows(x, w, w1, w2, bias, residual, out, part, counters,
     for i in tl.range(STEPS, num_stages=STAGES):
         k = first + i * BK + c
         if K % BK == 0 and STEPS * SPLIT * BK == K:
-            a = tl.load(x + m[:, None] * XS + k[None, :], mask=m_ok[:, None], other=0.0, eviction_policy="evict_last")
+            a = tl.load(x + at_m[:, None] * XS + k[None, :], mask=m_ok[:, None], other=0.0, eviction_policy="evict_last")
             b = tl.load(at_w, mask=n_ok[None, :], other=0.0, eviction_policy="evict_first")
             if GATED:
                 b_up = tl.load(at_u, mask=n_ok[None, :], other=0.0, eviction_policy="evict_first")
         else:
-            a = tl.load(x + m[:, None] * XS + k[None, :], mask=m_ok[:, None] & (k < K)[None, :], other=0.0,
+            a = tl.load(x + at_m[:, None] * XS + k[None, :], mask=m_ok[:, None] & (k < K)[None, :], other=0.0,
                         eviction_policy="evict_last")
             b = tl.load(at_w, mask=n_ok[None, :] & (k < K)[:, None], other=0.0, eviction_policy="evict_first")
             if GATED:
