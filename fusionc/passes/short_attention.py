@@ -2,7 +2,7 @@
 
 Math       softmax(scale · q kᵀ + causal mask) v   →   fusionc::short_attention(q, k, v, scale, causal)
 Exactness  reassociates: sums in another order than the library's; scores and sums are float32 in both
-Legality   inference on a GPU; bfloat16 or float16; heads of 16 to 128; 2 to 256 keys, known; no dropout, no bias; only the
+Legality   inference on a GPU; bfloat16 or float16; heads of 16 to 128; 2 to 128 keys, known; no dropout, no bias; only the
            result itself is read, which lies in memory as [B, L, H, D]
 Cost       the library's kernels for long sequences take as long to start as a short one takes to compute; which is
            faster is measured at the first call
@@ -40,8 +40,7 @@ class ShortAttention(Pass):
     name = "short_attention"
     exactness = Reassociates(rtol=1e-5)
 
-    # its kernel has not run on a GPU yet: ("cuda",) switches it on
-    def __init__(self, devices: Collection[str] = ()) -> None:
+    def __init__(self, devices: Collection[str] = ("cuda",)) -> None:
         self.devices = tuple(devices)
 
     def find(self, facts: Facts) -> Iterator[Match]:

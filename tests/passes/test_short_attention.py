@@ -57,7 +57,7 @@ def test_default_scale_and_no_mask() -> None:
          "more than its result is read (a)"),
         (TEXT.replace("8, 96]", "300, 96]").replace("[2, 8, ", "[2, 300, ").replace("[2, 2, 8, ", "[2, 2, 300, ").replace(
             "[2, 2, 8]{16", "[2, 2, 300]{600").replace("{768,", "{28800,").replace("{256,", "{9600,"),
-         "it has one query, more than 256 keys or a causal mask that is not square (a)"),
+         "it has one query, more than 128 keys or a causal mask that is not square (a)"),
     ],
 )  # fmt: skip
 def test_refusals(text: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""A kernel for attention over at most a few hundred keys: one program holds all keys of a head and BM queries.
+"""A kernel for attention over so few keys that they need no loop: one program holds all keys of a head and BM queries.
 
 There is no loop and no running maximum, so of a short sequence nothing is left but reading q, k and v once, two products
 and the launch, which programmatic dependent launch hides.
