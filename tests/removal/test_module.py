@@ -145,6 +145,34 @@ def test_refuses_cross_attention() -> None:
     assert found == ["cross-attention: queries and keys are made of different tensors"]
 
 
+def test_refuses_layers_that_share_one_graph() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (torch.nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (f(x).view(1, -1, 2, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+            a = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return x + self.o(a.transpose(1, 2).reshape(1, -1, 16))
+
+    class Cut(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(Layer() for _ in range(3))
+
+        @torch._dynamo.disable(recursive=False)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = Cut().eval()
+    with pytest.raises(OptionError, match="3 graphs with attention"):
+        fusionc.remove_attention(model, [0], inputs=torch.randn(1, 4, 16))
+    assert not [m for m in model.modules() if isinstance(m, Removed)]
+
+
 def test_refuses_training_mode_and_wrong_requests() -> None:
     model, batch = make("Llama"), inputs("Llama")
     with pytest.raises(OptionError, match="training mode"):
