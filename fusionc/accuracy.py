@@ -183,7 +183,7 @@ def agreement(original: Sequence[Any], changed: Sequence[Any]) -> Agreement:
     for a, b in zip(original, changed, strict=True):
         a, b = a.double().reshape(-1, a.shape[-1]), b.double().reshape(-1, b.shape[-1])
         p, q = a.log_softmax(-1), b.log_softmax(-1)
-        kl += float(torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum())
+        kl += float(torch.where(p.exp() == 0, 0.0, p.exp() * (p - q)).sum())  # NaN where the original is: nothing is known
         same += float((a.argmax(-1) == b.argmax(-1)).sum())
         square, norm, rows = square + float((a - b).square().sum()), norm + float(a.square().sum()), rows + len(a)
     if rows == 0:

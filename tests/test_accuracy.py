@@ -50,6 +50,10 @@ def test_numbers() -> None:
     both = agreement([p.log(), p.log()], [p.log(), q.log()])
     assert both.kl == pytest.approx(0.5 * (0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(5)))
     assert both.top1 == 1.0  # argmax of equal logits is the first
+    never = torch.tensor([[0.0, -math.inf]])
+    assert agreement([never], [never]).kl == 0.0
+    nothing = torch.full((1, 2), math.nan)
+    assert math.isnan(agreement([nothing], [nothing]).kl)  # not 0: nobody knows
 
 
 def test_hash_sees_content_shape_and_type() -> None:

@@ -99,7 +99,8 @@ def without_keys(
 
 def _fill(template: Any, zero: Tensor) -> Any:
     if isinstance(template, (tuple, list)):
-        return type(template)(_fill(t, zero) for t in template)
+        parts = [_fill(t, zero) for t in template]
+        return type(template)(*parts) if hasattr(template, "_fields") else type(template)(parts)
     return zero if template == "zero" else None
 
 
@@ -110,6 +111,8 @@ def _template(result: Any, shape: torch.Size) -> Any:
         parts: list[Any] = []
         for r in result:
             parts.append(None if "zero" in parts else _template(r, shape))
+        if hasattr(result, "_fields"):  # a named tuple
+            return type(result)(*parts)
         return parts if isinstance(result, list) else tuple(parts)
     return None
 
@@ -273,8 +276,9 @@ class Surgeon:
                     return  # it does something else than map one tensor: let it stand
                 seat = next((k for k, t in given if isinstance(t, Tensor) and first is not None and t.shape == first.shape
                              and t.dtype == first.dtype), None)  # fmt: skip
-                if seat is not None and first is not None:
-                    self.seats[path] = (seat, _template(result, first.shape))
+                template = None if first is None else _template(result, first.shape)
+                if seat is not None and "zero" in torch.utils._pytree.tree_leaves(template):  # not in a dictionary
+                    self.seats[path] = (seat, template)
 
             hooks.append(self.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
         try:
@@ -287,7 +291,7 @@ class Surgeon:
         for path, kind in edits.items():
             if kind == "sublayer":
                 if path not in self.seats:
-                    raise OptionError(f"module {path} returns nothing of its input's shape.")
+                    raise OptionError(f"module {path} returns no tensor of its input's shape, alone or in a tuple.")
                 self.put(path, Removed(*self.seats[path], path in self.written))
             elif kind == "projection":
                 old = self.model.get_submodule(path)

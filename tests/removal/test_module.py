@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -143,6 +143,74 @@ def test_refuses_cross_attention() -> None:
 
     _run(Cross().eval(), (torch.randn(1, 4, 16), torch.randn(1, 5, 16)), backend)
     assert found == ["cross-attention: queries and keys are made of different tensors"]
+
+
+def test_refuses_layers_that_share_one_graph() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (torch.nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (f(x).view(1, -1, 2, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+            a = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return x + self.o(a.transpose(1, 2).reshape(1, -1, 16))
+
+    class Cut(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(Layer() for _ in range(3))
+
+        @torch._dynamo.disable(recursive=False)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = Cut().eval()
+    with pytest.raises(OptionError, match="3 graphs with attention"):
+        fusionc.remove_attention(model, [0], inputs=torch.randn(1, 4, 16))
+    assert not [m for m in model.modules() if isinstance(m, Removed)]
+
+
+class Named(NamedTuple):
+    hidden: torch.Tensor
+    weights: torch.Tensor | None
+
+
+@pytest.mark.parametrize("form", ["named", "dict"])
+def test_results_that_are_no_plain_tuple(form: str) -> None:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (torch.nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            q, k, v = (f(x).view(1, -1, 2, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+            a = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            y = self.o(a.transpose(1, 2).reshape(1, -1, 16))
+            return Named(y, None) if form == "named" else {"hidden": y}
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(Attention() for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                y = layer(x)
+                x = x + (y.hidden if form == "named" else y["hidden"])
+            return x
+
+    model, x = Net().eval(), torch.randn(1, 4, 16)
+    want = x + (model.layers[0](x).hidden if form == "named" else 0)
+    if form == "named":
+        fusionc.remove_attention(model, [1], inputs=x)
+        torch.testing.assert_close(model(x), want)
+        return
+    with pytest.raises(OptionError, match="returns no tensor"):
+        fusionc.remove_attention(model, [1], inputs=x)
+    assert not [m for m in model.modules() if isinstance(m, Removed)]
 
 
 def test_refuses_training_mode_and_wrong_requests() -> None:
