@@ -36,6 +36,8 @@ class BatchNormConv(Pass):
 
     def find(self, facts: Facts) -> Iterator[Match]:
         """Convolutions and linear layers that read a batch_norm call, maybe through views."""
+        if not facts.gm.graph.find_nodes(op="call_function", target=torch.nn.functional.batch_norm):
+            return
         for node in list(facts.gm.graph.nodes):
             if node.op == "call_function" and node.target in conv_bn.CONVOLUTIONS | conv_bn.LINEAR:
                 layer = conv_bn.arguments(node, _NAMES, (None, None, None, 1, 0, 1, 1))

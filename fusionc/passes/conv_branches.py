@@ -87,6 +87,8 @@ class ConvBranches(Pass):
 
     def find(self, facts: Facts) -> Iterator[Match]:
         """Sums of at least two functions of one value, one of them a convolution."""
+        if not any(facts.gm.graph.find_nodes(op="call_function", target=each) for each in _CONVOLUTIONS):
+            return
         inner: set[Node] = set()
         roots: list[Node] = []
         for node in reversed(facts.gm.graph.nodes):

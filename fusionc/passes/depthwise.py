@@ -37,6 +37,8 @@ class Depthwise(Pass):
 
     def find(self, facts: Facts) -> Iterator[Match]:
         """Every depthwise convolution, or the largest sum of them that is one convolution."""
+        if not facts.gm.graph.find_nodes(op="call_function", target=aten.convolution.default):
+            return
         sums: dict[Node, list[Node]] = {}
         for node in facts.gm.graph.nodes:
             found = _branches(node, facts, sums)
