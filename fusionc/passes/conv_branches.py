@@ -109,6 +109,8 @@ class ConvBranches(Pass):
         first: Refuse | None = None
         branches: list[Branch] = []
         for addend in match.addends:
+            if match.addends.count(addend) > 1 and addend.target in _CONVOLUTIONS:
+                continue  # added to itself: its recipe would hold it twice, and double with each such addition
             found = _branch(addend, root, facts)
             if isinstance(found, Branch):
                 branches.append(found)
@@ -192,8 +194,10 @@ def _flatten(root: Node, facts: Facts) -> tuple[list[Node], list[Node]]:
             return
         adds.append(node)
         for side in sides:
-            if isinstance(side, Node):
+            if isinstance(side, Node) and sides[0] is not sides[1]:
                 walk(side)
+            elif isinstance(side, Node):  # twice the same sum: taken apart it would double with each such addition
+                addends.append(side)
 
     walk(root)
     return (adds, addends) if adds else ([], [])
