@@ -109,10 +109,11 @@ class ConvBranches(Pass):
         first: Refuse | None = None
         branches: list[Branch] = []
         for addend in match.addends:
-            if match.addends.count(addend) > 1 and addend.target in _CONVOLUTIONS:
-                continue  # added to itself: its recipe would hold it twice, and double with each such addition
             found = _branch(addend, root, facts)
             if isinstance(found, Branch):
+                made = [constants.constant(part, facts) for part in found.parts]
+                if match.addends.count(addend) > 1 and any(each is not None and each.compute is not None for each in made):
+                    continue  # added to itself: its recipe would hold itself twice, and double with each such addition
                 branches.append(found)
             elif found is not None and first is None:
                 first = found
