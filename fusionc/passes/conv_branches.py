@@ -111,6 +111,9 @@ class ConvBranches(Pass):
         for addend in match.addends:
             found = _branch(addend, root, facts)
             if isinstance(found, Branch):
+                made = [constants.constant(part, facts) for part in found.parts]
+                if match.addends.count(addend) > 1 and any(each is not None and each.compute is not None for each in made):
+                    continue  # added to itself: its recipe would hold itself twice, and double with each such addition
                 branches.append(found)
             elif found is not None and first is None:
                 first = found
@@ -193,8 +196,10 @@ def _flatten(root: Node, facts: Facts) -> tuple[list[Node], list[Node]]:
             return
         adds.append(node)
         for side in sides:
-            if isinstance(side, Node):
+            if isinstance(side, Node) and sides[0] is not sides[1]:
                 walk(side)
+            elif isinstance(side, Node):  # twice the same sum: taken apart it would double with each such addition
+                addends.append(side)
 
     walk(root)
     return (adds, addends) if adds else ([], [])

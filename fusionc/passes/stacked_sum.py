@@ -75,7 +75,7 @@ class StackedSum(Pass):
                 return parts[i]
             if same(sizes[d], 1):
                 return call(aten.select.int, of, d, 0)
-            if of.target in _POINTWISE and not of.kwargs and len(of.users) == 1:
+            if _inner(of):
                 return call(of.target, *(term(a, i) for a in of.args))
             return call(aten.select.int, of, d, i)
 
@@ -117,6 +117,11 @@ def _parts(of: Any, d: int) -> tuple[Node, ...] | None:
     return None
 
 
+def _inner(of: Node) -> bool:
+    """A pointwise operator that one other reads: looked into, unless both operands are one (work would double each time)."""
+    return of.target in _POINTWISE and not of.kwargs and len(of.users) == 1 and of.args[0] is not of.args[1]
+
+
 def _stacked(of: Any, axis: int, rank: int) -> bool:
     """Is there a stack behind pointwise operators that only the sum reads?"""
     d = _axis(of, axis, rank)
@@ -124,8 +129,7 @@ def _stacked(of: Any, axis: int, rank: int) -> bool:
         return False
     if _parts(of, d) is not None:
         return True
-    inner = of.target in _POINTWISE and not of.kwargs and len(of.users) == 1
-    return inner and any(isinstance(a, Node) and _stacked(a, axis, rank) for a in of.args)
+    return _inner(of) and any(isinstance(a, Node) and _stacked(a, axis, rank) for a in of.args)
 
 
 def _leaves(of: Any, axis: int, rank: int) -> Iterator[Node]:
@@ -135,7 +139,7 @@ def _leaves(of: Any, axis: int, rank: int) -> Iterator[Node]:
     parts = _parts(of, d) if d is not None else None
     if parts is not None:
         yield from parts
-    elif d is not None and of.target in _POINTWISE and not of.kwargs and len(of.users) == 1:
+    elif d is not None and _inner(of):
         for a in of.args:
             yield from _leaves(a, axis, rank)
     else:

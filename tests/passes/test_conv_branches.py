@@ -456,6 +456,17 @@ def test_identity_with_a_symbolic_number_of_channels() -> None:
     assert compare(model, torch.randn(3, 4, 7, 9, dtype=torch.float64), dynamic=True).count() == 1
 
 
+def test_a_sum_added_to_itself_is_not_taken_apart() -> None:
+    def doubled(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+        y = a(x) + b(x)
+        for _ in range(40):  # 2⁴⁰ addends
+            y = y + y
+        return y
+
+    model = settle(Sum([conv(4, 4, 3, padding=1), conv(4, 4, 1)], doubled))
+    assert compare(model, torch.randn(2, 4, 5, 5, dtype=torch.float64)).count() == 1
+
+
 def test_recipes_are_checked() -> None:
     backend = compare(settle(RepVGG(4, 4)), torch.randn(2, 4, 5, 5, dtype=torch.float64))
     (weight, _), count = backend.gm.meta["fusionc_derived"], len(backend.gm.meta["fusionc_derived"][0].sources)

@@ -138,3 +138,12 @@ def test_selective_kernels_fuse(model: nn.Module, kernels: int, convolutions: in
     record = fusionc.report()[-1]
     assert sum(k.uses for k in record.kernels) <= kernels
     assert [c.op for c in record.calls].count("aten.convolution.default") == convolutions == len(record.calls)
+
+
+def test_values_added_to_themselves_are_not_taken_apart() -> None:
+    """2⁴⁰ ways down to an input, and no stack there; with a stack nothing is rewritten."""
+    for first in ("%x0: f64[2, 3] = aten.mul(%x, %x)", "%x0: f64[2, 3] = aten.cat([%u, %u], 0)"):
+        lines = ["%x: f64[2, 3] = input", "%v: f64[3] = input", "%u: f64[1, 3] = aten.unsqueeze(%v, 0)", first]
+        lines += [f"%x{i + 1}: f64[2, 3] = aten.add(%x{i}, %x{i})" for i in range(40)]
+        lines += ["%s: f64[3] = aten.sum.dim_IntList(%x40, [0])", "return (%s)"]
+        assert apply(StackedSum(), "\n" + "\n".join(lines) + "\n")[1].fired == 0
