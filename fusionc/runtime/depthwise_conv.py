@@ -155,7 +155,7 @@ def _launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor 
     elif how[0] == "toeplitz":
         _run_toeplitz(how, shape, x, taps, bias, y, interpret)
     else:
-        module = load_module(template.TURN, interpret=interpret)
+        module = _module(template.TURN, interpret)
         flat = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels)
         result = torch.empty(y.shape, dtype=x.dtype, device=x.device)
@@ -184,6 +184,30 @@ def prepare(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor 
         _compiling.on = False
 
 
+# Texts take longer to write and to hash than kernels to run: each is looked up by what it was made from.
+
+
+@functools.lru_cache(maxsize=64)
+def _module(text: str, interpret: bool) -> Any:
+    return load_module(text, interpret=interpret)
+
+
+@functools.lru_cache(maxsize=512)
+def _direct_module(shape: Shape, strip: int, block: int, interpret: bool) -> Any:
+    text = template.direct(shape.channels, *shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strip, block)
+    return load_module(text, interpret=interpret)
+
+
+@functools.lru_cache(maxsize=512)
+def _toeplitz_module(kernel: int, group: int, ahead: int, held: bool, interpret: bool) -> Any:
+    return load_module(template.toeplitz(kernel, group, ahead, held), interpret=interpret)
+
+
+@functools.lru_cache(maxsize=1024)
+def _key(what: str, images: int, shape: Shape, dtype: torch.dtype) -> str:
+    return f"{what} {images} {shape} {dtype}"
+
+
 def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int) -> None:
     grid = (-(-a // 64) * -(-b // 64), x.shape[0])
     _start(module.turn, grid, x, y, A=a, B=b, TA=64, TB=64, num_warps=4)
@@ -192,9 +216,7 @@ def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int) -> None:
 def _run_direct(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
                 interpret: bool) -> None:  # fmt: skip
     _, strip, block, rows, warps = how
-    text = template.direct(shape.channels, *shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strip,
-                           block)  # fmt: skip
-    module = load_module(text, interpret=interpret)
+    module = _direct_module(shape, strip, block, interpret)
     strips = x.shape[0] * shape.out[0] * -(-shape.out[1] // strip)
     grid = (-(-strips // rows) * -(-shape.channels // block),)
     _start(module.conv, grid, x, taps, taps if bias is None else bias, y, strips, BR=rows, BIAS=bias is not None,
@@ -210,15 +232,14 @@ def _run_toeplitz(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: T
     lines = kh if ahead else -(-(kh + group - 1) // group) * group + lead
     packed = torch.empty(c * lines * 8 * length, dtype=x.dtype, device=x.device)
     _start(
-        load_module(template.PACK, interpret=interpret).pack, (lines * -(-c // 8),), taps, packed,
+        _module(template.PACK, interpret).pack, (lines * -(-c // 8),), taps, packed,
         KH=kh, KW=kw, C=c, DW=shape.dilation[1], FIRST=kd - 1 + shape.padding[1] - left, L=length, LEAD=lead, LINES=lines,
         BC=8, num_warps=4,
     )  # fmt: skip
     across = -(-oh // (group * dh)) * dh  # rows of an image
     rows, tiles = x.shape[0] * across, -(-ow // tw)
-    text = template.toeplitz(kh, group, ahead, held and not interpret)
     _start(
-        load_module(text, interpret=interpret).conv, (-(-rows // bm) * tiles * c,),
+        _toeplitz_module(kh, group, ahead, held and not interpret, interpret).conv, (-(-rows // bm) * tiles * c,),
         x, packed, packed if bias is None else bias, y, rows,
         C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines, TILES=tiles,
         TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape), num_warps=warps,
@@ -270,7 +291,7 @@ def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequenc
     if n * c * h * w == 0 or min(shape.out) <= 0:
         return library(x, taps, bias, shape)
     options = candidates(shape, n)
-    key = f"depthwise_conv {n} {shape} {taps.dtype}"
+    key = _key("depthwise_conv", n, shape, taps.dtype)
 
     def right(how: Candidate) -> bool:
         want = library(x, taps, bias, shape).float()
@@ -302,12 +323,12 @@ def _run_weight(how: Candidate, shape: Shape, grad: Tensor, x: Tensor, interpret
     kind, tw, kd, bm, warps, stages, parts = how
     (h, w), (oh, ow), (kh, kw), c = shape.size, shape.out, shape.kernel, shape.channels
     if kind == "turned":
-        turning = load_module(template.TURN, interpret=interpret)
+        turning = _module(template.TURN, interpret)
         flat = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (grad, x)]
         for source, place in zip((grad, x), flat):
             _turn(turning, source, place, source.shape[2] * source.shape[3], c)
         grad, x = flat
-    module = load_module(template.WEIGHT, interpret=interpret)
+    module = _module(template.WEIGHT, interpret)
     out = torch.empty((parts, kh, kw, c), dtype=torch.float32, device=x.device)
     _start(
         module.weight, (kh * parts, c), x, grad, out, x.shape[0] * oh,
@@ -364,6 +385,6 @@ def depthwise_conv_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], paddin
         finally:
             _compiling.on = False
 
-    key = f"depthwise_conv_weight {n} {shape}"
+    key = _key("depthwise_conv_weight", n, shape, x.dtype)
     how = choose(key, options, lambda each: launch_weight(each, shape, grad, x), device=x.device, check=right, prepare=prepare)
     return launch_weight(how, shape, grad, x)
