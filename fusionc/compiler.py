@@ -508,6 +508,12 @@ class _Linker:
             self.tensor(self.reused[node])
             self.expect(self.reused[node])
             name = self.name[node] = self.tensor(self.reused[node])
+            val = node.meta["val"]
+            if val.shape != self.reused[node].meta["val"].shape:
+                base, name = name, self.fresh("v")
+                size, stride = sizes_index(val.shape), strides_index(val.stride())
+                self.program.steps.append(prog.View(name, base, size, stride, size_index(0)))
+                self.name[node] = name
             return name
         if node in self.direct:
             name = self.name[node] = self.tensor(self.direct[node])

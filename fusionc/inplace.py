@@ -119,7 +119,10 @@ class _State:
                 return None
         elif unit is None or id(unit) not in self.lowered or operand in done:
             return None
-        if operand in self.leaving or self.writers.get(operand, 0) or not _same_layout(operand.meta["val"], value.meta["val"]):
+        ours, theirs = value.meta["val"], operand.meta["val"]
+        if operand in self.leaving or self.writers.get(operand, 0):
+            return None
+        if not _same_layout(theirs, ours) and (value in self.leaving or not _same_order(theirs, ours)):
             return None
         if any(u is not item.group for u in self.readers.get(operand, [])):
             return None
@@ -184,6 +187,12 @@ def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
                 return False
             span *= n
     return True
+
+
+def _same_order(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """As many elements, contiguous in both: one is a reshape of the other."""
+    whole = (a.is_contiguous(), b.is_contiguous(), a.storage_offset() == 0, all(type(n) is int for n in (*a.shape, *b.shape)))
+    return a.dtype == b.dtype and a.device == b.device and all(whole) and a.numel() == b.numel()
 
 
 def _joined(built: Built, target: Node, value: Node) -> Built | None:

@@ -41,6 +41,15 @@ def transposed(x: Tensor, w: Tensor, v: Tensor) -> Any:
     return torch.exp(-(x @ w).abs()).t().contiguous()
 
 
+def reshaped(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    h = F.gelu((x @ w).view(8, 64, 640))
+    return h.view(512, 640) @ v
+
+
+def reshaped_and_returned(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    return F.gelu((x @ w).view(8, 64, 640))
+
+
 def twice(x: Tensor, w: Tensor, v: Tensor) -> Any:
     return F.gelu((F.relu(x @ w) @ v) @ w)
 
@@ -54,6 +63,8 @@ def twice(x: Tensor, w: Tensor, v: Tensor) -> Any:
         (seen_through_a_view, 0),
         (other_place, 0),
         (transposed, 0),
+        (reshaped, 1),
+        (reshaped_and_returned, 0),
         (twice, 2),
     ],
 )
