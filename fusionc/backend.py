@@ -67,7 +67,6 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     ready = warm.load()
     if ready is not None:
         return ready
-    given = gm
     gm, derived, model_records = _model_passes(gm, example_inputs, config)
     weights = None
     if derived:
@@ -101,7 +100,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
 
     bounds = gm.meta.get("fusionc_bounds")
     if bounds:
-        return _while_bounds_hold(bounds, config, with_derived, given)
+        return _while_bounds_hold(bounds, config, with_derived, original)
     return warm.short_cut(with_derived, resolve)
 
 

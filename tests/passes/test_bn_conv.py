@@ -12,34 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusionc.graph.text import show
-from fusionc.passes import recipes
 from fusionc.passes.manager import run_passes
-from fusionc.runtime.weights import DerivedWeights
+from tests.passes.model_backend import ModelBackend
 
 
-class Backend:
-    """Runs the model passes on Dynamo's graph and then the graph as it is, derived weights rebuilt from their recipes."""
-
-    def __init__(self) -> None:
-        self.gm: Any = None
-        self.records: dict[str, Any] = {}
-        self.weights: Any = None
-
-    def __call__(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        gm, records = run_passes(gm, "model", None, inputs)
-        self.gm, self.records = gm, {r.name: r for r in records}
-        derived = gm.meta.get("fusionc_derived", ())
-        self.weights = DerivedWeights(derived)
-        for each, value in zip(derived, self.weights.resolve(inputs)):
-            node = next(n for n in gm.graph.find_nodes(op="placeholder") if n.target == each.name)
-            recorded = node.meta["example_value"]
-            assert (
-                recorded.shape == value.shape and recorded.stride() == value.stride() and recorded.dtype == value.dtype
-            )
-            again = recipes.rebuild(each.recipe, len(each.sources))([inputs[i].detach() for i in each.sources])
-            assert torch.equal(again, value) and again.stride() == value.stride()
-        return lambda *args: gm.forward(*args, *self.weights.resolve(args))
-
+class Backend(ModelBackend):
     def norms(self) -> int:
         """BatchNorms left."""
         return sum(node.target is F.batch_norm for node in self.gm.graph.nodes)

@@ -16,33 +16,16 @@ from torch.nn import functional as F
 from fusionc.graph.text import show
 from fusionc.passes import recipes
 from fusionc.passes.manager import run_passes
-from fusionc.runtime.weights import DerivedWeights
+from tests.passes.model_backend import ModelBackend
 
 CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 
 
-class Backend:
-    """Runs the model passes on Dynamo's graph and then the graph as it is, derived weights rebuilt from their recipes."""
-
-    def __init__(self) -> None:
-        self.gm: Any = None
-        self.record: Any = None
-        self.weights: Any = None
-
-    def __call__(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        gm, records = run_passes(gm, "model", None, inputs)
-        self.gm, self.record = gm, next(r for r in records if r.name == "conv_branches")
-        derived = gm.meta.get("fusionc_derived", ())
-        self.weights = DerivedWeights(derived)
-        for each, value in zip(derived, self.weights.resolve(inputs)):
-            node = next(n for n in gm.graph.find_nodes(op="placeholder") if n.target == each.name)
-            recorded = node.meta["example_value"]
-            assert (
-                recorded.shape == value.shape and recorded.stride() == value.stride() and recorded.dtype == value.dtype
-            )
-            again = recipes.rebuild(each.recipe, len(each.sources))([inputs[i].detach() for i in each.sources])
-            assert torch.equal(again, value) and again.stride() == value.stride()
-        return lambda *args: gm.forward(*args, *self.weights.resolve(args))
+class Backend(ModelBackend):
+    @property
+    def record(self) -> Any:
+        """What conv_branches did."""
+        return self.records["conv_branches"]
 
     def count(self, targets: Any = CONVOLUTIONS) -> int:
         """Calls of these functions in the rewritten graph."""
