@@ -29,6 +29,8 @@ def load(name: str) -> None:
         from . import short_attention  # noqa: F401
     elif name == "skinny_linear":
         from . import skinny_linear  # noqa: F401
+    elif name == "tiled_mlp":
+        from . import tiled_mlp  # noqa: F401
 
 
 def late(find: Callable[[], Callable[..., Any]], name: str, instead: Callable[..., Any]) -> Callable[..., Any]:

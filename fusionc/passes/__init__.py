@@ -41,6 +41,7 @@ from .skinny_linear import SkinnyLinear
 from .stacked_sum import StackedSum
 from .strided_conv import StridedConv
 from .strip import Strip
+from .tiled_mlp import TiledMLP
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(34, ConvRelu(), "graph", "takes back the biases that only relu follows"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
     Step(43, SkinnyLinear(), "graph", "after q/k/v and gate/up are one product; takes in norms before they are kernels"),
+    Step(44, TiledMLP(), "graph", "after siblings were merged: a merged product is none of its kind"),
     Step(45, PadMatmul(), "graph", "after siblings were merged: their width together counts"),
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
     Step(90, Reinplace(), "graph", "late: it gives up the functional form"),

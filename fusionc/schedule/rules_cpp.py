@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusionc.ir.expr import ITEMSIZE, Index, Load, Var
+from fusionc.ir.expr import ITEMSIZE, Expr, Index, Load, Reduce, Var
 from fusionc.ir.loop import Kernel, evaluate
 
 from .plan import Plan
@@ -48,8 +48,8 @@ def _columns(kernel: Kernel, hint: dict[str, int]) -> bool:
     if evaluate(kernel.inner, hint) <= 4:
         return True
     along_x = along_r = 0
-    for at, dtype in _accesses(kernel):
-        weight = ITEMSIZE[dtype]
+    for at, dtype, times in _accesses(kernel):
+        weight = ITEMSIZE[dtype] * times
         for v in at.free:
             weight *= max(evaluate(v.extent, hint), 1)
         along_x += _unit(at, x) * weight
@@ -59,11 +59,32 @@ def _columns(kernel: Kernel, hint: dict[str, int]) -> bool:
     return along_x > along_r
 
 
-def _accesses(kernel: Kernel) -> list[tuple[Index, str]]:
-    """Accesses that move with the axis: (index, dtype)."""
+def _accesses(kernel: Kernel) -> list[tuple[Index, str, int]]:
+    """Accesses that move with the axis: (index, dtype, how often: a norm of transposed rows reads thrice what it writes once)."""
     axis = frozenset(kernel.axis)
-    out = [(n.index, n.dtype) for n in kernel.nodes if isinstance(n, Load) and n.index.free & axis]
-    return out + [(s.index, kernel.buffer(s.buffer).dtype) for s in kernel.stores if s.inner]
+    inner = [s for s in kernel.stores if s.inner]
+    readers = [(r.level, _loads([r.body])) for r in kernel.reductions]
+    readers.append((0, _loads([x for s in inner for x in (s.value, s.index)])))
+    passes: dict[Load, set[int]] = {}
+    for level, read in readers:
+        for load in read:
+            passes.setdefault(load, set()).add(level)
+    loads = [n for n in kernel.nodes if isinstance(n, Load) and n.index.free & axis]
+    out = [(n.index, n.dtype, max(1, len(passes.get(n, ())))) for n in loads]
+    return out + [(s.index, kernel.buffer(s.buffer).dtype, 1) for s in inner]
+
+
+def _loads(roots: list[Expr]) -> list[Load]:
+    """The loads below some values, outside the reductions they contain."""
+    found: dict[int, Expr] = {}
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node.uid not in found:
+            found[node.uid] = node
+            if not isinstance(node, Reduce):
+                stack += node.children()
+    return [n for n in found.values() if isinstance(n, Load)]
 
 
 def _unit(at: Index, v: Var) -> int:
