@@ -878,7 +878,9 @@ class Grouper:
                 if not isinstance(val, torch.Tensor) or len(val.shape) != len(domain):
                     continue
                 if base in self.inline:
-                    if a is base and depth and self.lowered[a].kind == "pointwise" and shape_of(a) == shape_of(node):
+                    like = node.meta["val"]  # of batch norm in training: a tuple, the normalised image first
+                    same = shape_of(a) == sizes_index((like[0] if isinstance(like, (tuple, list)) else like).shape)
+                    if a is base and depth and self.lowered[a].kind == "pointwise" and same:
                         visit(a, domain, depth - 1)
                 elif {v for i in domain for v in i.free} == points and numel(shape_of(a)) is numel(
                     [v.extent for v in points]
