@@ -27,6 +27,7 @@ from .ir.simplify import simplify
 from .ir.sizes import Unsupported, free_sizes, size_index, sizes_index, strides_index
 from .ir.value import Idx
 from .record import CallRecord, GraphRecord, GroupRecord
+from .runtime import ready
 from .schedule.group import Call, Group, Grouper, Unit, is_view
 
 CROSS = artifacts.CROSS
@@ -92,6 +93,8 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
         record.repro = artifacts.repro_text(gm, example_inputs, config)
     device = device_of(gm)
     target = choose_target(config, device)
+    if target == "triton":
+        ready.begin(force=True)
     slot = program_cache.Slot(gm, config, stage, device, target)
     found = slot.load(name)
     if found is not None:

@@ -31,7 +31,7 @@ from ..codegen.triton import index_width, parameters
 from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate, kernel_bytes
 from ..schedule.plan import Plan
-from . import interpreter
+from . import interpreter, ready
 from .device import TARGETS
 
 _ARCH = {
@@ -56,6 +56,8 @@ def load_module(source: str, *, interpret: bool = False) -> ModuleType:
     and imported from there.  With `interpret` its functions are for Triton's interpreter.
     """
     global _folder
+    if not interpret:
+        ready.wait()
     digest = hashlib.sha256(source.encode()).hexdigest()
     with _loading:
         module = _modules.get((digest, interpret))
