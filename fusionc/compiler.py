@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from . import artifacts, errors, inplace, many, program_cache, rescue
+from . import ahead, artifacts, errors, inplace, many, program_cache, rescue
 from .codegen import program as prog
 from .config import Config
 from .ir.alike import Alike
@@ -56,6 +56,7 @@ class Context:
     loops: dict[str, str] = field(default_factory=dict)  # symbol -> loop IR, once linked
     program: prog.Program | None = None  # once linked
     alike: Alike = field(default_factory=Alike)
+    waiting: Callable[[], None] | None = None  # returns when the operators' kernels are compiled
 
 
 def device_of(gm: GraphModule) -> torch.device:
@@ -102,13 +103,14 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     gm, record.passes = run_passes(gm, "graph", config, example_inputs, stage=stage, recompile=False)
     derived = gm.meta.get("fusionc_derived") or []
     record.timings["passes"] = time.perf_counter() - started
+    waiting = ahead.start(gm) if target == "triton" else None
     if config.dump:
         record.final_text = graph_text(gm)
         record.edges = [(a.name, n.name) for n in gm.graph.nodes for a in n.all_input_nodes]
     record.device = _device_words(device, target)
     bandwidth, rate = artifacts.peaks(target, device)
     record.peak_gbs, record.peak_gflops = bandwidth / 1e9, rate / 1e9
-    cx = Context(gm, config, record, device, target, _hints(gm))
+    cx = Context(gm, config, record, device, target, _hints(gm), waiting=waiting)
     try:
         call = _lower_and_link(cx)
     except errors.StrictError:
@@ -206,6 +208,8 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
             cx.record.kernels.clear()  # of an earlier round
             direct = inplace.write_in_place(cx, grouper, units, lowered, _stable_inputs(cx))
             reused = inplace.reuse_operands(cx, grouper, units, lowered, direct) if cx.target == "cpp" else {}
+            if cx.waiting is not None:  # (Triton's cache moves into ours now, and theirs is to be found outside)
+                cx.waiting()
             fused, symbols = many.compile_bundles(cx, many.find(cx, grouper, units, lowered, direct))
             inside = {id(m) for b in fused for m in b.members}
             more, bad = _compile_kernels(cx, [item for item in lowered if id(item) not in inside])
