@@ -78,3 +78,10 @@ def test_the_backend_starts_no_thread_without_cuda() -> None:
         "import sys, threading, fusionc.backend; assert threading.active_count() == 1 and 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_triton_remembers_the_hash_of_its_libraries() -> None:
+    from triton.runtime.cache import triton_key
+
+    ready._hash_libraries()
+    assert triton_key.cache_info().currsize == 1
