@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from . import ahead, artifacts, errors, inplace, many, program_cache, rescue
+from . import ahead, artifacts, errors, inplace, many, ops, program_cache, rescue
 from .codegen import program as prog
 from .config import Config
 from .ir.alike import Alike
@@ -674,7 +674,10 @@ def _compiled(cx: Context, program: prog.Program) -> Callable[[list[Any]], Any]:
     """The callable of a Program, replayed as a CUDA graph where that is legal and pays."""
     from .runtime import cudagraph, device
 
-    call = program.compile({**_namespace(cx), **rescue.entry(program, cx.loops)}, cx.record.name)
+    instead = {}
+    if cx.device.type == "cuda":
+        instead = {name: kernel for name, value in program.constants.items() if (kernel := ops.direct(value)) is not None}
+    call = program.compile({**_namespace(cx), **rescue.entry(program, cx.loops)}, cx.record.name, instead)
     call = device.on_device(call, cx.device)
     return cudagraph.wrap(call, program, cx.record, cx.config, cx.device, cx.target)
 

@@ -14,7 +14,7 @@ from ..codegen.templates.skinny_linear import Tile
 from ..ops.skinny_linear import reference
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
-from ..runtime.tune import Wanted
+from ..runtime.tune import Wanted, choose
 
 
 def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
@@ -113,8 +113,6 @@ class _Plan:
     def choose(self, run: Callable[[Tile], None]) -> Tile:
         if len(self.tiles) == 1:
             return self.tiles[0]
-        from ..runtime.tune import choose
-
         return choose(self.key, self.tiles, run, device=self.device, prepare=self.prepare)
 
 
