@@ -6,6 +6,7 @@ is an ATen call inside the Program; what goes wrong in the compiler itself costs
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import operator
 import time
@@ -210,9 +211,15 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
             reused = inplace.reuse_operands(cx, grouper, units, lowered, direct) if cx.target == "cpp" else {}
             if cx.waiting is not None:  # (Triton's cache moves into ours now, and theirs is to be found outside)
                 cx.waiting()
-            fused, symbols = many.compile_bundles(cx, many.find(cx, grouper, units, lowered, direct))
-            inside = {id(m) for b in fused for m in b.members}
-            more, bad = _compile_kernels(cx, [item for item in lowered if id(item) not in inside])
+                cx.record.timings["operators"] = time.perf_counter() - clock
+            bundles = many.find(cx, grouper, units, lowered, direct)
+            with _compiled_into_our_cache(cx):
+                finish = many.start(cx, bundles)
+                more, bad = _compile_kernels(cx, _outside(bundles, lowered))
+                fused, symbols = finish()
+                if len(fused) < len(bundles):  # the members of what could not be built are launches of their own
+                    cx.record.kernels[:] = [k for k in cx.record.kernels if k.symbol in symbols]
+                    more, bad = _compile_kernels(cx, _outside(fused, lowered))
             symbols |= more
             cx.record.timings["compile"] = cx.record.timings.get("compile", 0.0) + time.perf_counter() - clock
             failed = bad
@@ -228,6 +235,20 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     out = _link(cx, grouper, units, lowered, symbols, fused, direct, reused)
     cx.record.timings["program"] = time.perf_counter() - clock
     return out
+
+
+def _outside(bundles: Sequence[many.Bundle], lowered: Sequence[Lowered]) -> list[Lowered]:
+    inside = {id(m) for b in bundles for m in b.members}
+    return [item for item in lowered if id(item) not in inside]
+
+
+def _compiled_into_our_cache(cx: Context) -> contextlib.AbstractContextManager[None]:
+    """Triton's cache for what two batches compile at a time: it is a setting of the process."""
+    if cx.target in ("cpp", "aten", "interpret"):
+        return contextlib.nullcontext()
+    from .targets.triton import triton_cache
+
+    return triton_cache(cx)
 
 
 def _stored(grouper: Grouper, units: Sequence[Unit]) -> dict[Node, None]:

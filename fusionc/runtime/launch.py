@@ -310,6 +310,21 @@ def compile_many(
         return list(pool.map(one, jobs))
 
 
+def compile_beside(
+    jobs: Sequence[Callable[[], Any]], done: Callable[[], Any] | None = None
+) -> Callable[[], list[Any]]:
+    """Start ``compile_many`` in a thread; the result waits for it and returns what it returned."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.extend(compile_many(jobs, done=done)), name="fusionc-compile-beside")
+    thread.start()
+
+    def wait() -> list[Any]:
+        thread.join()
+        return results
+
+    return wait
+
+
 # -- launching ----------------------------------------------------------------------------------------------------
 
 _PACK = {"i1": "?7x", "i8": "b7x", "u8": "B7x", "i16": "h6x", "i32": "i4x", "i64": "q", "fp32": "f4x", "fp64": "d"}
