@@ -31,7 +31,7 @@ from ..codegen.triton import index_width, parameters
 from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate, kernel_bytes
 from ..schedule.plan import Plan
-from . import interpreter
+from . import interpreter, ready
 from .device import TARGETS
 
 _ARCH = {
@@ -56,6 +56,8 @@ def load_module(source: str, *, interpret: bool = False) -> ModuleType:
     and imported from there.  With `interpret` its functions are for Triton's interpreter.
     """
     global _folder
+    if not interpret:
+        ready.wait()
     digest = hashlib.sha256(source.encode()).hexdigest()
     with _loading:
         module = _modules.get((digest, interpret))
@@ -306,6 +308,21 @@ def compile_many(
         return [one(j) for j in jobs]
     with ThreadPoolExecutor(workers, thread_name_prefix="fusionc-compile") as pool:
         return list(pool.map(one, jobs))
+
+
+def compile_beside(
+    jobs: Sequence[Callable[[], Any]], done: Callable[[], Any] | None = None
+) -> Callable[[], list[Any]]:
+    """Start ``compile_many`` in a thread; the result waits for it and returns what it returned."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.extend(compile_many(jobs, done=done)), name="fusionc-compile-beside")
+    thread.start()
+
+    def wait() -> list[Any]:
+        thread.join()
+        return results
+
+    return wait
 
 
 # -- launching ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ..ops.skinny_linear import BLOCK, ROWS, reference
 from ..runtime.counters import zeros
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
-from ..runtime.tune import choose
+from ..runtime.tune import Wanted, choose
 from .skinny import dependent, fits
 
 
@@ -27,17 +27,11 @@ def few_rows(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds:
     def library() -> Tensor:
         return reference(x, weight, norm, eps, rounds, bias, activation, residual, False, more, gated, turned)
 
-    if norm is not None or x.shape[0] > ROWS or not fits(x, weight, norm, bias, residual, more, BLOCK):
+    plan = _plan_of(x, weight, norm, bias, activation, residual, more, gated, turned)
+    if plan is None:
         return library()
     parts = (weight, *(more or ()))
-    heights = tuple(part.shape[int(turned)] for part in parts)
-    width = sum(heights) // (2 if activation and gated else 1)
-    if turned and (more or width % 8):
-        return library()
-    rows, inner = x.shape
-    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    plan = _plan(rows, heights, inner, x.stride(0), x.dtype, activation, bool(activation) and gated, bias is not None,
-                 residual is not None, turned, x.device)  # fmt: skip
+    out = torch.empty((plan.rows, plan.width), dtype=x.dtype, device=x.device)
     spare = out.data_ptr()
     args: list[int] = [
         x.data_ptr(),
@@ -61,6 +55,28 @@ def few_rows(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds:
         return out
 
     return run(plan.choose(run))
+
+
+def wanted(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, activation: str,
+           residual: Tensor | None, more: Sequence[Tensor] | None, gated: bool, turned: bool) -> Wanted | None:  # fmt: skip
+    """What `few_rows` will choose from, by tensors without data; None where that is ATen."""
+    plan = _plan_of(x, weight, norm, bias, activation, residual, more, gated, turned, data=False)
+    return None if plan is None else Wanted(plan.key, plan.tiles, plan.prepare)
+
+
+def _plan_of(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, activation: str,
+             residual: Tensor | None, more: Sequence[Tensor] | None, gated: bool, turned: bool,
+             data: bool = True) -> _Plan | None:  # fmt: skip
+    """None where the kernel does not apply."""
+    if norm is not None or x.shape[0] > ROWS or not fits(x, weight, norm, bias, residual, more, BLOCK, data):
+        return None
+    heights = tuple(part.shape[int(turned)] for part in (weight, *(more or ())))
+    width = sum(heights) // (2 if activation and gated else 1)
+    if turned and (more or width % 8):
+        return None
+    rows, inner = x.shape
+    return _plan(rows, heights, inner, x.stride(0), x.dtype, activation, bool(activation) and gated, bias is not None,
+                 residual is not None, turned, x.device)  # fmt: skip
 
 
 class _Plan:
@@ -102,12 +118,13 @@ class _Plan:
     def scratch(self, tile: Tile) -> int:
         return self.tiles_of(tile) * tile.split * tile.bm * tile.bn * (2 if self.gated else 1)
 
-    def _prepare(self, tile: Tile | None) -> None:
+    def prepare(self, tile: Tile | None) -> None:
+        """Compile it."""
         if tile is not None:
             self.kernel(tile).prepare()
 
     def choose(self, run: Callable[[Tile | None], Tensor]) -> Tile | None:
-        return choose(self.key, self.tiles, run, device=self.device, prepare=self._prepare)
+        return choose(self.key, self.tiles, run, device=self.device, prepare=self.prepare)
 
 
 _plan = functools.lru_cache(maxsize=4096)(_Plan)

@@ -122,6 +122,17 @@ def test_candidates_fit_the_shape() -> None:
                 assert whole or kd >= -(-(k // 2) // 8) * 8 + tw + k // 2, (width, k, tw, kd)
 
 
+def test_candidates_compile_quickly() -> None:
+    """ptxas takes 4 s for a text of 52 products of matrices, and a model waits for the slowest candidate."""
+    for width in (14, 28, 56, 112, 200):
+        for k in range(3, 33, 2):
+            for how in runtime.candidates(make(n=1, c=64, size=(4, width), kernel=(k, k))[0], 32):
+                unrolled = how[0] == "toeplitz" and how[2] > 0
+                assert not unrolled or how[1] * k <= 32, (width, k, how)
+    direct = runtime.candidates(make(n=1, c=64, size=(4, 28), kernel=(7, 7), last=True)[0], 32)
+    assert direct == (("direct", 7, 64, 4, 4), ("direct", 14, 64, 4, 4), ("direct", 7, 32, 16, 4), ("library",))
+
+
 @pytest.mark.cross
 @pytest.mark.parametrize("how", [("toeplitz", 2, 3, False, 64, 64, 128, 8, 1),
                                  ("toeplitz", 2, 1, True, 64, 64, 64, 4, 1), ("toeplitz", 4, 2, False, 64, 64, 64, 4, 1),
