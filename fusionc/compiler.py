@@ -202,8 +202,8 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
             clock = time.perf_counter()
             cx.record.kernels.clear()  # of an earlier round
             direct = inplace.write_in_place(cx, grouper, units, lowered, _stable_inputs(cx))
-            reused = inplace.reuse_operands(cx, grouper, units, lowered, direct) if cx.target == "cpp" else {}
-            fused, symbols = many.compile_bundles(cx, many.find(cx, grouper, units, lowered, direct))
+            reused = inplace.reuse_operands(cx, grouper, units, lowered, direct)
+            fused, symbols = many.compile_bundles(cx, many.find(cx, grouper, units, lowered, direct | reused))
             inside = {id(m) for b in fused for m in b.members}
             more, bad = _compile_kernels(cx, [item for item in lowered if id(item) not in inside])
             symbols |= more

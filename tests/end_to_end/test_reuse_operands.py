@@ -85,6 +85,36 @@ def test_reuse(f: Callable[..., Any], times: int, monkeypatch: pytest.MonkeyPatc
     assert sum(found) == times
 
 
+def gated(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    return (F.silu(x @ w) * (x @ (w + 1))) @ v
+
+
+def both_terms_stay(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    h, k = x @ w, x @ (w + 1)
+    return h + k, h, k
+
+
+def convolution(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    y = x.view(8, 64, 8, 8)
+    return F.relu(F.conv2d(y, w.view(640, 64, 1, 1)) + F.conv2d(y, v.view(640, 64, 1, 1)))
+
+
+@pytest.mark.parametrize("target", ["cpp", pytest.param("interpret", marks=pytest.mark.interpret), "sm_90"])
+@pytest.mark.parametrize(
+    "f, reused", [(alone, 1), (returned, 0), (twice, 2), (gated, 1), (both_terms_stay, 0), (convolution, 1)]
+)
+def test_reuse_on_every_target(f: Callable[..., Any], reused: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    whole = inplace.reuse_operands
+    monkeypatch.setattr(inplace, "reuse_operands", lambda *a: _count(whole(*a), found))
+    torch.manual_seed(0)
+    x, w, v = torch.randn(512, 64), torch.randn(64, 640), torch.randn(640, 64)
+    options = {"strict": True, "cache": False, "verify": True, "target": target}
+    got, want = torch.compile(f, backend="fusionc", options=options)(x, w, v), f(x, w, v)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+    assert found[-1] == reused
+
+
 def _count(result: dict[Any, Any], found: list[int]) -> dict[Any, Any]:
     found.append(len(result))
     return result
