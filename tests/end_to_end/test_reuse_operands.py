@@ -94,6 +94,11 @@ def both_terms_stay(x: Tensor, w: Tensor, v: Tensor) -> Any:
     return h + k, h, k
 
 
+def siblings(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    """The first gelu shares a launch with the sum, on a GPU."""
+    return F.gelu(x @ w) @ v, F.gelu(x @ (w + 1)) @ v
+
+
 def convolution(x: Tensor, w: Tensor, v: Tensor) -> Any:
     y = x.view(8, 64, 8, 8)
     return F.relu(F.conv2d(y, w.view(640, 64, 1, 1)) + F.conv2d(y, v.view(640, 64, 1, 1)))
@@ -101,7 +106,7 @@ def convolution(x: Tensor, w: Tensor, v: Tensor) -> Any:
 
 @pytest.mark.parametrize("target", ["cpp", pytest.param("interpret", marks=pytest.mark.interpret), "sm_90"])
 @pytest.mark.parametrize(
-    "f, reused", [(alone, 1), (returned, 0), (twice, 2), (gated, 1), (both_terms_stay, 0), (convolution, 1)]
+    "f, reused", [(alone, 1), (returned, 0), (twice, 2), (gated, 1), (both_terms_stay, 0), (siblings, 2), (convolution, 1)]
 )
 def test_reuse_on_every_target(f: Callable[..., Any], reused: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[int] = []
