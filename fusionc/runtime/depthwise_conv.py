@@ -215,6 +215,11 @@ def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int) -> None:
     _start(module.turn, grid, x, y, A=a, B=b, TA=64, TB=64, num_warps=4)
 
 
+def turn(x: Tensor, y: Tensor, *, interpret: bool = False) -> None:
+    """y[n, b, a] = x[n, a, b], both contiguous."""
+    _turn(_module(template.TURN, interpret), x, y, x.shape[1], x.shape[2])
+
+
 def _run_direct(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
                 interpret: bool) -> None:  # fmt: skip
     _, strip, block, rows, warps = how
