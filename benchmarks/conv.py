@@ -18,8 +18,8 @@ the layout; ``--kinds point`` shows that at one size of map (256 channels at 28 
 
 Each pair of case and compiler has its own process and time limit: Inductor may tune for minutes, cuDNN runs 0.1 s a
 call. Processes compile side by side (``--jobs``) while only one at a time uses the GPU. Results are compared with
-float64 (float32 for filters over 7×7) on inputs that nothing was tuned on; above twice eager's error is wrong, and the command exits with 1 if anything
-was wrong or failed.
+float64 (float32 for filters over 7×7) on inputs that nothing was tuned on; above twice eager's error is wrong, and the
+command exits with 1 if anything was wrong or failed.
 """
 
 from __future__ import annotations

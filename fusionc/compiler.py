@@ -208,11 +208,12 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
             clock = time.perf_counter()
             cx.record.kernels.clear()  # of an earlier round
             direct = inplace.write_in_place(cx, grouper, units, lowered, _stable_inputs(cx))
-            reused = inplace.reuse_operands(cx, grouper, units, lowered, direct) if cx.target == "cpp" else {}
+            reused = inplace.reuse_operands(cx, grouper, units, lowered, direct)
+            over = inplace.reuse_calls(cx, grouper, units, lowered, {*direct, *reused.values()})
             if cx.waiting is not None:  # (Triton's cache moves into ours now, and theirs is to be found outside)
                 cx.waiting()
                 cx.record.timings["operators"] = time.perf_counter() - clock
-            bundles = many.find(cx, grouper, units, lowered, direct)
+            bundles = many.find(cx, grouper, units, lowered, direct | reused)
             with _compiled_into_our_cache(cx):
                 finish = many.start(cx, bundles)
                 more, bad = _compile_kernels(cx, _outside(bundles, lowered))
@@ -232,7 +233,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     else:
         raise errors.FusioncError(f"grouping of graph {cx.record.name} did not settle")
     clock = time.perf_counter()
-    out = _link(cx, grouper, units, lowered, symbols, fused, direct, reused)
+    out = _link(cx, grouper, units, lowered, symbols, fused, direct, reused, over)
     cx.record.timings["program"] = time.perf_counter() - clock
     return out
 
@@ -515,7 +516,7 @@ class _Linker:
             p.steps.append(prog.Assign(name, f"{args[0]}[{args[1]}]"))
             self.name[node] = name
             return
-        target: Any = node.target
+        target: Any = self.over.get(node, node.target)
         if node.op == "call_function":
             label = getattr(getattr(target, "overloadpacket", None), "__name__", None) or getattr(
                 target, "__name__", "function"
@@ -529,6 +530,7 @@ class _Linker:
 
     direct: dict[Node, Node] = {}
     reused: dict[Node, Node] = {}
+    over: dict[Node, Any] = {}  # calls → the operator that may write over an argument
 
     def output(self, node: Node) -> str:
         """Name of the buffer for a result: a new one, the input that it is written to, or the operand that it replaces."""
@@ -629,12 +631,12 @@ def _keeps_strides(node: Node) -> bool:
 def _link(
     cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowered], symbols: dict[str, Any],
     fused: Sequence[many.Bundle] = (), direct: Mapping[Node, Node] | None = None,
-    reused: Mapping[Node, Node] | None = None,
+    reused: Mapping[Node, Node] | None = None, over: Mapping[Node, Any] | None = None,
 ) -> Callable[[list[Any]], Any]:  # fmt: skip
     link = _Linker(cx, grouper, lowered, symbols)
     p = link.program
     link.stable = _stable_inputs(cx)
-    link.direct, link.reused = dict(direct or {}), dict(reused or {})
+    link.direct, link.reused, link.over = dict(direct or {}), dict(reused or {}), dict(over or {})
     record = cx.record
     names = {r.symbol: r.name for r in record.kernels}
     bundle_of = {id(m): b for b in fused for m in b.members}

@@ -32,6 +32,8 @@ def load(name: str) -> None:
     """Register the operators of the file that ``fusionc::<name>`` lives in; unknown names are left to the caller."""
     if name in ("attention", "attention_backward", "attention_operand_backward"):
         from . import attention  # noqa: F401
+    elif name in ("conv_add_relu", "conv_add_relu_over"):
+        from . import conv_add_relu  # noqa: F401
     elif name == "conv_relu":
         from . import conv_relu  # noqa: F401
     elif name in ("decode_attention", "decode_attention_update"):

@@ -11,6 +11,7 @@ from typing import Any
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
 from .bn_conv import BatchNormConv
 from .causal_mask import CausalMask
+from .conv_add_relu import ConvAddRelu
 from .conv_bias import ConvBias
 from .conv_bn import ConvBatchNorm
 from .conv_branches import ConvBranches
@@ -80,6 +81,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(32, MaxPool(), "graph", "moves in front of the bias that was just split off"),
     Step(33, StridedConv(), "graph", "a convolution without bias has fewer spellings"),
     Step(34, ConvRelu(), "graph", "takes back the biases that only relu follows"),
+    Step(35, ConvAddRelu(), "graph", "those that relu follows after one more sum"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
     Step(43, SkinnyLinear(), "graph", "after q/k/v and gate/up are one product; takes in norms before they are kernels"),
     Step(44, TiledMLP(), "graph", "after siblings were merged: a merged product is none of its kind"),

@@ -157,19 +157,21 @@ def launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor |
 def _launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, interpret: bool) -> Tensor:
     if how[0] == "library":
         return library(x, taps, bias, shape)
+    sizes = (x.shape[0], shape.channels, *shape.out)
     layout = torch.channels_last if shape.last else torch.contiguous_format
-    y = torch.empty((x.shape[0], shape.channels, *shape.out), dtype=x.dtype, device=x.device, memory_format=layout)
-    if how[0] == "direct":
-        _run_direct(how, shape, x, taps, bias, y, interpret)
-    elif how[0] == "toeplitz":
-        _run_toeplitz(how, shape, x, taps, bias, y, interpret)
-    else:
+    if how[0] == "turned":
         module = _module(template.TURN, interpret)
         flat = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels)
-        result = torch.empty(y.shape, dtype=x.dtype, device=x.device)
+        result = torch.empty(sizes, dtype=x.dtype, device=x.device)
         _run_toeplitz(how, shape, flat, taps, bias, result, interpret)
+        del flat  # the result takes its place: two images stand beside the given one, not three
+        y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
         _turn(module, result, y, shape.channels, shape.out[0] * shape.out[1])
+        return y
+    y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
+    run = _run_direct if how[0] == "direct" else _run_toeplitz
+    run(how, shape, x, taps, bias, y, interpret)
     return y
 
 
@@ -239,6 +241,11 @@ def _toeplitz_module(kernel: int, group: int, ahead: int, held: bool, interpret:
 def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int) -> None:
     grid = (-(-a // 64) * -(-b // 64), x.shape[0])
     _start(module.turn, grid, x, y, A=a, B=b, TA=64, TB=64, num_warps=4)
+
+
+def turn(x: Tensor, y: Tensor, *, interpret: bool = False) -> None:
+    """y[n, b, a] = x[n, a, b], both contiguous."""
+    _turn(_module(template.TURN, interpret), x, y, x.shape[1], x.shape[2])
 
 
 def _run_direct(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,

@@ -13,6 +13,7 @@ from ..codegen.templates import few_rows as texts
 from ..codegen.templates.few_rows import Tile
 from ..ops.skinny_linear import BLOCK, ROWS, reference
 from ..runtime.counters import zeros
+from ..runtime.depthwise_conv import turn
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
 from ..runtime.tune import Wanted, choose
@@ -24,7 +25,10 @@ def few_rows(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds:
              turned: bool) -> Tensor:  # fmt: skip
     """See `ops.skinny_linear`; ATen where the kernel does not apply or is slower."""
 
-    def library() -> Tensor:
+    def library(out: Tensor | None = None) -> Tensor:
+        if not turned and not more and norm is None and bias is None and not activation and residual is None and \
+                odd(x.shape[0], weight.shape[0]):
+            return by_columns(x, weight, out)
         return reference(x, weight, norm, eps, rounds, bias, activation, residual, False, more, gated, turned)
 
     plan = _plan_of(x, weight, norm, bias, activation, residual, more, gated, turned)
@@ -45,7 +49,7 @@ def few_rows(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds:
 
     def run(tile: Tile | None) -> Tensor:
         if tile is None:
-            return library()
+            return library(out)
         part = counters = out
         tiles = plan.tiles_of(tile)
         if tile.split > 1:
@@ -77,6 +81,20 @@ def _plan_of(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None
     rows, inner = x.shape
     return _plan(rows, heights, inner, x.stride(0), x.dtype, activation, bool(activation) and gated, bias is not None,
                  residual is not None, turned, x.device)  # fmt: skip
+
+
+def odd(rows: int, width: int) -> bool:
+    """The library is slow for a result of this width and fast for one that is `rows` wide."""
+    return rows > 8 and rows % 8 == 0 and width % 8 != 0
+
+
+def by_columns(x: Tensor, weight: Tensor, out: Tensor | None = None, *, interpret: bool = False) -> Tensor:
+    """x Wᵀ as the transpose of W xᵀ: the library looks at how wide the result is, not at how high."""
+    made = torch.mm(weight, x.t())
+    if out is None:
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    turn(made[None], out[None], interpret=interpret)
+    return out
 
 
 class _Plan:

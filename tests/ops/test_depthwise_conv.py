@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -50,6 +51,27 @@ TOEPLITZ = [
     ({"kernel": (3, 7), "size": (9, 33), "padding": (0, 1), "activation": "relu", "c": 2}, (16, 32)),
     ({"kernel": (4, 6), "size": (7, 12), "padding": (3, 5), "activation": "gelu_tanh"}, (32, 32)),
 ]
+
+
+def test_turned_images_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    empty = torch.empty
+
+    def watched(*sizes: Any, **options: Any) -> torch.Tensor:
+        found = empty(*sizes, **options)
+        made.append(weakref.ref(found))
+        return found
+
+    def look(*_: Any) -> None:
+        alive.append(sum(ref() is not None for ref in made))
+
+    shape, x, taps, b, _ = make(last=True)
+    monkeypatch.setattr(runtime.torch, "empty", watched)
+    monkeypatch.setattr(runtime, "_turn", look)
+    monkeypatch.setattr(runtime, "_run_toeplitz", look)
+    runtime.launch(("turned", 1, 0, True, 16, 16, 16, 4, 2), shape, x, taps, b)
+    assert alive == [1, 2, 2]
 
 
 @pytest.mark.interpret
