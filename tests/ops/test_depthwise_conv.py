@@ -145,12 +145,12 @@ def test_candidates_fit_the_shape() -> None:
 
 
 def test_candidates_compile_quickly() -> None:
-    """ptxas takes 4 s for a text of 52 products of matrices, and a model waits for the slowest candidate."""
+    """ptxas takes 4 s for a text of 52 products of matrices; a model waits for the slowest candidate."""
     for width in (14, 28, 56, 112, 200):
         for k in range(3, 33, 2):
             for how in runtime.candidates(make(n=1, c=64, size=(4, width), kernel=(k, k))[0], 32):
                 unrolled = how[0] == "toeplitz" and how[2] > 0
-                assert not unrolled or how[1] * k <= 32, (width, k, how)
+                assert not unrolled or how[1] * k <= 52, (width, k, how)
     direct = runtime.candidates(make(n=1, c=64, size=(4, 28), kernel=(7, 7), last=True)[0], 32)
     assert direct == (("direct", 7, 64, 4, 4), ("direct", 14, 64, 4, 4), ("direct", 7, 32, 16, 4), ("library",))
 
