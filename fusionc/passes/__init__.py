@@ -27,6 +27,7 @@ from .depthwise_cpu import DepthwiseCPU
 from .fft_conv import FftConv
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
+from .known_numbers import KnownNumbers
 from .large_kernel import LargeKernel
 from .linear_cross_entropy import LinearCrossEntropy
 from .manager import named_approximate, run, run_passes, static_inputs
@@ -67,6 +68,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(8, ConvValues(), "model", "looks at the filters as they are after merging; only with frozen weights"),
     Step(9, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
     Step(10, None, "model", "the user's model passes see what ours left"),
+    Step(19, KnownNumbers(), "graph", "before the marks of what the trace made itself are stripped, and while equal ones differ"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(21, FftConv(), "graph", "before the convolution is taken by anything else"),
     Step(22, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
