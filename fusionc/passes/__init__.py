@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .attention_inputs import AttentionInputs
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
 from .bn_conv import BatchNormConv
 from .causal_mask import CausalMask
@@ -38,6 +39,7 @@ from .per_example_conv import PerExampleConv
 from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .remove_attention import RemoveAttention
+from .row_major import RowMajor
 from .short_attention import ShortAttention
 from .skinny_linear import SkinnyLinear
 from .stacked_sum import StackedSum
@@ -67,7 +69,9 @@ PIPELINE: tuple[Step, ...] = (
     Step(7, BatchNormConv(), "model", "a BatchNorm that a layer before it could take is gone by now"),
     Step(8, ConvValues(), "model", "looks at the filters as they are after merging; only with frozen weights"),
     Step(9, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
-    Step(10, None, "model", "the user's model passes see what ours left"),
+    Step(10, AttentionInputs(), "model", "once masks and repeated heads are gone, which decide the kernel that is asked for"),
+    Step(11, None, "model", "the user's model passes see what ours left"),
+    Step(18, RowMajor(), "graph", "before copies that it makes needless are stripped"),
     Step(19, KnownNumbers(), "graph", "before the marks of what the trace made itself are stripped, and while equal ones differ"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(21, FftConv(), "graph", "before the convolution is taken by anything else"),

@@ -120,7 +120,8 @@ def on_gpu(text: str) -> Any:
             node.meta["val"] = torch._subclasses.FakeTensor(mode, meta, place)
     grouper = Grouper(gm.graph, gpu)
     units = grouper.run()
-    return [u.node.name for u in units if isinstance(u, Call)], [n.name for u in units if not isinstance(u, Call) for n in u.nodes]
+    groups = [u for u in units if not isinstance(u, Call)]
+    return [u.node.name for u in units if isinstance(u, Call)], [n.name for u in groups for n in u.nodes]
 
 
 def test_a_kernel_on_a_gpu_takes_the_number_in() -> None:
