@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .attention_inputs import AttentionInputs
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
 from .bn_conv import BatchNormConv
 from .causal_mask import CausalMask
@@ -27,6 +28,7 @@ from .depthwise_cpu import DepthwiseCPU
 from .fft_conv import FftConv
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
+from .known_numbers import KnownNumbers
 from .large_kernel import LargeKernel
 from .linear_cross_entropy import LinearCrossEntropy
 from .manager import named_approximate, run, run_passes, static_inputs
@@ -37,6 +39,7 @@ from .per_example_conv import PerExampleConv
 from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .remove_attention import RemoveAttention
+from .row_major import RowMajor
 from .short_attention import ShortAttention
 from .skinny_linear import SkinnyLinear
 from .stacked_sum import StackedSum
@@ -66,7 +69,10 @@ PIPELINE: tuple[Step, ...] = (
     Step(7, BatchNormConv(), "model", "a BatchNorm that a layer before it could take is gone by now"),
     Step(8, ConvValues(), "model", "looks at the filters as they are after merging; only with frozen weights"),
     Step(9, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
-    Step(10, None, "model", "the user's model passes see what ours left"),
+    Step(10, AttentionInputs(), "model", "once masks and repeated heads are gone, which decide the kernel that is asked for"),
+    Step(11, None, "model", "the user's model passes see what ours left"),
+    Step(18, RowMajor(), "graph", "before copies that it makes needless are stripped"),
+    Step(19, KnownNumbers(), "graph", "before the marks of what the trace made itself are stripped, and while equal ones differ"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(21, FftConv(), "graph", "before the convolution is taken by anything else"),
     Step(22, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
