@@ -32,7 +32,7 @@ _UNROLLED = 128  # multiply-adds of a strip and kernel row that may stand in a t
 class Shape:
     """All that the kernels depend on, except the number of images."""
 
-    channels: int
+    channels: int  # of the result
     size: tuple[int, int]
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -42,6 +42,7 @@ class Shape:
     last: bool  # channels-last?
     bias: bool
     activation: str
+    times: int = 1  # results of one channel of the input
 
     @property
     def out(self) -> tuple[int, int]:
@@ -57,7 +58,9 @@ def candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
     """Implementations for a shape, a good default first."""
     found: list[Candidate] = []
     wide = shape.kernel[0] * shape.kernel[1] > 81
-    if shape.last:
+    if shape.times > 1:
+        found += _direct(shape, images)
+    elif shape.last:
         ours = _direct(shape, images)
         turned = [("turned", *c) for c in _toeplitz(shape, images)] if wide else []
         found += turned if turned and shape.kernel[0] * shape.kernel[1] > 169 else turned + ours
@@ -194,7 +197,8 @@ def _module(text: str, interpret: bool) -> Any:
 
 @functools.lru_cache(maxsize=512)
 def _direct_module(shape: Shape, strip: int, block: int, interpret: bool) -> Any:
-    text = template.direct(shape.channels, *shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strip, block)
+    text = template.direct(shape.channels, *shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strip, block,
+                           shape.times)
     return load_module(text, interpret=interpret)
 
 
@@ -258,7 +262,8 @@ def library(x: Tensor, taps: Tensor, bias: Tensor | None, shape: Shape) -> Tenso
     if shape.last:
         weight = weight.contiguous(memory_format=torch.channels_last)
     bias = bias if bias is None else bias.to(x.dtype)
-    y = torch.ops.aten.convolution(x, weight, bias, shape.stride, shape.padding, shape.dilation, False, [0, 0], shape.channels)
+    y = torch.ops.aten.convolution(x, weight, bias, shape.stride, shape.padding, shape.dilation, False, [0, 0],
+                                   shape.channels // shape.times)  # fmt: skip
     return activated(y, shape.activation)
 
 
@@ -285,9 +290,9 @@ def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequenc
     taps = taps.contiguous()
     bias = bias.contiguous() if bias is not None else None
     n, c, h, w = x.shape
-    kh, kw, _ = taps.shape
-    shape = Shape(c, (h, w), (kh, kw), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]),
-                  x.dtype, last and not x.is_contiguous(), bias is not None, activation)  # fmt: skip
+    kh, kw, made = taps.shape
+    shape = Shape(made, (h, w), (kh, kw), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]),
+                  x.dtype, last and not x.is_contiguous(), bias is not None, activation, made // max(c, 1))  # fmt: skip
     if n * c * h * w == 0 or min(shape.out) <= 0:
         return library(x, taps, bias, shape)
     options = candidates(shape, n)

@@ -125,6 +125,19 @@ def test_some_of_the_channels_of_an_image_are_copied() -> None:
     check_values(OnCpu(), first.replace("{288, 1, 32, 4}", "").replace("{576, 1, 64, 8}", ""), fired=2, exact=False)
 
 
+def test_several_results_of_one_channel() -> None:
+    text = ONE.replace("%w: f64[4, 1, 7, 7]", "%w: f64[8, 1, 7, 7]").replace("%b: f64[4]", "%b: f64[8]")
+    text = text.replace("%y: f64[2, 4, 9, 8]{288, 1, 32, 4}", "%y: f64[2, 8, 9, 8]{576, 1, 64, 8}")
+    text = text.replace("%g: f64[2, 4, 9, 8]{288, 1, 32, 4}", "%g: f64[2, 8, 9, 8]{576, 1, 64, 8}")
+    assert "%derived_0: f64[7, 7, 8]" in rewritten(OnCpu(), text)
+    check_values(OnCpu(), text, fired=1, exact=False)
+    contiguous = text.replace("{288, 1, 32, 4}", "").replace("{576, 1, 64, 8}", "")
+    reason = "no kernel of ours for contiguous images with several results a channel (y)"
+    assert refusals(OnCpu(), contiguous) == [reason]
+    gray = text.replace("[2, 4, 9, 8]{288, 1, 32, 4}", "[2, 1, 9, 8]").replace("[0, 0], 4)", "[0, 0], 1)")
+    check_values(OnCpu(), gray.replace("{576, 1, 64, 8}", ""), fired=0)
+
+
 LINES = """
 %x: f64[2, 4, 20] = input
 %w9: f64[4, 1, 9] = input  # static
