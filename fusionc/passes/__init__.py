@@ -27,6 +27,7 @@ from .fft_conv import FftConv
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
 from .large_kernel import LargeKernel
+from .linear_act import LinearActivation
 from .linear_cross_entropy import LinearCrossEntropy
 from .manager import named_approximate, run, run_passes, static_inputs
 from .max_pool import MaxPool
@@ -86,6 +87,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(43, SkinnyLinear(), "graph", "after q/k/v and gate/up are one product; takes in norms before they are kernels"),
     Step(44, TiledMLP(), "graph", "after siblings were merged: a merged product is none of its kind"),
     Step(45, PadMatmul(), "graph", "after siblings were merged: their width together counts"),
+    Step(46, LinearActivation(), "graph", "what serves few rows or merges products goes first; takes aligned sizes only"),
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
     Step(90, Reinplace(), "graph", "late: it gives up the functional form"),
     Step(92, DecodeAttention(), "graph", "takes in the writes into the cache, once they are in place"),

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
 
-_HEAD = '''
+ACTIVATE = '''
 import triton
 import triton.language as tl
 
@@ -122,7 +122,7 @@ def toeplitz(kernel: int, group: int, ahead: int, held: bool = False) -> str:
     """
     rows = range(group)
     last = kernel + group - 1
-    lines = [_HEAD, _ROWS.replace("GROUP", str(group))]
+    lines = [ACTIVATE, _ROWS.replace("GROUP", str(group))]
     lines += [f"    t{r} = tl.full((BM, TW), 0.0, tl.float32)" for r in rows]
 
     def load(name: str, u: str, indent: str) -> list[str]:
@@ -235,7 +235,7 @@ def direct(
     offsets = sorted({o * stride[1] + j * dilation[1] for o in range(strip) for j in range(kw)})
     last = (across - 1) * strip * stride[1] - padding[1]
     lines = [
-        _HEAD,
+        ACTIVATE,
         "",
         "@triton.jit",
         "def conv(x, taps, bias, y, strips, BR: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr):",
