@@ -195,7 +195,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     columns = cx.target not in ("cpp", "aten")  # column sums beside row results: worth it where memory is the limit
     for _ in range(12):
         clock = time.perf_counter()
-        grouper = Grouper(cx.gm.graph, cx.device, never, alone, cx.alike)
+        grouper = Grouper(cx.gm.graph, cx.device, never, alone, cx.alike, cx.target not in ("cpp", "aten"))
         units = grouper.run()
         cx.record.timings["group"] = cx.record.timings.get("group", 0.0) + time.perf_counter() - clock
         clock = time.perf_counter()

@@ -48,6 +48,7 @@ from .stacked_sum import StackedSum
 from .strided_conv import StridedConv
 from .strip import Strip
 from .tiled_mlp import TiledMLP
+from .two_step_variance import TwoStepVariance
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(26, OuterProduct(), "graph", "before products are merged: this one is none"),
     Step(27, DepthwiseBackward(), "graph", "what it makes are kernels' calls, which later passes leave alone"),
     Step(28, DepthwiseCPU(), "graph", "like the next one, with a kernel for the CPU"),
+    Step(29, TwoStepVariance(), "graph", "after equal nodes are one: its differences are to be made twice, not stored"),
     Step(30, Depthwise(), "graph", "takes the bias along, so before it is split off"),
     Step(31, ConvBias(), "graph", "once equal convolutions are one node"),
     Step(32, MaxPool(), "graph", "moves in front of the bias that was just split off"),

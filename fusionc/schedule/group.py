@@ -21,6 +21,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from ..graph.parallel import along_rows, scarce
 from ..ir.alike import Alike
 from ..ir.expr import ONE, ZERO, Index, Var, index, substitute
 from ..ir.lowering.registry import DTYPE_NAME, LOWERINGS, Lowering, shape_of
@@ -31,9 +32,6 @@ from ..ir.value import Context, Value, normalize_dim, numel
 Idx = tuple[Index, ...]
 MAX_MEMBERS = 96
 MAX_INPUTS = 28
-# A reduction with fewer rows than this and a longer axis than that is split over programs (schedule/split.py).  Of a shorter
-# axis one program makes less than the launch of a second kernel would cost.
-FEW_ROWS, LONG_AXIS = 32, 16384
 # Groups that only share an operand are merged if they are at most this many nodes apart: results must not wait in memory.
 SIBLING_REACH = 48
 
@@ -138,7 +136,9 @@ class Grouper:
         never: dict[Node, str] | None = None,
         alone: set[Node] | None = None,
         alike: Alike | None = None,
+        gpu: bool | None = None,
     ):
+        self.gpu = device.type != "cpu" if gpu is None else gpu  # whose kernels these are, wherever the tensors may be
         self.graph = graph
         self.alike = alike or Alike()
         self.device = device
@@ -546,7 +546,13 @@ class Grouper:
         length = 1
         for v in g.axis:
             length *= hint(v.extent)
-        g.split |= rows < FEW_ROWS and length >= LONG_AXIS
+        g.split |= self._scarce(node, dims, rows, length)
+
+    def _scarce(self, node: Node, dims: Any, rows: int, length: int) -> bool:
+        """Is this reduction to be split over programs? (A C++ kernel shares columns among threads by itself.)"""
+        operand = next((a for _, a in tensor_args(node)), None)
+        like = operand.meta["val"] if operand is not None else None
+        return scarce(rows, length, self.gpu and bool(dims) and along_rows(like, dims))
 
     def _commit(self, node: Node, g: Group) -> None:
         g.nodes.append(node)
@@ -716,7 +722,7 @@ class Grouper:
             length = 1
             for v in on:
                 length *= hint(v.extent)
-            if rows < FEW_ROWS and length >= LONG_AXIS and not self._private(g, node):
+            if self._scarce(node, dims, rows, length) and not self._private(g, node):
                 return False
             g.axis = on
             g.loops = [v for v in g.loops if v not in on]
@@ -943,7 +949,7 @@ class Grouper:
                 count *= hint(v.extent)
             for v in rows.axis:
                 length *= hint(v.extent)
-            if count < FEW_ROWS and length >= LONG_AXIS:
+            if scarce(count, length, False):
                 return False
         if self._reaches([h], g) or self._reaches([g], h):
             return False
