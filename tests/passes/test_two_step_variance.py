@@ -58,7 +58,8 @@ def test_batch_norm_is_three_kernels_that_fill_a_gpu() -> None:
     norm = torch.nn.BatchNorm2d(16).bfloat16()
     torch._dynamo.reset()
     with collect() as records:
-        torch.compile(lambda x: norm(x).relu(), backend="fusionc", options={"target": "sm_90", "cache": False, "passes": [PASS]})(x)
+        options = {"target": "sm_90", "cache": False, "passes": [PASS]}
+        torch.compile(lambda x: norm(x).relu(), backend="fusionc", options=options)(x)
     names = [k.name for r in records for k in r.kernels]
     assert [n.rpartition("_")[2] for n in names if "part" in n] == ["part0", "part1", "part0", "part1"]
     assert len(names) <= 6, names
