@@ -251,9 +251,8 @@ def _compile_candidates(point: tuple[int, int, int, str], x: Any, weight: Any, b
     k, c, p, layout = point
     half, last = (k // 2, k // 2), layout == "nhwc"
     shape = runtime.Shape(c, (p, p), (k, k), (1, 1), half, (1, 1), x.dtype, last, True, "gelu")
-    taps = torch.empty(k, k, c, device=x.device)
     for how in runtime.candidates(shape, x.shape[0]):
-        runtime.prepare(how, shape, x, taps, bias)
+        runtime.prepare(how, shape, x.shape[0], torch.float32, bias.dtype, x.device)
 
 
 def _choice() -> str:

@@ -4,6 +4,7 @@
     python -m benchmarks.gpu --json gpu.json --resume --warm                     # go on where the last call stopped
     python -m benchmarks.gpu --backends eager,inductor:max-autotune,fusionc:max-autotune --limit 600 --only llama
     python -m benchmarks.gpu --models --json models.json                         # 20 further models
+    python -m benchmarks.gpu --conv-models --json conv_models.json               # 8 convolutional networks
     python -m benchmarks.gpu --render gpu.json models.json --svg gpu.svg         # table and plot of earlier runs
     python -m benchmarks.gpu --device cpu --tiny --backends eager,aot_eager      # the same code paths without a GPU
 
@@ -130,10 +131,16 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
 
 def workloads() -> dict[str, Any]:
     """All workloads by name: the table's, then the further models."""
+    return {w.name: w for some in sets().values() for w in some}
+
+
+def sets() -> dict[str, Any]:
+    """The sets of workloads by the option that chooses them; the table's has none."""
+    from .conv_models import CONV_MODELS, OTHER
     from .gpu_models import MODELS
     from .gpu_workloads import WORKLOADS
 
-    return {w.name: w for w in (*WORKLOADS, *MODELS)}
+    return {"": WORKLOADS, "models": MODELS, "conv": CONV_MODELS, "conv-other": OTHER}
 
 
 def prime() -> None:
@@ -502,6 +509,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", help="workloads whose name contains one of these words")
     parser.add_argument("--models", action="store_true", help="the 20 further models instead of the table's workloads")
+    parser.add_argument("--conv-models", nargs="?", const="conv", choices=("conv", "conv-other"),
+                        help="8 convolutional networks; conv-other: in the layout that is worse for the peers")  # fmt: skip
     parser.add_argument(
         "--backends", default="eager,inductor,inductor:reduce-overhead,fusionc", help="name or name:mode"
     )
@@ -538,12 +547,9 @@ def main(argv: list[str] | None = None) -> int:
         rows, facts = read(args.render)
         show([r for r in rows.values() if matches(r["name"], args.only)], backends, facts, args.svg)
         return 0
-    from .gpu_models import MODELS
-    from .gpu_workloads import WORKLOADS
-
-    chosen = [w for w in (MODELS if args.models else WORKLOADS) if matches(w.name, args.only)]
+    chosen = [w for w in sets()["models" if args.models else args.conv_models or ""] if matches(w.name, args.only)]
     if args.list or not chosen:
-        print("\n".join(w.name for w in (*WORKLOADS, *MODELS)))
+        print("\n".join(workloads()))
         return 0 if args.list else 2
     if args.logs:
         os.makedirs(args.logs, exist_ok=True)

@@ -20,6 +20,7 @@ from benchmarks import (  # noqa: E402
     common,
     compile_time,
     conv,
+    conv_models,
     cpu,
     gpu,
     gpu_models,
@@ -57,7 +58,19 @@ def test_cpu_command_writes_what_it_prints(tmp_path, capsys):
 
 def test_conv_command_writes_what_it_prints(tmp_path, capsys):
     path = tmp_path / "conv.json"
-    arguments = ["--device", "cpu", "--tiny", "--sizes", "3", "--kinds", "conv-train", "--peers", "eager", "--jobs", "2"]
+    arguments = [
+        "--device",
+        "cpu",
+        "--tiny",
+        "--sizes",
+        "3",
+        "--kinds",
+        "conv-train",
+        "--peers",
+        "eager",
+        "--jobs",
+        "2",
+    ]
     assert conv.main([*arguments, "--repeat-ms", "1", "--json", str(path)]) == 0
     result = json.loads(path.read_text())
     assert [(r["layout"], r["check"]["ok"]) for r in result["block"]] == [("nchw", True), ("nhwc", True)]
@@ -232,8 +245,24 @@ def test_gpu_workloads_run_without_a_gpu(name, tmp_path, capsys):
 
 
 def test_gpu_workloads_have_distinct_names():
-    names = [w.name for w in (*gpu_workloads.WORKLOADS, *gpu_models.MODELS)]
-    assert len(names) == len(set(names)) == 24 + 20
+    sets = (gpu_workloads.WORKLOADS, gpu_models.MODELS, conv_models.CONV_MODELS, conv_models.OTHER)
+    names = [w.name for some in sets for w in some]
+    assert len(names) == len(set(names)) == 24 + 20 + 2 * 8 and list(gpu.workloads()) == names
+
+
+@pytest.mark.parametrize("name", [w.name for w in (*conv_models.CONV_MODELS, *conv_models.OTHER[:3])])
+def test_convolutional_networks_run_without_a_gpu_and_stay_finite(name):
+    where = gpu_workloads.Where("cpu", "tiny")
+    if not name.startswith(("convnext", "replknet", "unireplknet")):
+        pytest.importorskip("timm")
+    case = gpu.workloads()[name].build(where)
+    inputs = case.inputs(1)
+    (out,), (ref,) = common.step(case, case.fn, inputs), common.reference(case, inputs)
+    assert out.shape == (2, 1000) and out.dtype == torch.bfloat16 and not case.fn.training
+    assert 0.02 < ref.std() < 20  # neither dying out nor growing
+    assert (out - ref).norm() < 0.25 * ref.norm()
+    for norm in (m for m in case.fn.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        assert norm.running_var.min() > 0 and norm.running_mean.abs().max() > 0
 
 
 def test_gpu_command_survives_a_failing_workload_and_goes_on(tmp_path, capsys):
@@ -308,7 +337,10 @@ def test_removal_counts_and_compares(tmp_path):
     removal.main(["--device", "cpu", "--shape", "tiny", "--prompt", "16", "--batch", "2", "--context", "8", "--rounds", "1",
                   "--json", str(path)])  # fmt: skip
     result = json.loads(path.read_text())
-    assert [r["layers"] for r in result["score"]] == [6, 6] and {r["name"] for r in result["speed"]} == {"prefill", "decode"}
+    assert [r["layers"] for r in result["score"]] == [6, 6] and {r["name"] for r in result["speed"]} == {
+        "prefill",
+        "decode",
+    }
     for row in result["speed"]:
         assert set(row["ms"]) == {f"{a} {b}" for a in ("whole", "pruned") for b in ("eager", "fusionc")}
         assert max(row["against_eager"].values()) < 1e-4 and row["graphs"]["pruned"]["kernels"] > 0

@@ -1,8 +1,8 @@
 """fusionc::depthwise_conv: one filter a channel, bias and activation, with kernels for large filters.
 
-Math       y[n, c, p, q] = f(b[c] + Σᵢⱼ taps[i, j, c] x[n, c, s p + d i − P, s q + d j − P]),  zero outside of x
-Shapes     x [N, C, H, W] contiguous or channels-last, floating; taps [kh, kw, C] and bias [C] of x's dtype or float32;
-           activation "", "relu", "gelu", "gelu_tanh", "silu" → [N, C, H', W'] of x's dtype and layout
+Math       y[n, c, p, q] = f(b[c] + Σᵢⱼ taps[i, j, c] x[n, c / m, s p + d i − P, s q + d j − P]),  zero outside of x
+Shapes     x [N, C / m, H, W] contiguous or channels-last, floating; taps [kh, kw, C] and bias [C] of x's dtype or float32;
+           activation "", "relu", "gelu", "gelu_tanh", "silu" → [N, C, H', W'] of x's dtype and layout; m is 1 nearly always
 Gradient   of the taps: ``depthwise_conv_weight`` (stride 1); of x: the same operator with the taps turned round; no
            autograd rule: they stand in inference graphs and, after AOTAutograd, in forward and backward graphs
 Source     ``codegen/templates/depthwise_conv.py`` has the kernels and their sources
@@ -55,7 +55,7 @@ def _fake(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], p
           dilation: Sequence[int], activation: str) -> Tensor:  # fmt: skip
     sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1
              for n, k, s, p, d in zip(x.shape[2:], taps.shape[:2], stride, padding, dilation)]  # fmt: skip
-    return x.new_empty((x.shape[0], x.shape[1], *sizes)).contiguous(memory_format=layout_of(x))
+    return x.new_empty((x.shape[0], taps.shape[2], *sizes)).contiguous(memory_format=layout_of(x))
 
 
 _LIBRARY.define("depthwise_conv_weight(Tensor grad, Tensor x, SymInt[] kernel, SymInt[] padding, SymInt[] dilation) -> Tensor")

@@ -31,6 +31,7 @@ from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
 from .known_numbers import KnownNumbers
 from .large_kernel import LargeKernel
+from .linear_act import LinearActivation
 from .linear_cross_entropy import LinearCrossEntropy
 from .manager import named_approximate, run, run_passes, static_inputs
 from .max_pool import MaxPool
@@ -41,6 +42,7 @@ from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .remove_attention import RemoveAttention
 from .row_major import RowMajor
+from .shared_bmm import SharedBmm
 from .short_attention import ShortAttention
 from .skinny_linear import SkinnyLinear
 from .stacked_sum import StackedSum
@@ -90,10 +92,12 @@ PIPELINE: tuple[Step, ...] = (
     Step(33, StridedConv(), "graph", "a convolution without bias has fewer spellings"),
     Step(34, ConvRelu(), "graph", "takes back the biases that only relu follows"),
     Step(35, ConvAddRelu(), "graph", "those that relu follows after one more sum"),
+    Step(39, SharedBmm(), "graph", "before siblings are merged: what it makes may be some"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
     Step(43, SkinnyLinear(), "graph", "after q/k/v and gate/up are one product; takes in norms before they are kernels"),
     Step(44, TiledMLP(), "graph", "after siblings were merged: a merged product is none of its kind"),
     Step(45, PadMatmul(), "graph", "after siblings were merged: their width together counts"),
+    Step(46, LinearActivation(), "graph", "what serves few rows or merges products goes first; takes aligned sizes only"),
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
     Step(90, Reinplace(), "graph", "late: it gives up the functional form"),
     Step(92, DecodeAttention(), "graph", "takes in the writes into the cache, once they are in place"),

@@ -21,7 +21,7 @@ from ..graph.facts import Facts, dtype, is_view, shape, tensor
 from .base import Match, Pass, Reassociates, Refuse
 
 aten = torch.ops.aten
-_LIBRARY = (aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.max_pool2d_with_indices.default)
+LIBRARY = (aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.max_pool2d_with_indices.default)
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -107,7 +107,7 @@ class ConvMatmul(Pass):
 def _only_libraries_read(node: Node) -> bool:
     """Do only library calls and the graph's caller read it, through views at most? They cannot add a bias."""
     return all(
-        user.op == "output" or user.target in _LIBRARY or is_view(user) and _only_libraries_read(user) for user in node.users
+        user.op == "output" or user.target in LIBRARY or is_view(user) and _only_libraries_read(user) for user in node.users
     )
 
 

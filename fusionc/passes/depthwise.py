@@ -2,9 +2,11 @@
 
 Math       Σ_b conv(x, W_b, β_b) = conv(x, W, Σ β_b),  W[i d_b − p_b + P, …] += W_b[i, …]; then f
 Exactness  reassociates: the branches' sum is taken before the products; one rounding where ATen rounds each step
-Legality   on CUDA, floating, one or two dimensions, groups = channels = output channels, not transposed; dense input
-           whose layout the result shares (contiguous, if of one dimension); branches read one input with one stride, give
-           one size, have frozen weights, and one of them covers the others; nobody reads the values between
+Legality   on CUDA, floating, one or two dimensions, groups = channels = output channels (or a multiple of them,
+           channels-last), not transposed; the result has the layout of a dense input (contiguous, if of one dimension), and
+           another input is copied first, as ATen does;
+           branches read one input with one stride, give one size, have frozen weights, and one of them covers the others;
+           nobody reads the values between
 Cost       ATen's kernels take 8 to 70 ms for a 31×31 filter where the matrix units need 0.3; bias, activation and the
            branches' sums were a read and a write each
 Source     Ding et al., RepLKNet (arXiv 2203.06717), structural re-parameterisation found from the graph
@@ -66,13 +68,16 @@ class Depthwise(Pass):
             return Refuse("a size is symbolic", root)
         if max(filters[2:]) == 1 and len(match.convs) == 1:
             return Refuse("one tap is a product", root)
-        last = is_last(x)
-        if not last and not x.is_contiguous():
-            return Refuse("the input is not dense", root)
+        last, dense = is_last(x), is_last(x) or x.is_contiguous()
+        if not dense:  # some of the channels of a larger image, say
+            last = is_last(like)
+        if not last and like.shape[1] != x.shape[1]:
+            return Refuse("no kernel of ours for contiguous images with several results a channel", root)
         if not last and (max(conv.args[3]) != 1 or like.dtype not in self.dtypes[:2]):
             return Refuse("no kernel of ours for contiguous images of this dtype and stride", root)
         if not like.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format):
             return Refuse("the result has another layout than the input", root)
+        match.bound["copied"] = None if dense else torch.channels_last if last else torch.contiguous_format
         return None
 
     def replace(self, match: Match, facts: Facts) -> None:
@@ -114,6 +119,8 @@ class Depthwise(Pass):
         with gm.graph.inserting_before(before):
             x, stride = convs[0].args[0], list(lifted(convs[0].args[3], 1))
             line = len(like.shape) == 3  # an image of height one
+            if match.copied is not None:
+                x = edit.insert(gm.graph, aten.clone.default, (x,), {"memory_format": match.copied}, origin=convs)
             if line:
                 x = edit.insert(gm.graph, aten.unsqueeze.default, (x, 2), origin=convs)
             known: dict[str, Any] = {} if line else {"val": tensor(last)}
@@ -141,7 +148,7 @@ def _depthwise(node: Node) -> bool:
     x, w, transposed, groups = shape(node.args[0]), shape(node.args[1]), node.args[6], node.args[8]
     return (
         x is not None and w is not None and len(x) == len(w) in (3, 4) and not transposed and isinstance(groups, int)
-        and groups == x[1] == w[0] and w[1] == 1
+        and groups == x[1] and w[1] == 1 and (w[0] == groups or groups > 1 and w[0] in (2 * groups, 3 * groups, 4 * groups))
     )  # fmt: skip
 
 

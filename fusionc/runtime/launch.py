@@ -533,6 +533,7 @@ class TritonKernel:
         with self._lock:
             built = self._variants.get(wide)
             if built is None:
+                ready.wait()  # whoever asks for the driver first builds it
                 from triton.runtime import driver
 
                 with torch.cuda.device(self._index()):

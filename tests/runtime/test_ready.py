@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
 from typing import Any
 
 import pytest
+import torch
 
 from fusionc.runtime import launch, ready
+from fusionc.runtime.device import known
+from fusionc.schedule.rules_triton import default_plan
+from tests.codegen import kernels
 
+CASE = next(c for c in kernels.cases() if not c.kernel.sizes)
 TEXT = """
 import triton
 import triton.language as tl
@@ -85,3 +91,28 @@ def test_triton_remembers_the_hash_of_its_libraries() -> None:
 
     ready._hash_libraries()
     assert triton_key.cache_info().currsize == 1
+
+
+def test_who_asks_for_the_driver_waits_too(fresh: list[threading.Event]) -> None:
+    from fusionc.runtime.templates import Template
+
+    ready.begin(force=True)
+    device = torch.device("cpu")
+    kernel = Template(TEXT, "nothing", ("*fp32",), (), device, 4)
+    generated: Any = launch.TritonKernel(
+        TEXT, "nothing", CASE.kernel, default_plan(CASE.kernel, CASE.sizes, known("sm_90"))
+    )
+    users = [threading.Thread(target=lambda k=k: _quietly(k)) for k in (kernel.prepare, generated.compile)]
+    for user in users:
+        user.start()
+    users[0].join(0.2)
+    assert all(user.is_alive() for user in users)
+    fresh[0].set()
+    for user in users:
+        user.join(20)
+    assert not any(user.is_alive() for user in users)
+
+
+def _quietly(f: Any) -> None:
+    with contextlib.suppress(Exception):  # there is no GPU
+        f()

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
 
-_HEAD = '''
+ACTIVATE = '''
 import triton
 import triton.language as tl
 
@@ -122,7 +122,7 @@ def toeplitz(kernel: int, group: int, ahead: int, held: bool = False) -> str:
     """
     rows = range(group)
     last = kernel + group - 1
-    lines = [_HEAD, _ROWS.replace("GROUP", str(group))]
+    lines = [ACTIVATE, _ROWS.replace("GROUP", str(group))]
     lines += [f"    t{r} = tl.full((BM, TW), 0.0, tl.float32)" for r in rows]
 
     def load(name: str, u: str, indent: str) -> list[str]:
@@ -215,10 +215,11 @@ def weight(x, grad, out, rows, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr
 
 def direct(
     channels: int, height: int, width: int, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
-    dilation: tuple[int, int], strip: int, block: int
+    dilation: tuple[int, int], strip: int, block: int, times: int = 1
 ) -> str:  # fmt: skip
     """Text of ``conv(x, taps, bias, y, strips, BR, BIAS, ACTIVATION)`` with everything else as literals.
 
+    ``channels`` are the result's; ``times`` of them in a row read one channel of the input.
     A strip is ``strip`` pixels of a line; ``strips`` counts those of all images. ``block`` is the number of channels per
     program (a power of two). Only the loop over the kernel's rows stays a loop: unrolled whole, a 7×7 kernel takes ten
     times as long to compile and is no faster.
@@ -227,13 +228,14 @@ def direct(
     out = out_sizes((height, width), kernel, stride, padding, dilation)
     across = -(-out[1] // strip)
     blocks = -(-channels // block)
-    whole = channels % block == 0
+    whole, pixel = channels % block == 0, channels // times
+    read = "c" if times == 1 else f"(c // {times})"
     lane = "" if whole else " & lane[None, :]"
     given = "" if whole else ", mask=lane, other=0.0"
     offsets = sorted({o * stride[1] + j * dilation[1] for o in range(strip) for j in range(kw)})
     last = (across - 1) * strip * stride[1] - padding[1]
     lines = [
-        _HEAD,
+        ACTIVATE,
         "",
         "@triton.jit",
         "def conv(x, taps, bias, y, strips, BR: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr):",
@@ -247,17 +249,17 @@ def direct(
         f"    n = (strip // {out[0] * across}).to(tl.int64)",
         f"    top = p * {stride[0]} - {padding[0]}",
         f"    left = q * {strip * stride[1]} - {padding[1]}",
-        f"    corner = x + (n * {height * width * channels} + (top * {width} + left) * {channels})[:, None] + c[None, :]",
+        f"    corner = x + (n * {height * width * pixel} + (top * {width} + left) * {pixel})[:, None] + {read}[None, :]",
         "    weights = taps + c",
     ]
     lines += [f"    t{o} = tl.full((BR, {block}), 0.0, tl.float32)" for o in range(strip)]
     lines.append(f"    for i in range({kh}):")
     lines.append(f"        line = top + i * {dilation[0]}")
     lines.append(f"        inside = live & (line >= 0) & (line < {height})")
-    lines.append(f"        pixels = corner + i * {dilation[0] * width * channels}")
+    lines.append(f"        pixels = corner + i * {dilation[0] * width * pixel}")
     for k in offsets:
         test = _inside("left", k, padding[1], last, width)
-        lines.append(f"        x{k} = tl.load(pixels + {k * channels}, mask=(inside{test})[:, None]{lane}, other=0.0)")
+        lines.append(f"        x{k} = tl.load(pixels + {k * pixel}, mask=(inside{test})[:, None]{lane}, other=0.0)")
     for j in range(kw):
         lines.append(f"        w = tl.load(weights + i * {kw * channels} + {j * channels}{given}).to(tl.float32)[None, :]")
         lines += [f"        t{o} += x{o * stride[1] + j * dilation[1]}.to(tl.float32) * w" for o in range(strip)]

@@ -1,0 +1,49 @@
+"""fusionc::linear_act: a linear layer of many rows and its activation in one kernel, where that is faster.
+
+Math       f(x Wᵀ + b)
+Shapes     x [M, K] of rows with dense elements; weight [N, K]; bias [N] or none; one half-precision dtype (any on a CPU);
+           activation "relu", "gelu", "gelu_tanh", "silu" → [M, N] of that dtype
+Gradient   no autograd rule: it stands in inference graphs
+Source     ``codegen/templates/linear_act.py``; the library's product and ATen's activation are a candidate, too
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import late
+
+_LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
+_LIBRARY.define("linear_act(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor")
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = x.to(wide) @ weight.to(wide).t()
+    y = y if bias is None else y + bias.to(wide)
+    y = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
+         "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh")}[activation](y)  # fmt: skip
+    return y.to(x.dtype).contiguous()
+
+
+def _launcher() -> Callable[..., Tensor]:
+    found = importlib.import_module("fusionc.runtime.linear_act").linear_act
+
+    def launch(x: Tensor, *args: object) -> Tensor:
+        with torch.cuda.device_of(x):
+            return found(x, *args)
+
+    return launch
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+_LIBRARY.impl("linear_act", _reference, "CPU")
+_LIBRARY.impl("linear_act", late(_launcher, "linear_act", _reference), "CUDA")
+torch.library.register_fake("fusionc::linear_act", _fake, lib=_LIBRARY)
