@@ -48,8 +48,8 @@ def watch_wrap() -> None:
     """Keep what `cudagraph.wrap` sees, and put torch's trees in the place of our runner if asked."""
     real = cudagraph.wrap
 
-    def wrap(call: Any, program: Any, record: Any, config: Any, device: Any, target: str) -> Any:
-        made = _under_trees(call, record) if _trees else real(call, program, record, config, device, target)
+    def wrap(call: Any, program: Any, record: Any, config: Any, device: Any, target: str, *more: Any) -> Any:
+        made = _under_trees(call, record) if _trees else real(call, program, record, config, device, target, *more)
         _saved.update(call=call, made=made, runner=getattr(made, "cudagraph", None), args=None, record=record)
 
         def first(args: list[Any]) -> Any:

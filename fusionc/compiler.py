@@ -700,9 +700,17 @@ def _compiled(cx: Context, program: prog.Program) -> Callable[[list[Any]], Any]:
     instead = {}
     if cx.device.type == "cuda":
         instead = {name: kernel for name, value in program.constants.items() if (kernel := ops.direct(value)) is not None}
-    call = program.compile({**_namespace(cx), **rescue.entry(program, cx.loops)}, cx.record.name, instead)
-    call = device.on_device(call, cx.device)
-    return cudagraph.wrap(call, program, cx.record, cx.config, cx.device, cx.target)
+    space, loops, name, strict = _namespace(cx), cx.loops, cx.record.name, cx.config.strict
+
+    def build(part: prog.Program, label: str = "") -> Callable[[list[Any]], Any]:
+        call = part.compile({**space, **rescue.entry(part, loops)}, name + label, instead)
+        return device.on_device(call, where)
+
+    def half(part: prog.Program) -> Callable[[list[Any]], Any]:
+        return rescue.guarded(build(part, f", {len(part.steps)} steps"), strict)
+
+    where = cx.device
+    return cudagraph.wrap(build(program), program, cx.record, cx.config, where, cx.target, half)
 
 
 def _stable_inputs(cx: Context) -> frozenset[Node]:

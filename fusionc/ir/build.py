@@ -112,7 +112,9 @@ class Builder:
             return self.value(node.args[0])[node.args[1]]  # type: ignore[arg-type]
         args = torch.fx.node.map_arg(node.args, self.value)
         kwargs = torch.fx.node.map_arg(node.kwargs, self.value)
-        return LOWERINGS[node.target].fn(self.ctx, node, *args, **kwargs)
+        low = LOWERINGS[node.target]
+        found = low.fn(self.ctx, node, *args, **kwargs)
+        return _whole_rows(found) if low.kind == "reduce" and node in self.members and isinstance(found, Value) else found
 
     def _load(self, node: Node) -> Value:
         val = node.meta["val"]
@@ -157,6 +159,16 @@ def _root_target(node: Node) -> Any:
     while node.target is operator.getitem:
         node = node.args[0]  # type: ignore[assignment]
     return node.target
+
+
+def _whole_rows(x: Value) -> Value:
+    """A reduction of a kernel's own rows: what reads it for a part of a row only still reduces the row once, outside."""
+
+    def at(idx: Idx) -> Expr:
+        inside = all(i is ZERO or (v := i.single_var()) is not None and v.extent is n for i, n in zip(idx, x.shape, strict=True))
+        return x.ctx.unguarded(lambda: x.at(idx)) if inside else x.at(idx)
+
+    return Value(x.ctx, x.shape, x.dtype, at)
 
 
 def _offset(idx: Idx, stride: Idx) -> Index:

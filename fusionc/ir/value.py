@@ -37,6 +37,14 @@ class Context:
             other = cast(other, inner.dtype)
         return op("where", (cond, inner, other), inner.dtype)
 
+    def unguarded(self, make: Callable[[], Expr]) -> Expr:
+        """``make()`` as if no guard were in force: for what may be read anywhere."""
+        saved, self.guard = self.guard, None
+        try:
+            return make()
+        finally:
+            self.guard = saved
+
 
 class Value:
     """A tensor that is not (necessarily) in memory.  `at(idx)` is in `compute_dtype(dtype)`."""

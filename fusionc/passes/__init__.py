@@ -12,6 +12,7 @@ from .attention_inputs import AttentionInputs
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
 from .bn_conv import BatchNormConv
 from .causal_mask import CausalMask
+from .conv1d_layout import Conv1dLayout
 from .conv_add_relu import ConvAddRelu
 from .conv_bias import ConvBias
 from .conv_bn import ConvBatchNorm
@@ -74,6 +75,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(9, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
     Step(10, AttentionInputs(), "model", "once masks and repeated heads are gone, which decide the kernel that is asked for"),
     Step(11, None, "model", "the user's model passes see what ours left"),
+    Step(17, Conv1dLayout(), "graph", "before the next one: behind a turned convolution rows are in order"),
     Step(18, RowMajor(), "graph", "before copies that it makes needless are stripped"),
     Step(19, KnownNumbers(), "graph", "before the marks of what the trace made itself are stripped, and while equal ones differ"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),

@@ -21,7 +21,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..graph import edit
-from ..graph.facts import Facts, nodes_of, packet_name, same_layout, same_sizes, shape, tensor, value
+from ..graph.facts import Facts, nodes_of, packet_name, same_layout, same_sizes, shape, stride, tensor, value
 from .base import Exact, Match, Pass, Refuse
 
 aten = torch.ops.aten
@@ -51,7 +51,7 @@ class RowMajor(Pass):
         val = tensor(rows)
         assert val is not None
         straight = edit.fake_empty(val, tuple(val.shape))
-        found, refusal = _downstream(rows, straight, facts)
+        found, refusal = downstream(rows, straight, facts)
         match.values.update(found)
         return refusal
 
@@ -82,7 +82,7 @@ def _across(node: Any) -> bool:
     return torch.ops.aten.is_non_overlapping_and_dense.default(val) if not val.is_contiguous() else False
 
 
-def _downstream(node: Node, new: torch.Tensor, facts: Facts) -> tuple[dict[Node, Any], Refuse | None]:
+def downstream(node: Node, new: torch.Tensor, facts: Facts) -> tuple[dict[Node, Any], Refuse | None]:
     """New fake values of ``node`` and what reads it, to where layouts agree again; or why that cannot be."""
     found: dict[Node, Any] = {node: new}
     stack = set(node.users)
@@ -100,9 +100,8 @@ def _downstream(node: Node, new: torch.Tensor, facts: Facts) -> tuple[dict[Node,
                 return found, Refuse("a reader looks at strides", user)
             if target._schema.is_mutable:
                 return found, Refuse("a reader writes", user)
-            if _pointwise(user) and any(_across(a) for a in nodes_of(user.args) if a not in found and
-                                        same_sizes(shape(a), shape(user))):  # fmt: skip
-                return found, Refuse("another operand lies across the rows too", user)
+            if _pointwise(user) and _mixed(user, found):
+                return found, Refuse("another operand lies the other way", user)
         mode = edit.fake_mode_of(list(found.values()))
         try:
             with torch.no_grad(), mode if mode is not None else nullcontext():
@@ -116,6 +115,13 @@ def _downstream(node: Node, new: torch.Tensor, facts: Facts) -> tuple[dict[Node,
         found[user] = made
         stack.update(user.users)
     return found, None
+
+
+def _mixed(user: Node, found: dict[Node, Any]) -> bool:
+    """An operand of full size, whose layout stays, has other strides than one whose layout changes."""
+    full = [a for a in nodes_of(user.args) if same_sizes(shape(a), shape(user))]
+    new = [found[a].stride() for a in full if a in found]
+    return any(stride(a) != n for a in full if a not in found for n in new)
 
 
 def _same(a: Any, b: Any) -> bool:

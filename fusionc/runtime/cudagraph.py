@@ -1,11 +1,11 @@
 """CUDA graphs around a Program: its launches are recorded once and then sent to the GPU with one call.
 
 What a caller sees stays what it is without them.  Results are copied out of the graph's memory (unless they are inputs,
-views of inputs or constants), so a later call never overwrites an earlier result.  Inputs that do not move (parameters,
-buffers, key/value caches) are recorded where they lie, all others are copied into buffers of the recording.  Nothing is
-believed about which is which: in the first calls, which run plainly, we look; and at every later call the addresses of
-the inputs recorded in place are compared with those recorded.  A difference means another recording (of the few kept, or
-a new one), never a wrong read.  Inputs that the graph writes are never copied.
+views of inputs or constants, or large: `cudagraph_halves`), so a later call never overwrites an earlier result.  Inputs
+that do not move (parameters, buffers, key/value caches) are recorded where they lie, all others are copied into buffers
+of the recording.  Nothing is believed about which is which: in the first calls, which run plainly, we look; and at every
+later call the addresses of the inputs recorded in place are compared with those recorded.  A difference means another
+recording (of the few kept, or a new one), never a wrong read.  Inputs that the graph writes are never copied.
 
 Not recorded, with the reason in the record: graphs with dynamic sizes, numbers or CPU tensors among the inputs,
 operators that wait for the GPU, collectives, training graphs (every saved activation would be copied).  Random operators
@@ -34,6 +34,7 @@ from ..codegen.program import Call, Launch, Program
 from ..config import Config
 from ..errors import warn_once
 from ..record import GraphRecord
+from . import cudagraph_halves
 from .cudagraph_device import Boxed, Gpu, pointer
 from .cudagraph_rules import dearer, obstacle, wanted, written_arguments
 
@@ -42,6 +43,7 @@ WARMUP = 2  # plain calls before the first recording
 SMALL = 1 << 20  # bytes of an input that is copied rather than recorded anew when it moves
 FEW = 10  # replays below which a recording was wasted
 WASTED = 4  # wasted recordings in a row after which a Program is left alone
+LARGE = 64 << 20  # bytes of a result that is worth a launch outside of the recording rather than a copy
 AUTO_POOL = 1 << 30  # bytes of graph memory that "auto" may take for one recording
 AUTO_HOST_US = 40.0  # host time of a plain call below which there is nothing to win
 # The events of a call that waits for the host stand as far apart as its launches, and some: up to 1.4 times the host's time
@@ -98,6 +100,9 @@ class Recording:
     layouts: list[tuple[Any, Any, torch.dtype]] = field(default_factory=list)  # of the copies of `sources`
     makers: list[Maker] = field(default_factory=list)
     plain: bool = False  # results are exactly the copies, in order
+    tail: Boxed | None = None  # what runs plainly after the replay, on the values of `rest`
+    rest: list[Maker] = field(default_factory=list)
+    late: tuple[int, ...] = ()  # positions of its results among all
     used: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
@@ -141,6 +146,11 @@ def _copy_number(k: int) -> Maker:
 def _view_of_copy(k: int, t: torch.Tensor) -> Maker:
     like, place = t.new_empty(0), (t.storage_offset(), t.shape, t.stride())
     return lambda args, copies: like.new_empty(0).set_(copies[k].untyped_storage(), *place)
+
+
+def _as_it_is(t: torch.Tensor, given: Sequence[Any]) -> Maker:
+    """An argument, or what lies in the memory of the graph."""
+    return next((_argument(k) for k, a in enumerate(given) if a is t), _value(t))
 
 
 def _plan_results(r: Recording, results: Sequence[Any], given: Sequence[Any], constants: Sequence[Any], kind: str) -> None:
@@ -195,8 +205,12 @@ def _plan_results(r: Recording, results: Sequence[Any], given: Sequence[Any], co
 class Runner:
     """The plain callable of a Program, and its recordings.  Call it like the Program: one list, which it empties."""
 
-    def __init__(self, call: Boxed, program: Program, record: GraphRecord, auto: bool, gpu: Any) -> None:
+    def __init__(self, call: Boxed, program: Program, record: GraphRecord, auto: bool, gpu: Any,
+                 build: Callable[[Program], Boxed] | None = None) -> None:  # fmt: skip
         self.call, self.record, self.auto, self.gpu = call, record, auto, gpu
+        self._program, self._build = program, build
+        self._large: list[int] = []  # positions of large results
+        self._halves: tuple[Boxed, Boxed, cudagraph_halves.Halves] | None = None
         self.off = ""
         self.kept: list[Recording] = []  # the last used one is the last
         self.last: Recording | None = None
@@ -241,11 +255,17 @@ class Runner:
             r.graph.replay()
             if copies:
                 _copy(copies, r.sources)
+            late = r.tail([make(args, copies) for make in r.rest]) if r.tail is not None else ()  # before another replay
             r.used += 1
             self.replays += 1
         if r.written:
             torch.autograd.graph.increment_version([args[i] for i in r.written])
         results = tuple(copies) if r.plain else tuple([make(args, copies) for make in r.makers])
+        if r.late:
+            found = list(results)
+            for k, value in zip(r.late, late, strict=True):
+                found.insert(k, value)
+            results = tuple(found)
         args.clear()
         return results
 
@@ -302,6 +322,7 @@ class Runner:
             timer.stop()
             self._timer = timer
         self._written.update(k for k, (a, v) in enumerate(zip(tensors, before)) if v >= 0 and a._version != v)
+        self._large = [k for k, t in enumerate(results) if isinstance(t, torch.Tensor) and t.nbytes >= LARGE]
         self.plain_calls += 1
         if len(self._threads) < 64:
             self._threads.add(threading.get_ident())
@@ -401,7 +422,8 @@ class Runner:
                         raise Unfit("an input that moves overlaps itself")
                     given[i] = torch.empty_strided(args[i].size(), args[i].stride(), dtype=args[i].dtype, device=gpu.device)
                     given[i].copy_(args[i].detach())  # real values: an operator may look at them on the host
-            graph, results = gpu.record(self.call, list(given))
+            split = self._split()
+            graph, results = gpu.record(split[0] if split is not None else self.call, list(given))
         except Unfit:
             raise
         except Exception as e:  # noqa: BLE001 - nothing was executed: the plain call is still right
@@ -409,7 +431,13 @@ class Runner:
         pointers = [0 if i in self._copied else pointer(a) for i, a in enumerate(args)]
         written = tuple(sorted(i for i in self._written if not args[i].is_inference()))
         r = Recording(graph, fixed, pointers, moved, [given[i] for i in moved], written, bytes_in=bytes_in)
+        if split is not None:
+            _, r.tail, parts = split
+            rest, results = results[len(parts.early) :], results[: len(parts.early)]
+            r.late, r.rest = parts.late, [_as_it_is(t, given) for t in rest]
+            del rest
         _plan_results(r, results, given, self._constants, gpu.kind)
+        r.plain = r.plain and not r.late
         del results
         self._afford(bytes_in + r.bytes_out)
         if self.auto and gpu.reserved() - reserved > AUTO_POOL:
@@ -427,8 +455,17 @@ class Runner:
             f"recorded {self.recordings} × {self.steps} launches and calls: {len(fixed)} inputs in place "
             f"({len(self._written)} of them written), {len(moved)} copied ({bytes_in} B), "
             f"{len(r.sources)} results copied ({r.bytes_out} B)"
+            + (f", {len(r.late)} large ones made by plain calls after it" if r.late else "")
         )
         return r
+
+    def _split(self) -> tuple[Boxed, Boxed, cudagraph_halves.Halves] | None:
+        """The Program as two callables where large results are made by its last operations."""
+        if self._large and self._build is not None and self._halves is None:
+            found = cudagraph_halves.cut(self._program, self._large)
+            if found is not None:
+                self._halves = self._build(found.head), self._build(found.tail), found
+        return self._halves
 
     def _afford(self, copied: int) -> None:
         """In "auto" copies must be small beside the work."""
@@ -445,8 +482,12 @@ def _copy(to: list[torch.Tensor], source: list[torch.Tensor]) -> None:
         torch._foreach_copy_(to, source)
 
 
-def wrap(call: Boxed, program: Program, record: GraphRecord, config: Config, device: torch.device, target: str) -> Boxed:
-    """`call`, with CUDA graphs where the options want them and the Program allows; says so in `record.cudagraph`."""
+def wrap(call: Boxed, program: Program, record: GraphRecord, config: Config, device: torch.device, target: str,
+         build: Callable[[Program], Boxed] | None = None) -> Boxed:  # fmt: skip
+    """`call`, with CUDA graphs where the options want them and the Program allows; says so in `record.cudagraph`.
+
+    ``build`` makes the plain callable of a part of the Program.
+    """
     verdict, reason = wanted(config, record.stage, device, target)
     if verdict != "no":
         reason = obstacle(program, record, verdict == "auto")
@@ -454,7 +495,7 @@ def wrap(call: Boxed, program: Program, record: GraphRecord, config: Config, dev
         record.cudagraph = f"not used: {reason}" if reason else ""
         return call
     index = device.index if device.index is not None else torch.cuda.current_device()
-    runner = Runner(call, program, record, verdict == "auto", gpu_of(index))
+    runner = Runner(call, program, record, verdict == "auto", gpu_of(index), build)
 
     def with_graphs(args: list[Any]) -> Any:  # a function: the caller hangs attributes on it
         return runner(args)

@@ -639,7 +639,7 @@ class Grouper:
             return False
         if low.kind in ("reduce", "row", "scan"):
             return self._join_row(node, low, g)
-        picked = self._gather_pick(node, g)
+        picked = self._gather_pick(node, g) or self._turned(node, g)
         if picked is not None:
             g.index[node] = picked
             self._commit(node, g)
@@ -674,6 +674,65 @@ class Grouper:
         if shape[d] is not ONE or set(g.axis) != set(idx[d].free):  # type: ignore[union-attr]
             return None
         return tuple([ZERO if k == d else i for k, i in enumerate(idx)])  # type: ignore[misc]
+
+    def _turned(self, node: Node, g: Group) -> Idx | None:
+        """The index of cat([f(x[..., k:]), x[..., :k]], -1) where x is a member and its last dimension the axis.
+
+        Rotary embedding behind a norm of each head: the kernel that has the row reads it twice and need not store it."""
+        if node.target is not torch.ops.aten.cat.default or len(g.axis) != 1 or self.device.type in _NO_TURNS:
+            return None
+        shape = shape_of(node)
+        parts: Any = node.args[0]
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if normalize_dim(dim, len(shape)) != len(shape) - 1 or not 2 <= len(parts) <= 4:  # type: ignore[arg-type]
+            return None
+        found: Idx | None = None
+        for part in parts:
+            idx = self._of_row(part, g, shape)
+            if idx is None or found is not None and any(a is not b for a, b in zip(idx, found)):
+                return None
+            found = idx
+        return found
+
+    def _of_row(self, part: Node, g: Group, shape: Idx) -> Idx | None:
+        """The index of x where ``part`` is made of a slice of x along the axis, one number of one, and x is a member."""
+        while part in self.inline and self.lowered[part].kind == "pointwise":
+            operands = [a for _, a in tensor_args(part)]
+            if len(operands) != 1:
+                return None
+            part = operands[0]
+        base, chain = self.resolve(part)
+        if self.unit.get(base) is not g or base in self.inline or not chain or not self._over_rows(base, g):
+            return None
+        cut, rest = chain[0], chain[1:]
+        if cut.target is not torch.ops.aten.slice.Tensor or len(cut.args) > 4 or cut.kwargs:
+            return None
+        if normalize_dim(cut.args[1] if len(cut.args) > 1 else 0, len(shape)) != len(shape) - 1:  # type: ignore[arg-type]
+            return None
+        whole = shape_of(cut.args[0])  # type: ignore[arg-type]
+        idx = self.forward(rest, g.index[base]) if rest else g.index[base]
+        if len(whole) != len(shape) or any(a is not b for a, b in zip(whole, shape)):
+            return None
+        if idx is None or any(i is None for i in idx) or idx[-1].single_var() is not g.axis[0]:  # type: ignore[union-attr]
+            return None
+        return idx  # type: ignore[return-value]
+
+    def _over_rows(self, node: Node, g: Group) -> bool:
+        """What a member is made of within its group are pointwise operators and plain reductions."""
+        stack, seen = [node], {node}
+        while stack:
+            n = stack.pop()
+            if self.unit.get(n) is g and n not in self.inline:
+                if n.target is operator.getitem or self.lowered[n].kind not in ("pointwise", "reduce"):
+                    return False
+            elif n not in self.inline:
+                continue
+            for _, a in tensor_args(n):
+                base = self.resolve(a)[0]
+                if base not in seen:
+                    seen.add(base)
+                    stack.append(base)
+        return True
 
     def _join_row(self, node: Node, low: Lowering, g: Group) -> bool:
         if g.split:
@@ -1048,6 +1107,9 @@ def numel_hint_any(node: Node) -> int:
 
 def is_external(node: Node, grouper: Grouper) -> bool:
     return node not in grouper.lowered
+
+
+_NO_TURNS = ("cpu",)  # devices where reading a row from two places costs more than storing it: SIMD
 
 
 def _cpu_number(v: Any) -> bool:

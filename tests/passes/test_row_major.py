@@ -48,7 +48,7 @@ def test_the_stream_behind_is_row_major() -> None:
      ["a reader looks at strides (r)"]),
     (TEXT.replace("%v: f32[2, 512, 256] =", "%u: f32[2, 256, 512] =").replace("(%m, [2, 512, 256])", "(%m, [2, 256, 512])\n"
         "%v: f32[2, 512, 256]{131072, 1, 512} = aten.permute(%u, [0, 2, 1])"),
-     ["another operand lies across the rows too (g)"]),
+     ["another operand lies the other way (g)"]),
 ])  # fmt: skip
 def test_refusals(text: str, expected: list[str]) -> None:
     got = refusals(PASS, text)
