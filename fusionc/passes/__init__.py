@@ -11,6 +11,7 @@ from typing import Any
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
 from .bn_conv import BatchNormConv
 from .causal_mask import CausalMask
+from .channels_last import ChannelsLast
 from .conv_bias import ConvBias
 from .conv_bn import ConvBatchNorm
 from .conv_branches import ConvBranches
@@ -68,6 +69,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(8, ConvValues(), "model", "looks at the filters as they are after merging; only with frozen weights"),
     Step(9, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
     Step(10, None, "model", "the user's model passes see what ours left"),
+    Step(19, ChannelsLast(), "graph", "first: every other pass sees its layouts; copies that became none go next"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(21, FftConv(), "graph", "before the convolution is taken by anything else"),
     Step(22, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
