@@ -22,6 +22,7 @@ from .counters import Counters
 from .cse import CommonSubexpressions
 from .decode_attention import DecodeAttention
 from .depthwise import Depthwise
+from .depthwise_affine import DepthwiseAffine
 from .depthwise_backward import DepthwiseBackward
 from .depthwise_cpu import DepthwiseCPU
 from .fft_conv import FftConv
@@ -84,6 +85,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(32, MaxPool(), "graph", "moves in front of the bias that was just split off"),
     Step(33, StridedConv(), "graph", "a convolution without bias has fewer spellings"),
     Step(34, ConvRelu(), "graph", "takes back the biases that only relu follows"),
+    Step(38, DepthwiseAffine(), "graph", "after the convolutions' biases are where they stay"),
     Step(39, SharedBmm(), "graph", "before siblings are merged: what it makes may be some"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
     Step(43, SkinnyLinear(), "graph", "after q/k/v and gate/up are one product; takes in norms before they are kernels"),
