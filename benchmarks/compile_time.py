@@ -33,6 +33,7 @@ from typing import Any
 from .common import (
     Case,
     cache_environment,
+    compile_bytecode,
     compiled,
     counts,
     machine,
@@ -244,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", default=DEFAULT_JSON)
     args = parser.parse_args(argv)
     backends = args.backends.split(",")
+    compile_bytecode()
 
     if "inductor" in backends and not args.count_warmup:
         start = time.perf_counter()

@@ -48,6 +48,7 @@ from .common import (
     cache_environment,
     cell,
     check,
+    compile_bytecode,
     compiled,
     counts,
     first_line,
@@ -552,6 +553,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if args.list else 2
     if args.logs:
         os.makedirs(args.logs, exist_ok=True)
+    compile_bytecode()
     known = read([args.json])[0] if args.resume and args.json else {}
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
         runner = Runner(args, backends, folder, known)

@@ -19,9 +19,11 @@ from torch.fx import GraphModule
 
 from . import errors
 from .config import Config
+from .runtime import ready
 
 _numbers = itertools.count()
 _lock = threading.RLock()
+ready.begin()  # torch.compile imports this module when it is given our name: beside Dynamo, where a GPU is in use
 
 
 def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
@@ -32,6 +34,7 @@ def fusionc(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
 
 def fusionc_with(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
     """The backend with its options as they were checked."""
+    ready.begin()
     with _without_collector():
         return _compile(gm, example_inputs, config)
 

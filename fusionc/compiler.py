@@ -6,6 +6,7 @@ is an ATen call inside the Program; what goes wrong in the compiler itself costs
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import operator
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from . import artifacts, errors, inplace, many, program_cache, rescue
+from . import ahead, artifacts, errors, inplace, many, ops, program_cache, rescue
 from .codegen import program as prog
 from .config import Config
 from .ir.alike import Alike
@@ -27,6 +28,7 @@ from .ir.simplify import simplify
 from .ir.sizes import Unsupported, free_sizes, size_index, sizes_index, strides_index
 from .ir.value import Idx
 from .record import CallRecord, GraphRecord, GroupRecord
+from .runtime import ready
 from .schedule.group import Call, Group, Grouper, Unit, is_view
 
 CROSS = artifacts.CROSS
@@ -55,6 +57,7 @@ class Context:
     loops: dict[str, str] = field(default_factory=dict)  # symbol -> loop IR, once linked
     program: prog.Program | None = None  # once linked
     alike: Alike = field(default_factory=Alike)
+    waiting: Callable[[], None] | None = None  # returns when the operators' kernels are compiled
 
 
 def device_of(gm: GraphModule) -> torch.device:
@@ -92,6 +95,8 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
         record.repro = artifacts.repro_text(gm, example_inputs, config)
     device = device_of(gm)
     target = choose_target(config, device)
+    if target == "triton":
+        ready.begin(force=True)
     slot = program_cache.Slot(gm, config, stage, device, target)
     found = slot.load(name)
     if found is not None:
@@ -99,13 +104,14 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     gm, record.passes = run_passes(gm, "graph", config, example_inputs, stage=stage, recompile=False)
     derived = gm.meta.get("fusionc_derived") or []
     record.timings["passes"] = time.perf_counter() - started
+    waiting = ahead.start(gm) if target == "triton" else None
     if config.dump:
         record.final_text = graph_text(gm)
         record.edges = [(a.name, n.name) for n in gm.graph.nodes for a in n.all_input_nodes]
     record.device = _device_words(device, target)
     bandwidth, rate = artifacts.peaks(target, device)
     record.peak_gbs, record.peak_gflops = bandwidth / 1e9, rate / 1e9
-    cx = Context(gm, config, record, device, target, _hints(gm))
+    cx = Context(gm, config, record, device, target, _hints(gm), waiting=waiting)
     try:
         call = _lower_and_link(cx)
     except errors.StrictError:
@@ -202,10 +208,19 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
             clock = time.perf_counter()
             cx.record.kernels.clear()  # of an earlier round
             direct = inplace.write_in_place(cx, grouper, units, lowered, _stable_inputs(cx))
-            reused = inplace.reuse_operands(cx, grouper, units, lowered, direct) if cx.target == "cpp" else {}
-            fused, symbols = many.compile_bundles(cx, many.find(cx, grouper, units, lowered, direct))
-            inside = {id(m) for b in fused for m in b.members}
-            more, bad = _compile_kernels(cx, [item for item in lowered if id(item) not in inside])
+            reused = inplace.reuse_operands(cx, grouper, units, lowered, direct)
+            over = inplace.reuse_calls(cx, grouper, units, lowered, {*direct, *reused.values()})
+            if cx.waiting is not None:  # (Triton's cache moves into ours now, and theirs is to be found outside)
+                cx.waiting()
+                cx.record.timings["operators"] = time.perf_counter() - clock
+            bundles = many.find(cx, grouper, units, lowered, direct | reused)
+            with _compiled_into_our_cache(cx):
+                finish = many.start(cx, bundles)
+                more, bad = _compile_kernels(cx, _outside(bundles, lowered))
+                fused, symbols = finish()
+                if len(fused) < len(bundles):  # the members of what could not be built are launches of their own
+                    cx.record.kernels[:] = [k for k in cx.record.kernels if k.symbol in symbols]
+                    more, bad = _compile_kernels(cx, _outside(fused, lowered))
             symbols |= more
             cx.record.timings["compile"] = cx.record.timings.get("compile", 0.0) + time.perf_counter() - clock
             failed = bad
@@ -218,9 +233,23 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     else:
         raise errors.FusioncError(f"grouping of graph {cx.record.name} did not settle")
     clock = time.perf_counter()
-    out = _link(cx, grouper, units, lowered, symbols, fused, direct, reused)
+    out = _link(cx, grouper, units, lowered, symbols, fused, direct, reused, over)
     cx.record.timings["program"] = time.perf_counter() - clock
     return out
+
+
+def _outside(bundles: Sequence[many.Bundle], lowered: Sequence[Lowered]) -> list[Lowered]:
+    inside = {id(m) for b in bundles for m in b.members}
+    return [item for item in lowered if id(item) not in inside]
+
+
+def _compiled_into_our_cache(cx: Context) -> contextlib.AbstractContextManager[None]:
+    """Triton's cache for what two batches compile at a time: it is a setting of the process."""
+    if cx.target in ("cpp", "aten", "interpret"):
+        return contextlib.nullcontext()
+    from .targets.triton import triton_cache
+
+    return triton_cache(cx)
 
 
 def _stored(grouper: Grouper, units: Sequence[Unit]) -> dict[Node, None]:
@@ -487,7 +516,7 @@ class _Linker:
             p.steps.append(prog.Assign(name, f"{args[0]}[{args[1]}]"))
             self.name[node] = name
             return
-        target: Any = node.target
+        target: Any = self.over.get(node, node.target)
         if node.op == "call_function":
             label = getattr(getattr(target, "overloadpacket", None), "__name__", None) or getattr(
                 target, "__name__", "function"
@@ -501,6 +530,7 @@ class _Linker:
 
     direct: dict[Node, Node] = {}
     reused: dict[Node, Node] = {}
+    over: dict[Node, Any] = {}  # calls → the operator that may write over an argument
 
     def output(self, node: Node) -> str:
         """Name of the buffer for a result: a new one, the input that it is written to, or the operand that it replaces."""
@@ -601,12 +631,12 @@ def _keeps_strides(node: Node) -> bool:
 def _link(
     cx: Context, grouper: Grouper, units: list[Unit], lowered: list[Lowered], symbols: dict[str, Any],
     fused: Sequence[many.Bundle] = (), direct: Mapping[Node, Node] | None = None,
-    reused: Mapping[Node, Node] | None = None,
+    reused: Mapping[Node, Node] | None = None, over: Mapping[Node, Any] | None = None,
 ) -> Callable[[list[Any]], Any]:  # fmt: skip
     link = _Linker(cx, grouper, lowered, symbols)
     p = link.program
     link.stable = _stable_inputs(cx)
-    link.direct, link.reused = dict(direct or {}), dict(reused or {})
+    link.direct, link.reused, link.over = dict(direct or {}), dict(reused or {}), dict(over or {})
     record = cx.record
     names = {r.symbol: r.name for r in record.kernels}
     bundle_of = {id(m): b for b in fused for m in b.members}
@@ -667,7 +697,10 @@ def _compiled(cx: Context, program: prog.Program) -> Callable[[list[Any]], Any]:
     """The callable of a Program, replayed as a CUDA graph where that is legal and pays."""
     from .runtime import cudagraph, device
 
-    call = program.compile({**_namespace(cx), **rescue.entry(program, cx.loops)}, cx.record.name)
+    instead = {}
+    if cx.device.type == "cuda":
+        instead = {name: kernel for name, value in program.constants.items() if (kernel := ops.direct(value)) is not None}
+    call = program.compile({**_namespace(cx), **rescue.entry(program, cx.loops)}, cx.record.name, instead)
     call = device.on_device(call, cx.device)
     return cudagraph.wrap(call, program, cx.record, cx.config, cx.device, cx.target)
 

@@ -6,7 +6,7 @@ answer becomes one launch, whose small results lie in one allocation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -171,13 +171,21 @@ def _portions(nodes: list[Node], limit: int) -> list[list[Node]]:
     return out
 
 
-def compile_bundles(cx: Context, found: list[Bundle]) -> tuple[list[Bundle], dict[str, Any]]:
-    """The bundles that could be built, and their launchers by symbol; the others run as launches of their own."""
+def start(cx: Context, found: list[Bundle]) -> Callable[[], tuple[list[Bundle], dict[str, Any]]]:
+    """Start to compile the bundles beside what follows.  The result waits; it returns the bundles that could be built and
+    their launchers by symbol (the others run as launches of their own) and puts their records in front of the kernels'."""
     if not found:
-        return [], {}
-    from .targets.many import compile_all
+        return lambda: ([], {})
+    from .targets.many import start as start_compiling
 
-    functions, problems = compile_all(cx, {b.many.symbol: b.many for b in found})
+    waiting = start_compiling(cx, {b.many.symbol: b.many for b in found})
+    return lambda: _built(cx, found, waiting)
+
+
+def _built(cx: Context, found: list[Bundle],
+           waiting: Callable[[], tuple[dict[str, Any], dict[str, str]]]) -> tuple[list[Bundle], dict[str, Any]]:  # fmt: skip
+    others, cx.record.kernels[:] = list(cx.record.kernels), []
+    functions, problems = waiting()
     for symbol, why in problems.items():
         if cx.config.strict:
             raise errors.StrictError(f"horizontal launch {symbol} could not be built: {why}")
@@ -189,6 +197,7 @@ def compile_bundles(cx: Context, found: list[Bundle]) -> tuple[list[Bundle], dic
         counts[b.many.symbol] = counts.get(b.many.symbol, 0) + 1
     for record in cx.record.kernels:
         record.uses = counts.get(record.symbol, record.uses)
+    cx.record.kernels += others
     return [b for b in found if b.many.symbol in functions], functions
 
 

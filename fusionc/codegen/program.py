@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,12 +250,17 @@ class Program:
         body.append(f"return ({inner}{',' if len(self.results) == 1 else ''})")
         return "def call(args):\n" + "".join(f"    {line}\n" for line in body)
 
-    def compile(self, namespace: dict[str, Any], label: str) -> Callable[[list[Any]], tuple[Any, ...]]:
-        """The callable.  The text is generated above from this value alone; it is never read from a file."""
+    def compile(
+        self, namespace: Mapping[str, Any], label: str, instead: Mapping[str, Any] | None = None
+    ) -> Callable[[list[Any]], tuple[Any, ...]]:
+        """The callable.  The text is generated above from this value alone; it is never read from a file.
+
+        `instead` has other values for some of the constants, which do the same.
+        """
         source = self.text()
         filename = f"<fusionc {label}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-        scope = {**namespace, **self.constants}
+        scope = {**namespace, **self.constants, **(instead or {})}
         exec(compile(source, filename, "exec"), scope)  # noqa: S102  the one place
         return scope["call"]
 

@@ -8,11 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+KERNELS: dict[str, Callable[..., Any]] = {}
+"""What `late` made, by the operator's name."""
+
+
+def direct(operator: Any) -> Callable[..., Any] | None:
+    """The implementation for CUDA of an operator of ours, given as an overload's builtin; None for any other.
+
+    A Program calls it without torch's dispatcher, which costs 4 µs a call (more than the kernel's launch): its tensors
+    are plain ones on the GPU and autograd is off.  Operators that write to arguments stay with the dispatcher.
+    """
+    import torch
+
+    for name, kernel in KERNELS.items():
+        overload = getattr(getattr(torch.ops.fusionc, name, None), "default", None)
+        if overload is not None and overload._op is operator:
+            on_gpu = torch._C._dispatch_has_kernel_for_dispatch_key(f"fusionc::{name}", "CUDA")
+            return kernel if on_gpu and not overload._schema.is_mutable else None
+    return None
+
 
 def load(name: str) -> None:
     """Register the operators of the file that ``fusionc::<name>`` lives in; unknown names are left to the caller."""
     if name in ("attention", "attention_backward", "attention_operand_backward"):
         from . import attention  # noqa: F401
+    elif name in ("conv_add_relu", "conv_add_relu_over"):
+        from . import conv_add_relu  # noqa: F401
     elif name == "conv_relu":
         from . import conv_relu  # noqa: F401
     elif name in ("decode_attention", "decode_attention_update"):
@@ -43,11 +64,11 @@ def late(find: Callable[[], Callable[..., Any]], name: str, instead: Callable[..
     """
     ready: list[Callable[..., Any]] = []
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **named: Any) -> Any:
         try:
             if not ready:
                 ready.append(find())
-            return ready[0](*args)
+            return ready[0](*args, **named)
         except Exception as e:  # whatever Triton or the driver say
             import torch
 
@@ -57,6 +78,7 @@ def late(find: Callable[[], Callable[..., Any]], name: str, instead: Callable[..
                 raise
             warn_once(f"{name}:{type(e).__name__}", f"fusionc's kernel of {name} does not run here ({type(e).__name__}: {e}); "
                       "ATen computes it instead. Please report this")  # fmt: skip
-            return instead(*args)
+            return instead(*args, **named)
 
+    KERNELS[name] = call
     return call

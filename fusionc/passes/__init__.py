@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .attention_inputs import AttentionInputs
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
 from .bn_conv import BatchNormConv
 from .causal_mask import CausalMask
 from .channels_last import ChannelsLast
+from .conv_add_relu import ConvAddRelu
 from .conv_bias import ConvBias
 from .conv_bn import ConvBatchNorm
 from .conv_branches import ConvBranches
@@ -28,6 +30,7 @@ from .depthwise_cpu import DepthwiseCPU
 from .fft_conv import FftConv
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
+from .known_numbers import KnownNumbers
 from .large_kernel import LargeKernel
 from .linear_act import LinearActivation
 from .linear_cross_entropy import LinearCrossEntropy
@@ -39,6 +42,7 @@ from .per_example_conv import PerExampleConv
 from .plain_attention import PlainAttention
 from .reinplace import Reinplace
 from .remove_attention import RemoveAttention
+from .row_major import RowMajor
 from .shared_bmm import SharedBmm
 from .short_attention import ShortAttention
 from .skinny_linear import SkinnyLinear
@@ -69,8 +73,11 @@ PIPELINE: tuple[Step, ...] = (
     Step(7, BatchNormConv(), "model", "a BatchNorm that a layer before it could take is gone by now"),
     Step(8, ConvValues(), "model", "looks at the filters as they are after merging; only with frozen weights"),
     Step(9, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
-    Step(10, None, "model", "the user's model passes see what ours left"),
-    Step(19, ChannelsLast(), "graph", "first: every other pass sees its layouts; copies that became none go next"),
+    Step(10, AttentionInputs(), "model", "once masks and repeated heads are gone, which decide the kernel that is asked for"),
+    Step(11, None, "model", "the user's model passes see what ours left"),
+    Step(17, ChannelsLast(), "graph", "first: every other pass sees its layouts; copies that became none go next"),
+    Step(18, RowMajor(), "graph", "before copies that it makes needless are stripped"),
+    Step(19, KnownNumbers(), "graph", "before the marks of what the trace made itself are stripped, and while equal ones differ"),
     Step(20, Strip(), "graph", "nothing that does nothing, so that patterns have one spelling"),
     Step(21, FftConv(), "graph", "before the convolution is taken by anything else"),
     Step(22, CommonSubexpressions(), "graph", "equal values are one node, so that siblings share their input by identity"),
@@ -85,6 +92,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(32, MaxPool(), "graph", "moves in front of the bias that was just split off"),
     Step(33, StridedConv(), "graph", "a convolution without bias has fewer spellings"),
     Step(34, ConvRelu(), "graph", "takes back the biases that only relu follows"),
+    Step(35, ConvAddRelu(), "graph", "those that relu follows after one more sum"),
     Step(38, DepthwiseAffine(), "graph", "after the convolutions' biases are where they stay"),
     Step(39, SharedBmm(), "graph", "before siblings are merged: what it makes may be some"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),

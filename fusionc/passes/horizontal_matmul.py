@@ -7,7 +7,8 @@ Legality   inference; the weights (and biases) are parameters that the graph doe
            view and gives the same layout as before; on a CPU few rows: with more the product is bound by arithmetic, and
            reading each result as columns of a wider one cost 4 to 8 % (SmolLM2 prefill, BERT, SwiGLU block, 2 cores); on a
            GPU only what does not keep it busy by itself: for larger ones an H200 showed no gain (SwiGLU block of 8192
-           tokens 0.7 %, Llama 1B prefill -1 %) against 13 to 60 % more memory
+           tokens 0.7 %, Llama 1B prefill -1 %) against 13 to 60 % more memory; nor can there be any for one that
+           fills whole waves of tiles (Llama's k and v there, whose copies were 67 MB; BERT's q, k and v, 42 MB)
 Cost       one launch and one read of x instead of several; a copy of the weights, kept up to date at run time
 Source     the usual QKV and gate/up merge, here without freezing and for unequal widths
 """
@@ -42,7 +43,9 @@ from .base import Match, Pass, Reassociates, Refuse
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
 _FEW_ROWS = 32  # on a CPU
-_BUSY_TILES = 2 * 132  # of 128 x 256 elements of the result: two for each multiprocessor of an H200
+_PROCESSORS = 132  # of an H200
+_BUSY_TILES = 2 * _PROCESSORS  # of 128 x 256 elements of the result
+_WHOLE = 0.95  # of its waves of tiles, 256 or 192 wide: a wider product takes as many waves as its parts
 _BUSY_BYTES = 32 << 20  # of weight, read in 8 us there
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
@@ -206,7 +209,11 @@ def _busy(node: Node) -> bool:
     kind = dtype(node)
     if (device(node) or _CPU).type == "cpu" or kind is None or rows == 1 and kind.itemsize == 2:
         return False
-    return -(-rows // 128) * -(-width // 256) >= _BUSY_TILES or inner * width * kind.itemsize >= _BUSY_BYTES
+    high = -(-rows // 128)
+    if high * -(-width // 256) >= _BUSY_TILES or inner * width * kind.itemsize >= _BUSY_BYTES:
+        return True
+    counts = [high * (width // columns) for columns in (256, 192) if width % columns == 0]
+    return any(tiles >= _WHOLE * _PROCESSORS * -(-tiles // _PROCESSORS) for tiles in counts)
 
 
 def _sibling(node: Node, facts: Facts) -> Sibling | Refuse:

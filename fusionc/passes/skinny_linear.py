@@ -7,7 +7,8 @@ Legality   inference on a GPU; bfloat16 or float16; x [M, K] with M known and sm
            graph; what lies inside has no other reader; nothing is written between
 Memory     sibling weights that horizontal_matmul laid side by side are read where they are, and the copy is dropped
 Cost       one launch instead of two to four, which is most of the time of a small layer; a norm only for one row, where
-           computing it again in every program is cheap; more than 16 rows only with small weights
+           computing it again in every program is cheap; more than 16 rows only with small weights, or where the width
+           is odd: padding GPT-2's head for the library takes a copy of 77 MB, and one of the result
 Source     GPT-fast and TensorRT-LLM decode with fused matrix–vector kernels; measured in NOTES.md
 """
 
@@ -33,6 +34,7 @@ _TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
 _COPIES = {aten._to_copy.default}
 FEW = 16  # rows up to which reading the weight is all that counts
 SMALL = 1 << 22  # elements of a weight that more rows may have
+ALIGN = 8  # columns whose multiple the library wants: without, it is slow, or needs a padded copy of the weight
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class SkinnyLinear(Pass):
             return Refuse("its weight is not stored densely", mm)
         if inner % 8 or turned and width % 16 or (stride(x) or (0, 0))[1] != 1 or sizes[0] > 1 and stride(x)[0] % 8:  # type: ignore[index]
             return Refuse("its rows are not multiples of 16 bytes", mm)
-        if sizes[0] > FEW and width * inner > SMALL:
+        if sizes[0] > FEW and width * inner > SMALL and (turned or width % ALIGN == 0):
             return Refuse(f"its weight is large and it has more than {FEW} rows", mm)
         bias = None
         if mm.target is aten.addmm.default:

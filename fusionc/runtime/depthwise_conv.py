@@ -10,10 +10,12 @@ Candidates are plain tuples, so that a choice can be remembered on disk:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +23,13 @@ from torch import Tensor
 
 from ..codegen.templates import depthwise_conv as template
 from .launch import load_module
+from .tune import Wanted, choose
 
 Candidate = tuple[Any, ...]
 _HALF = (torch.bfloat16, torch.float16)
 _TEXT = 15  # lines of a kernel that may all stand in a text
+_PRODUCTS = 52  # of matrices that may stand in a text: ptxas takes 3.9 s for 52 (0.5 for 26), which 13×13 is worth: H200
+# 32×256×56×56 0.161 ms unrolled, 0.212 in a loop
 _UNROLLED = 128  # multiply-adds of a strip and kernel row that may stand in a text
 
 
@@ -101,7 +106,10 @@ def _toeplitz(shape: Shape, images: int) -> list[Candidate]:
             continue
         if kd >= 64 and kernel <= _TEXT:
             found.append((2, 3 if kernel < 9 and tall > 64 else 1, False, tw, kd, tall, warps, 1))
-            found.append((2, 1, True, tw, kd, tall, warps, 1) if tw < kd else (4, 2, False, tw, kd, 64, 4, 1))
+            if tw < kd:
+                found.append((2, 1, True, tw, kd, tall, warps, 1))
+            else:
+                found.append((4, 2, False, tw, kd, 64, 4, 1) if 4 * kernel <= _PRODUCTS else (4, 0, False, tw, kd, 64, 4, 2))
         if kd <= 32:
             groups = (2, 4) if kernel <= _TEXT else (4, 2)
             found += [(group, 0, True, tw, kd, 64, 4, 2) for group in groups]
@@ -119,9 +127,11 @@ def _direct(shape: Shape, images: int) -> list[Candidate]:
     if kw * 4 > _UNROLLED or not shape.last:
         return []
     fitting = [s for s in (14, 8, 7, 4) if kw * s <= _UNROLLED and -(-out // s) * s <= 1.25 * out] or [4]
+    if {14, 7} <= set(fitting):  # one of them won wherever both fit
+        fitting = [14, 7]
     strips = sorted(fitting, key=lambda s: abs(s - (14 if out >= 56 else 7 if out > 7 else 4)))
     block = 64 if shape.channels % 64 == 0 else min(32, _power(shape.channels))
-    found: list[Candidate] = [("direct", s, block, 2 * 128 // block, 4) for s in strips[:3]]
+    found: list[Candidate] = [("direct", s, block, 2 * 128 // block, 4) for s in strips[:2]]
     return [*found, ("direct", strips[0], min(block, 32), 4 * 128 // min(block, 32), 4)]
 
 
@@ -151,19 +161,21 @@ def launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor |
 def _launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, interpret: bool) -> Tensor:
     if how[0] == "library":
         return library(x, taps, bias, shape)
+    sizes = (x.shape[0], shape.channels, *shape.out)
     layout = torch.channels_last if shape.last else torch.contiguous_format
-    y = torch.empty((x.shape[0], shape.channels, *shape.out), dtype=x.dtype, device=x.device, memory_format=layout)
-    if how[0] == "direct":
-        _run_direct(how, shape, x, taps, bias, y, interpret)
-    elif how[0] == "toeplitz":
-        _run_toeplitz(how, shape, x, taps, bias, y, interpret)
-    else:
+    if how[0] == "turned":
         module = _module(template.TURN, interpret)
         flat = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels)
-        result = torch.empty(y.shape, dtype=x.dtype, device=x.device)
+        result = torch.empty(sizes, dtype=x.dtype, device=x.device)
         _run_toeplitz(how, shape, flat, taps, bias, result, interpret)
+        del flat  # the result takes its place: two images stand beside the given one, not three
+        y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
         _turn(module, result, y, shape.channels, shape.out[0] * shape.out[1])
+        return y
+    y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
+    run = _run_direct if how[0] == "direct" else _run_toeplitz
+    run(how, shape, x, taps, bias, y, interpret)
     return y
 
 
@@ -172,19 +184,43 @@ _compiling = threading.local()  # .on: kernels are compiled, not started
 
 def _start(fn: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     if getattr(_compiling, "on", False):
-        fn.warmup(*args, grid=grid, **options)
+        kinds = [a.dtype if isinstance(a, Tensor) else a for a in args]  # a dtype stands for an aligned pointer
+        fn.warmup(*kinds, grid=grid, **options)
     else:
         fn[grid](*args, **options)
 
 
-def prepare(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None) -> None:
-    """Compile the kernels of one candidate without running them."""
-    _compiling.on = True
-    try:
+def prepare(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | None,
+            device: torch.device) -> None:  # fmt: skip
+    """Compile the kernels of one candidate without running them; no memory of the device is used."""
+    x = _without_data(shape, images, shape.size)
+    with _compiles(device):
         if how != ("library",):
-            launch(how, shape, x, taps, bias)
-    finally:
-        _compiling.on = False
+            launch(how, shape, x, torch.empty((*shape.kernel, shape.channels), dtype=taps, device="meta"),
+                   None if bias is None else torch.empty(shape.channels, dtype=bias, device="meta"))  # fmt: skip
+
+
+def prepare_weight(how: Candidate, shape: Shape, images: int, device: torch.device) -> None:
+    """The same for one candidate of the gradient of the taps."""
+    with _compiles(device):
+        if how != ("library",):
+            launch_weight(how, shape, _without_data(shape, images, shape.out), _without_data(shape, images, shape.size))
+
+
+def _without_data(shape: Shape, images: int, size: tuple[int, int]) -> Tensor:
+    layout = torch.channels_last if shape.last else torch.contiguous_format
+    return torch.empty((images, shape.channels // shape.times, *size), dtype=shape.dtype, device="meta", memory_format=layout)
+
+
+@contextlib.contextmanager
+def _compiles(device: torch.device) -> Iterator[None]:
+    """What this thread starts is compiled for ``device`` only."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        _compiling.on = True
+        try:
+            yield
+        finally:
+            _compiling.on = False
 
 
 # Texts take longer to write and to hash than kernels to run: each is looked up by what it was made from.
@@ -207,14 +243,14 @@ def _toeplitz_module(kernel: int, group: int, ahead: int, held: bool, interpret:
     return load_module(template.toeplitz(kernel, group, ahead, held), interpret=interpret)
 
 
-@functools.lru_cache(maxsize=1024)
-def _key(what: str, images: int, shape: Shape, dtype: torch.dtype) -> str:
-    return f"{what} {images} {shape} {dtype}"
-
-
 def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int) -> None:
     grid = (-(-a // 64) * -(-b // 64), x.shape[0])
     _start(module.turn, grid, x, y, A=a, B=b, TA=64, TB=64, num_warps=4)
+
+
+def turn(x: Tensor, y: Tensor, *, interpret: bool = False) -> None:
+    """y[n, b, a] = x[n, a, b], both contiguous."""
+    _turn(_module(template.TURN, interpret), x, y, x.shape[1], x.shape[2])
 
 
 def _run_direct(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
@@ -282,29 +318,46 @@ def activated(y: Tensor, activation: str) -> Tensor:
 def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
                    dilation: Sequence[int], activation: str) -> Tensor:  # fmt: skip
     """fusionc::depthwise_conv on a GPU: the fastest candidate for this shape."""
-    from .tune import choose
-
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    if not last:
+    shape = _shape(x, taps, bias, stride, padding, dilation, activation)
+    if not shape.last:
         x = x.contiguous()
     taps = taps.contiguous()
     bias = bias.contiguous() if bias is not None else None
-    n, c, h, w = x.shape
-    kh, kw, made = taps.shape
-    shape = Shape(made, (h, w), (kh, kw), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]),
-                  x.dtype, last and not x.is_contiguous(), bias is not None, activation, made // max(c, 1))  # fmt: skip
-    if n * c * h * w == 0 or min(shape.out) <= 0:
+    if x.numel() == 0 or min(shape.out) <= 0:
         return library(x, taps, bias, shape)
-    options = candidates(shape, n)
-    key = _key("depthwise_conv", n, shape, taps.dtype)
+    at = _wanted(shape, x.shape[0], taps.dtype, None if bias is None else bias.dtype, x.device)
 
     def right(how: Candidate) -> bool:
         want = library(x, taps, bias, shape).float()
         return bool((launch(how, shape, x, taps, bias).float() - want).norm() <= 0.02 * want.norm())
 
-    how = choose(key, options, lambda each: launch(each, shape, x, taps, bias), device=x.device, check=right,
-                 prepare=lambda each: prepare(each, shape, x, taps, bias))  # fmt: skip
+    how = choose(at.key, at.candidates, lambda each: launch(each, shape, x, taps, bias), device=x.device, check=right,
+                 prepare=at.prepare)  # fmt: skip
     return launch(how, shape, x, taps, bias)
+
+
+def wanted(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+           dilation: Sequence[int], activation: str) -> Wanted | None:  # fmt: skip
+    """What `depthwise_conv` will choose from, by tensors without data; None where that is ATen."""
+    shape = _shape(x, taps, bias, stride, padding, dilation, activation)
+    if x.numel() == 0 or min(shape.out) <= 0:
+        return None
+    return _wanted(shape, x.shape[0], taps.dtype, None if bias is None else bias.dtype, x.device)
+
+
+def _shape(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+           dilation: Sequence[int], activation: str) -> Shape:  # fmt: skip
+    c, h, w = x.shape[1:]
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    kh, kw, made = taps.shape
+    return Shape(made, (h, w), (kh, kw), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), x.dtype,
+                 last, bias is not None, activation, made // max(c, 1))  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _wanted(shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | None, device: torch.device) -> Wanted:
+    compiled = partial(prepare, shape=shape, images=images, taps=taps, bias=bias, device=device)
+    return Wanted(f"depthwise_conv {images} {shape} {taps}", candidates(shape, images), compiled)
 
 
 # -- the gradient of the taps -----------------------------------------------------------------------------------------
@@ -366,30 +419,38 @@ def weight_candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
 def depthwise_conv_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int],
                           dilation: Sequence[int]) -> Tensor:  # fmt: skip
     """fusionc::depthwise_conv_weight on a GPU: the fastest candidate for this shape."""
-    from .tune import choose
-
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.channels_last if last else torch.contiguous_format
+    shape = _weight_shape(x, kernel, padding, dilation)
+    layout = torch.channels_last if shape.last else torch.contiguous_format
     x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
-    n, c, h, w = x.shape
-    shape = Shape(c, (h, w), (kernel[0], kernel[1]), (1, 1), (padding[0], padding[1]), (dilation[0], dilation[1]), x.dtype,
-                  last, False, "")  # fmt: skip
-    if n * c * h * w == 0 or min(shape.out) <= 0:
+    if x.numel() == 0 or min(shape.out) <= 0:
         return _library_weight(shape, grad, x)
-    options = weight_candidates(shape, n)
+    at = _weight_wanted(shape, x.shape[0], x.device)
 
     def right(how: Candidate) -> bool:
         want = _library_weight(shape, grad, x)
         return bool((launch_weight(how, shape, grad, x) - want).norm() <= 0.02 * want.norm())
 
-    def prepare(how: Candidate) -> None:
-        _compiling.on = True
-        try:
-            if how != ("library",):
-                launch_weight(how, shape, grad, x)
-        finally:
-            _compiling.on = False
-
-    key = _key("depthwise_conv_weight", n, shape, x.dtype)
-    how = choose(key, options, lambda each: launch_weight(each, shape, grad, x), device=x.device, check=right, prepare=prepare)
+    how = choose(at.key, at.candidates, lambda each: launch_weight(each, shape, grad, x), device=x.device, check=right,
+                 prepare=at.prepare)  # fmt: skip
     return launch_weight(how, shape, grad, x)
+
+
+def wanted_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int],
+                  dilation: Sequence[int]) -> Wanted | None:  # fmt: skip
+    """What `depthwise_conv_weight` will choose from, by tensors without data; None where that is ATen."""
+    shape = _weight_shape(x, kernel, padding, dilation)
+    if x.numel() == 0 or min(shape.out) <= 0:
+        return None
+    return _weight_wanted(shape, x.shape[0], x.device)
+
+
+def _weight_shape(x: Tensor, kernel: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Shape:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return Shape(x.shape[1], (x.shape[2], x.shape[3]), (kernel[0], kernel[1]), (1, 1), (padding[0], padding[1]),
+                 (dilation[0], dilation[1]), x.dtype, last, False, "")  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _weight_wanted(shape: Shape, images: int, device: torch.device) -> Wanted:
+    compiled = partial(prepare_weight, shape=shape, images=images, device=device)
+    return Wanted(f"depthwise_conv_weight {images} {shape} {shape.dtype}", weight_candidates(shape, images), compiled)

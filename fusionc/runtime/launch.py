@@ -31,7 +31,7 @@ from ..codegen.triton import index_width, parameters
 from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate, kernel_bytes
 from ..schedule.plan import Plan
-from . import interpreter
+from . import interpreter, ready
 from .device import TARGETS
 
 _ARCH = {
@@ -56,6 +56,8 @@ def load_module(source: str, *, interpret: bool = False) -> ModuleType:
     and imported from there.  With `interpret` its functions are for Triton's interpreter.
     """
     global _folder
+    if not interpret:
+        ready.wait()
     digest = hashlib.sha256(source.encode()).hexdigest()
     with _loading:
         module = _modules.get((digest, interpret))
@@ -308,6 +310,21 @@ def compile_many(
         return list(pool.map(one, jobs))
 
 
+def compile_beside(
+    jobs: Sequence[Callable[[], Any]], done: Callable[[], Any] | None = None
+) -> Callable[[], list[Any]]:
+    """Start ``compile_many`` in a thread; the result waits for it and returns what it returned."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.extend(compile_many(jobs, done=done)), name="fusionc-compile-beside")
+    thread.start()
+
+    def wait() -> list[Any]:
+        thread.join()
+        return results
+
+    return wait
+
+
 # -- launching ----------------------------------------------------------------------------------------------------
 
 _PACK = {"i1": "?7x", "i8": "b7x", "u8": "B7x", "i16": "h6x", "i32": "i4x", "i64": "q", "fp32": "f4x", "fp64": "d"}
@@ -516,6 +533,7 @@ class TritonKernel:
         with self._lock:
             built = self._variants.get(wide)
             if built is None:
+                ready.wait()  # whoever asks for the driver first builds it
                 from triton.runtime import driver
 
                 with torch.cuda.device(self._index()):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import CompileError
+from . import ready
 from .launch import Compiled, _cuda_launcher, _usage, load_module
 
 Constants = tuple[tuple[str, Any], ...]
@@ -76,6 +77,7 @@ class Template:
             if self._failure:
                 raise CompileError(self.name, None, self._failure)
             if self._launch is None:
+                ready.wait()  # whoever asks for the driver first builds it
                 from triton.runtime import driver
 
                 try:

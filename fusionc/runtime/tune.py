@@ -35,7 +35,7 @@ from fusionc.errors import warn_once
 from .cache import Cache, open_cache
 from .environment import environment_key, source_fingerprint
 
-__all__ = ["Outcome", "Sampler", "choose", "configure", "cuda_sampler", "forget", "history", "level", "race"]
+__all__ = ["Outcome", "Sampler", "Wanted", "choose", "configure", "cuda_sampler", "forget", "history", "level", "likely", "race"]
 
 T = TypeVar("T")
 Sampler = Callable[[Sequence[int], int], dict[int, list[float]]]
@@ -265,6 +265,28 @@ def choose(
             index = _measured(key, names, candidates, run, device, seconds, check, prepare, sampler, words)
     _memory[key, device] = (candidates, index)
     return candidates[index]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a first call of an operator will pass to ``choose``, known before from shapes alone."""
+
+    key: str
+    candidates: Sequence[Any]
+    prepare: Callable[[Any], Any]
+
+
+def likely(wanted: Wanted, device: torch.device) -> list[Any]:
+    """The candidates that ``choose`` will compile for it: the winner where one is known, the default where nothing is
+    measured, else all."""
+    candidates = wanted.candidates
+    known = _memory.get((wanted.key, device))
+    if known is not None and known[0] == candidates:
+        return [candidates[known[1]]]
+    if len(candidates) == 1 or level() == "off":
+        return [candidates[0]]
+    index = _recall(wanted.key, [repr(c) for c in candidates], device)
+    return list(candidates) if index is None else [candidates[index]]
 
 
 def history() -> list[Outcome]:

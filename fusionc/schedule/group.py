@@ -180,6 +180,16 @@ class Grouper:
                 self.lowered[node] = low
             else:
                 self.reason[node] = why
+        for node in list(self.lowered):
+            val = node.meta["val"]
+            if self.device.type != "cpu" and _cpu_number(val) and not self._only_in_kernels(node):
+                del self.lowered[node]
+                self.reason[node] = f"on {val.device}"
+
+    def _only_in_kernels(self, node: Node) -> bool:
+        """Every reader, through views, is part of a kernel."""
+        return all(user in self.lowered and (self.lowered[user].kind != "view" or self._only_in_kernels(user))
+                   for user in node.users)  # fmt: skip
 
     @staticmethod
     def _why_not(node: Node) -> str:
@@ -203,7 +213,7 @@ class Grouper:
             if not isinstance(v, torch.Tensor):
                 raise Unsupported("not a tensor")
             self._check_tensor(v, low.kind == "view")
-            if v.device != self.device and low.kind != "view":
+            if v.device != self.device and low.kind != "view" and not (low.kind == "create" and _cpu_number(v)):
                 raise Unsupported(f"on {v.device}")
             shape_of_tensor(v)
         for _, a in tensor_args(node):
@@ -213,7 +223,7 @@ class Grouper:
             if not isinstance(v, torch.Tensor):
                 raise Unsupported("operand that is not a tensor")
             self._check_tensor(v, low.kind == "view")
-            if low.kind != "view" and v.device != self.device and not (v.dim() == 0 and v.device.type == "cpu"):
+            if low.kind != "view" and v.device != self.device and not _cpu_number(v):
                 raise Unsupported(f"operand on {v.device}")
         if low.dims is not None:
             low.dims(node)
@@ -1032,6 +1042,11 @@ def numel_hint_any(node: Node) -> int:
 
 def is_external(node: Node, grouper: Grouper) -> bool:
     return node not in grouper.lowered
+
+
+def _cpu_number(v: Any) -> bool:
+    """A tensor on the CPU without dimensions: operators of any device take it."""
+    return isinstance(v, torch.Tensor) and v.dim() == 0 and v.device.type == "cpu"
 
 
 def _mutates(node: Node) -> bool:

@@ -24,10 +24,11 @@ from ..ir.loop import Kernel, evaluate, kernel_bytes
 from .plan import Plan
 from .rules_triton import live_tiles
 
-VERSION = 1  # part of cache keys: a new list asks for a new measurement
+VERSION = 2  # part of cache keys: a new list asks for a new measurement
 _LAUNCH = 2e-6
 _REGISTERS = 65536  # of a processor
 _MOST_TILE = 1 << 16
+_MOST_UNROLLED = 64  # points of a thread in one step: with 256 the row softmax takes 1 s to compile, with 64 0.2
 
 
 class Device(Protocol):
@@ -165,6 +166,8 @@ def limit(kernel: Kernel, plan: Plan, hint: dict[str, int], device: Device) -> s
     regs = _registers(kernel, plan, inner, device)
     if regs > 255 or regs * threads > _REGISTERS:
         return "the tile does not fit into registers"
+    if kernel.axis and plan.rblock and plan.unroll > 1 and tile * plan.unroll > _MOST_UNROLLED * threads:
+        return "a step of several tiles takes seconds to compile, and spills"
     return None
 
 

@@ -13,6 +13,7 @@ from ..ops import decode_attention as op
 from ..runtime.counters import zeros
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
+from ..runtime.tune import Wanted
 from .skinny import dependent, generation
 
 
@@ -34,15 +35,8 @@ def decode_attention_update(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None,
 def _run(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key: Tensor, value: Tensor,
          index: Tensor | None, mask: Tensor | None, scale: float, chained: bool) -> Tensor:  # fmt: skip
     batch, heads, _, width = q.shape
-    groups, length = key.shape[1], key.shape[2]
-    m = (0, 0, 0) if mask is None else _mask_strides(mask)
-    kernel, count = _kernel(
-        q.dtype, heads, groups, width, length, scale, index is not None, cos is not None,
-        None if mask is None else mask.dtype, batch,
-        (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-         0 if cos is None or cos.shape[0] == 1 else cos.stride(0), *key.stride()[:3], *value.stride()[:3], *m),
-        chained and dependent(q.device), q.device,
-    )  # fmt: skip
+    groups = key.shape[1]
+    kernel, count = _kernel_of(q, k, v, cos, key, value, index is not None, mask, scale, chained)
     device = q.device.index
     stream = torch._C._cuda_getCurrentRawStream(device)
     out = torch.empty((batch, 1, heads, width), dtype=q.dtype, device=q.device)
@@ -58,6 +52,38 @@ def _run(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
         spare, part.data_ptr(), counters.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def wanted(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, chained: bool) -> Wanted | None:
+    """What `decode_attention` will compile, by tensors without data; None where that is ATen."""
+    if not _fits(q, key, value, mask, None, None, q, q, data=False):
+        return None
+    return _wanted(_kernel_of(q, q, q, None, key, value, False, mask, scale, chained)[0])
+
+
+def wanted_update(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key: Tensor, value: Tensor,
+                  index: Tensor, mask: Tensor | None, scale: float, chained: bool) -> Wanted | None:  # fmt: skip
+    """The same for `decode_attention_update`."""
+    if not _fits(q, key, value, mask, cos, sin, k, v, data=False) or index.dtype is not torch.int64 or index.numel() != 1:
+        return None
+    return _wanted(_kernel_of(q, k, v, cos, key, value, True, mask, scale, chained)[0])
+
+
+def _wanted(kernel: Template) -> Wanted:
+    return Wanted(f"decode {kernel.kinds} {kernel.constants}", (kernel,), Template.prepare)
+
+
+def _kernel_of(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, key: Tensor, value: Tensor, update: bool,
+               mask: Tensor | None, scale: float, chained: bool) -> tuple[Template, int]:  # fmt: skip
+    batch, heads, _, width = q.shape
+    m = (0, 0, 0) if mask is None else _mask_strides(mask)
+    return _kernel(
+        q.dtype, heads, key.shape[1], width, key.shape[2], scale, update, cos is not None,
+        None if mask is None else mask.dtype, batch,
+        (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+         0 if cos is None or cos.shape[0] == 1 else cos.stride(0), *key.stride()[:3], *value.stride()[:3], *m),
+        chained and dependent(q.device), q.device,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
@@ -84,8 +110,8 @@ def _mask_strides(mask: Tensor) -> tuple[int, int, int]:
 
 
 def _fits(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-          k: Tensor, v: Tensor) -> bool:  # fmt: skip
-    """Types, layouts and alignment that the kernel assumes."""
+          k: Tensor, v: Tensor, data: bool = True) -> bool:  # fmt: skip
+    """Types, layouts and alignment that the kernel assumes; see `skinny.fits` for ``data``."""
     width = q.shape[3]
     if q.dtype not in (torch.bfloat16, torch.float16) or width not in (16, 32, 64, 128, 256) or torch.version.hip:
         return False
@@ -94,11 +120,11 @@ def _fits(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cos: Tenso
         if t is not None:
             if t.dtype is not q.dtype or t.stride(3) != 1 or t.shape[3] != width:
                 return False
-            bits |= t.data_ptr()
+            bits |= t.data_ptr() if data else 0
             for size, step in zip(t.shape[:3], t.stride()[:3]):
                 bits |= step * 2 if size > 1 else 0
     if mask is not None:
         if mask.dtype not in (torch.bool, q.dtype, torch.float32):
             return False
-        bits |= mask.data_ptr()
+        bits |= mask.data_ptr() if data else 0
     return q.shape[1] // key.shape[1] <= 16 and not bits & 15 and generation(q.device) >= 80

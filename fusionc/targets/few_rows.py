@@ -13,9 +13,10 @@ from ..codegen.templates import few_rows as texts
 from ..codegen.templates.few_rows import Tile
 from ..ops.skinny_linear import BLOCK, ROWS, reference
 from ..runtime.counters import zeros
+from ..runtime.depthwise_conv import turn
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
-from ..runtime.tune import choose
+from ..runtime.tune import Wanted, choose
 from .skinny import dependent, fits
 
 
@@ -24,20 +25,17 @@ def few_rows(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds:
              turned: bool) -> Tensor:  # fmt: skip
     """See `ops.skinny_linear`; ATen where the kernel does not apply or is slower."""
 
-    def library() -> Tensor:
+    def library(out: Tensor | None = None) -> Tensor:
+        if not turned and not more and norm is None and bias is None and not activation and residual is None and \
+                odd(x.shape[0], weight.shape[0]):
+            return by_columns(x, weight, out)
         return reference(x, weight, norm, eps, rounds, bias, activation, residual, False, more, gated, turned)
 
-    if norm is not None or x.shape[0] > ROWS or not fits(x, weight, norm, bias, residual, more, BLOCK):
+    plan = _plan_of(x, weight, norm, bias, activation, residual, more, gated, turned)
+    if plan is None:
         return library()
     parts = (weight, *(more or ()))
-    heights = tuple(part.shape[int(turned)] for part in parts)
-    width = sum(heights) // (2 if activation and gated else 1)
-    if turned and (more or width % 8):
-        return library()
-    rows, inner = x.shape
-    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    plan = _plan(rows, heights, inner, x.stride(0), x.dtype, activation, bool(activation) and gated, bias is not None,
-                 residual is not None, turned, x.device)  # fmt: skip
+    out = torch.empty((plan.rows, plan.width), dtype=x.dtype, device=x.device)
     spare = out.data_ptr()
     args: list[int] = [
         x.data_ptr(),
@@ -51,7 +49,7 @@ def few_rows(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds:
 
     def run(tile: Tile | None) -> Tensor:
         if tile is None:
-            return library()
+            return library(out)
         part = counters = out
         tiles = plan.tiles_of(tile)
         if tile.split > 1:
@@ -61,6 +59,42 @@ def few_rows(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds:
         return out
 
     return run(plan.choose(run))
+
+
+def wanted(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, activation: str,
+           residual: Tensor | None, more: Sequence[Tensor] | None, gated: bool, turned: bool) -> Wanted | None:  # fmt: skip
+    """What `few_rows` will choose from, by tensors without data; None where that is ATen."""
+    plan = _plan_of(x, weight, norm, bias, activation, residual, more, gated, turned, data=False)
+    return None if plan is None else Wanted(plan.key, plan.tiles, plan.prepare)
+
+
+def _plan_of(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, activation: str,
+             residual: Tensor | None, more: Sequence[Tensor] | None, gated: bool, turned: bool,
+             data: bool = True) -> _Plan | None:  # fmt: skip
+    """None where the kernel does not apply."""
+    if norm is not None or x.shape[0] > ROWS or not fits(x, weight, norm, bias, residual, more, BLOCK, data):
+        return None
+    heights = tuple(part.shape[int(turned)] for part in (weight, *(more or ())))
+    width = sum(heights) // (2 if activation and gated else 1)
+    if turned and (more or width % 8):
+        return None
+    rows, inner = x.shape
+    return _plan(rows, heights, inner, x.stride(0), x.dtype, activation, bool(activation) and gated, bias is not None,
+                 residual is not None, turned, x.device)  # fmt: skip
+
+
+def odd(rows: int, width: int) -> bool:
+    """The library is slow for a result of this width and fast for one that is `rows` wide."""
+    return rows > 8 and rows % 8 == 0 and width % 8 != 0
+
+
+def by_columns(x: Tensor, weight: Tensor, out: Tensor | None = None, *, interpret: bool = False) -> Tensor:
+    """x Wᵀ as the transpose of W xᵀ: the library looks at how wide the result is, not at how high."""
+    made = torch.mm(weight, x.t())
+    if out is None:
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    turn(made[None], out[None], interpret=interpret)
+    return out
 
 
 class _Plan:
@@ -102,12 +136,13 @@ class _Plan:
     def scratch(self, tile: Tile) -> int:
         return self.tiles_of(tile) * tile.split * tile.bm * tile.bn * (2 if self.gated else 1)
 
-    def _prepare(self, tile: Tile | None) -> None:
+    def prepare(self, tile: Tile | None) -> None:
+        """Compile it."""
         if tile is not None:
             self.kernel(tile).prepare()
 
     def choose(self, run: Callable[[Tile | None], Tensor]) -> Tile | None:
-        return choose(self.key, self.tiles, run, device=self.device, prepare=self._prepare)
+        return choose(self.key, self.tiles, run, device=self.device, prepare=self.prepare)
 
 
 _plan = functools.lru_cache(maxsize=4096)(_Plan)

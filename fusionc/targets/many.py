@@ -66,9 +66,23 @@ def plans_of(many: Many, device: Any) -> list[Plan]:
     return out if len({p.warps for p in out}) == 1 else [replace(p, warps=max(q.warps for q in out)) for p in out]
 
 
-def compile_all(cx: Context, wanted: Mapping[str, Many]) -> tuple[dict[str, Any], dict[str, str]]:
+Built = tuple[dict[str, Any], dict[str, str]]
+
+
+def compile_all(cx: Context, wanted: Mapping[str, Many]) -> Built:
     """Launchers `f(tensors, sizes, stream)` by symbol, and reasons for launches that could not be built."""
-    from .triton import _never, _triton_cache, usage_note
+    from .triton import triton_cache
+
+    with triton_cache(cx), progress("compiling kernels", len(wanted), cx.config.progress) as bar:
+        return start(cx, wanted, bar.advance)()
+
+
+def start(cx: Context, wanted: Mapping[str, Many], done: Callable[[], Any] | None = None) -> Callable[[], Built]:
+    """Start compiling in threads; the result waits and returns what `compile_all` does.
+
+    The caller has put Triton's cache into ours (`triton_cache`).
+    """
+    from .triton import _never, usage_note
 
     device = device_of(cx)
     functions: dict[str, Any] = {}
@@ -90,10 +104,10 @@ def compile_all(cx: Context, wanted: Mapping[str, Many]) -> tuple[dict[str, Any]
             functions[symbol] = interpreted(many, rendered, plan)
         else:
             jobs[symbol] = functools.partial(launch.cross_compile, text, symbol, signature, plan, cx.target)
-    if jobs:
-        with _triton_cache(cx), progress("compiling kernels", len(jobs), cx.config.progress) as bar:
-            results = launch.compile_many(list(jobs.values()), done=bar.advance)
-        for symbol, r in zip(jobs, results, strict=True):
+    waiting = launch.compile_beside(list(jobs.values()), done) if jobs else list
+
+    def finish() -> Built:
+        for symbol, r in zip(jobs, waiting(), strict=True):
             if isinstance(r, Exception):
                 problems[symbol] = str(r)
             else:
@@ -101,9 +115,11 @@ def compile_all(cx: Context, wanted: Mapping[str, Many]) -> tuple[dict[str, Any]
                 if isinstance(r, launch.Compiled):
                     rendered, plans = made[symbol]
                     made[symbol] = replace(rendered, source=rendered.source + usage_note(r)), plans
-    for symbol in functions:
-        record_of(cx, symbol, wanted[symbol], *made[symbol])
-    return functions, problems
+        for symbol in functions:
+            record_of(cx, symbol, wanted[symbol], *made[symbol])
+        return functions, problems
+
+    return finish
 
 
 def _bound(kernel: launch.TritonKernel, grid: int) -> Callable[..., None]:

@@ -12,7 +12,7 @@ from ..codegen.templates.short_attention import TEXT, Tile, tiles
 from ..ops.short_attention import KEYS, WIDTHS, reference
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
-from ..runtime.tune import choose
+from ..runtime.tune import Wanted, choose
 from .skinny import dependent, generation
 
 
@@ -22,8 +22,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Te
         return reference(q, k, v, scale, causal)
     batch, heads, queries, width = q.shape
     out = torch.empty((batch, queries, heads, width), dtype=q.dtype, device=q.device)
-    plan = _plan(q.dtype, batch, heads, k.shape[1], queries, k.shape[2], width, scale, causal,
-                 (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), q.device)  # fmt: skip
+    plan = _plan_of(q, k, v, scale, causal)
     stream = torch._C._cuda_getCurrentRawStream(q.device.index)
 
     def run(tile: Tile | None) -> Tensor:
@@ -34,6 +33,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Te
         return out.transpose(1, 2)
 
     return run(choose(plan.key, plan.tiles, run, device=q.device, prepare=plan.prepare))
+
+
+def wanted(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Wanted | None:
+    """What `attention` will choose from, by tensors without data; None where that is ATen."""
+    if not _fits(q, k, v, causal, data=False):
+        return None
+    plan = _plan_of(q, k, v, scale, causal)
+    return Wanted(plan.key, plan.tiles, plan.prepare)
+
+
+def _plan_of(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> _Plan:
+    batch, heads, queries, width = q.shape
+    return _plan(q.dtype, batch, heads, k.shape[1], queries, k.shape[2], width, scale, causal,
+                 (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), q.device)  # fmt: skip
 
 
 class _Plan:
@@ -72,8 +85,8 @@ class _Plan:
 _plan = functools.lru_cache(maxsize=1024)(_Plan)
 
 
-def _fits(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
-    """Types, layouts and alignment that the kernel assumes."""
+def _fits(q: Tensor, k: Tensor, v: Tensor, causal: bool, data: bool = True) -> bool:
+    """Types, layouts and alignment that the kernel assumes; see `skinny.fits` for ``data``."""
     width = q.shape[3]
     if q.dtype not in (torch.bfloat16, torch.float16) or width not in WIDTHS or torch.version.hip:
         return False
@@ -85,7 +98,7 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
     for t in (q, k, v):
         if t.dtype is not q.dtype or t.stride(3) != 1:
             return False
-        bits |= t.data_ptr()
+        bits |= t.data_ptr() if data else 0
         for size, step in zip(t.shape[:3], t.stride()[:3]):
             bits |= step * 2 if size > 1 else 0
             if size * step >= 1 << 31:

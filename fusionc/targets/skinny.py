@@ -14,13 +14,13 @@ from ..codegen.templates.skinny_linear import Tile
 from ..ops.skinny_linear import reference
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
+from ..runtime.tune import Wanted, choose
 
 
 def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
            activation: str, residual: Tensor | None, chained: bool, more: Sequence[Tensor] | None = None,
            gated: bool = True, turned: bool = False) -> Tensor:  # fmt: skip
     """The operator's implementation for CUDA; ATen where the kernels do not apply.  See `ops.skinny_linear`."""
-    inner = x.shape[1]
     if x.shape[0] != 1 or turned or activation and not gated:
         from .few_rows import few_rows
 
@@ -28,12 +28,8 @@ def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
     if not fits(x, weight, norm, bias, residual, more, 8):
         return reference(x, weight, norm, eps, rounds, bias, activation, residual, False, more)
     parts = (weight, *(more or ()))
-    heights = tuple(part.shape[0] for part in parts)
-    width = sum(heights) // (2 if activation else 1)
-    out = torch.empty((1, width), dtype=x.dtype, device=x.device)
-    kind = 0 if norm is None else 1 if rounds else 2
-    plan = _plan(heights, inner, x.dtype, norm.dtype if norm is not None else x.dtype, eps, kind, activation,
-                 bias is not None, residual is not None, chained and dependent(x.device), x.device)  # fmt: skip
+    plan = _plan_of(x, parts, norm, eps, rounds, bias, activation, residual, chained)
+    out = torch.empty((1, plan.width), dtype=x.dtype, device=x.device)
     spare = out.data_ptr()
     args: list[int] = [
         x.data_ptr(),
@@ -52,6 +48,28 @@ def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
 
     run(plan.choose(run))
     return out
+
+
+def wanted(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
+           activation: str, residual: Tensor | None, chained: bool, more: Sequence[Tensor] | None = None,
+           gated: bool = True, turned: bool = False) -> Wanted | None:  # fmt: skip
+    """What `linear` will choose from, by tensors without data; None where that is ATen."""
+    if x.shape[0] != 1 or turned or activation and not gated:
+        from .few_rows import wanted as wanted_by_few_rows
+
+        return wanted_by_few_rows(x, weight, norm, bias, activation, residual, more, gated, turned)
+    if not fits(x, weight, norm, bias, residual, more, 8, data=False):
+        return None
+    plan = _plan_of(x, (weight, *(more or ())), norm, eps, rounds, bias, activation, residual, chained)
+    return Wanted(plan.key, plan.tiles, plan.prepare)
+
+
+def _plan_of(x: Tensor, parts: Sequence[Tensor], norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
+             activation: str, residual: Tensor | None, chained: bool) -> _Plan:  # fmt: skip
+    kind = 0 if norm is None else 1 if rounds else 2
+    return _plan(tuple(part.shape[0] for part in parts), x.shape[1], x.dtype, norm.dtype if norm is not None else x.dtype,
+                 eps, kind, activation, bias is not None, residual is not None, chained and dependent(x.device),
+                 x.device)  # fmt: skip
 
 
 class _Plan:
@@ -88,37 +106,40 @@ class _Plan:
     def grid(self, tile: Tile) -> int:
         return -(-self.width // (tile.bn * tile.repeat))
 
-    def _prepare(self, tile: Tile) -> None:
+    def prepare(self, tile: Tile) -> None:
+        """Compile it."""
         self.kernel(tile).prepare()
 
     def choose(self, run: Callable[[Tile], None]) -> Tile:
         if len(self.tiles) == 1:
             return self.tiles[0]
-        from ..runtime.tune import choose
-
-        return choose(self.key, self.tiles, run, device=self.device, prepare=self._prepare)
+        return choose(self.key, self.tiles, run, device=self.device, prepare=self.prepare)
 
 
 _plan = functools.lru_cache(maxsize=4096)(_Plan)
 
 
 def fits(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-         more: Sequence[Tensor] | None, block: int) -> bool:  # fmt: skip
-    """Types, layouts and alignment that the kernels assume; a block of rows must lie in one of the weights."""
+         more: Sequence[Tensor] | None, block: int, data: bool = True) -> bool:  # fmt: skip
+    """Types, layouts and alignment that the kernels assume; a block of rows must lie in one of the weights.
+
+    Without ``data`` the tensors have none, and their alignment is believed.
+    """
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         return False
     if x.stride(1) != 1 or not weight.is_contiguous() or torch.version.hip:
         return False
-    bits = x.data_ptr() | weight.data_ptr() | x.shape[1] * 2 | (x.stride(0) * 2 if x.shape[0] > 1 else 0)
+    bits = x.shape[1] * 2 | (x.stride(0) * 2 if x.shape[0] > 1 else 0)
     for part in more or ():
         if part.dtype != x.dtype or not part.is_contiguous() or part.shape[0] % block or weight.shape[0] % block:
             return False
-        bits |= part.data_ptr()
     for t, allowed in ((norm, (x.dtype, torch.float32)), (bias, (x.dtype,)), (residual, (x.dtype,))):
         if t is not None:
             if not t.is_contiguous() or t.dtype not in allowed:
                 return False
-            bits |= t.data_ptr()
+    if data:
+        for t in (x, weight, *(more or ()), norm, bias, residual):
+            bits |= 0 if t is None else t.data_ptr()
     return not bits & 15 and generation(x.device) >= 80
 
 

@@ -7,6 +7,7 @@ compiled, so that registers, spills and assembly can be read in the dump, and no
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ def compile_all(
     flat = [p for group in parts.values() for p in group]
     if cross:
         jobs = [lambda p=p: launch.cross_compile(p.source, p.symbol, p.kernel, p.plan, cx.target) for p in flat]
-        with _triton_cache(cx), progress("compiling kernels", len(jobs), cx.config.progress) as bar:
+        with triton_cache(cx), progress("compiling kernels", len(jobs), cx.config.progress) as bar:
             results = launch.compile_many(jobs, done=bar.advance)
         built = {p.symbol: r if isinstance(r, launch.Compiled) else None for p, r in zip(flat, results, strict=True)}
     elif cx.target == "triton":
@@ -73,14 +74,16 @@ def compile_all(
         bound = {p.symbol: launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device) for p in flat}
         work: list[Callable[[], Any]] = [k.compile for k in bound.values()]
         work += session.jobs()
-        with _triton_cache(cx), progress("compiling kernels", len(work), cx.config.progress) as bar:
+        with triton_cache(cx), progress("compiling kernels", len(work), cx.config.progress) as bar:
             results = launch.compile_many(work, done=bar.advance)[: len(flat)]
             for i, p in enumerate(flat):
                 if isinstance(results[i], Exception) and p.symbol in session.rules:
                     session.restore(p)
                     again = launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device)
                     bound[p.symbol], results[i] = again, launch.compile_many([again.compile])[0]
+        clock = time.perf_counter()
         session.measure(bound, cx.config.progress)
+        cx.record.timings["measure"] = cx.record.timings.get("measure", 0.0) + time.perf_counter() - clock
         tuning = session.tuning
     else:
         results = [None] * len(flat)
@@ -144,7 +147,7 @@ def _parts(cx: Context, symbol: str, kernel: Kernel, device: Any) -> list[Part]:
 
 
 @contextlib.contextmanager
-def _triton_cache(cx: Context) -> Iterator[None]:
+def triton_cache(cx: Context) -> Iterator[None]:
     """Triton's own binary cache inside ours: private, and gone with `cache=False`."""
     from triton import knobs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -171,6 +172,26 @@ def test_one_that_cannot_be_built_falls_back(monkeypatch: pytest.MonkeyPatch) ->
         got, record = run(images, xs, scale)
     same(got, images(xs, scale))
     assert launches(record) == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_bundles_and_other_kernels_compile_side_by_side(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records stay in order, bundles first; members of one that cannot be built are kernels like the others."""
+    from fusionc.codegen.triton import Unrenderable
+    from fusionc.targets import many
+
+    def both(xs: list[torch.Tensor], scale: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+        return [*images(xs, scale), torch.softmax(rows, -1)]
+
+    if fails:
+        monkeypatch.setattr(many, "render_many", lambda *args: (_ for _ in ()).throw(Unrenderable("not today")))
+    xs, scale, rows = [rand(5 + k, 8, 3, seed=k) for k in range(3)], rand(3), rand(4, 4096)
+    monkeypatch.setattr(many, "SMALL_US", 0.01)  # the softmax is too long to share a launch
+    with pytest.warns(UserWarning, match="could not be built") if fails else contextlib.nullcontext():
+        got, record = run(both, xs, scale, rows)
+    same(got, both(xs, scale, rows))
+    assert launches(record) == (4 if fails else 2)
+    assert [k.symbol[0] for k in record.kernels] == (["k"] * len(record.kernels) if fails else ["m", "k"])
 
 
 def test_warm_start(fresh_cache: Any) -> None:

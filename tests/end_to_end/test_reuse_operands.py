@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusionc import inplace
+from fusionc.passes.conv_add_relu import ConvAddRelu
 
 
 def alone(x: Tensor, w: Tensor, v: Tensor) -> Any:
@@ -83,6 +84,113 @@ def test_reuse(f: Callable[..., Any], times: int, monkeypatch: pytest.MonkeyPatc
     for got, want in kept:  # a later call must not write over an earlier one's result
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
     assert sum(found) == times
+
+
+def gated(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    return (F.silu(x @ w) * (x @ (w + 1))) @ v
+
+
+def both_terms_stay(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    h, k = x @ w, x @ (w + 1)
+    return h + k, h, k
+
+
+def siblings(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    """The first gelu shares a launch with the sum, on a GPU."""
+    return F.gelu(x @ w) @ v, F.gelu(x @ (w + 1)) @ v
+
+
+def convolution(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    y = x.view(8, 64, 8, 8)
+    return F.relu(F.conv2d(y, w.view(640, 64, 1, 1)) + F.conv2d(y, v.view(640, 64, 1, 1)))
+
+
+@pytest.mark.parametrize("target", ["cpp", pytest.param("interpret", marks=pytest.mark.interpret), "sm_90"])
+@pytest.mark.parametrize(
+    "f, reused", [(alone, 1), (returned, 0), (twice, 2), (gated, 1), (both_terms_stay, 0), (siblings, 2), (convolution, 1)]
+)
+def test_reuse_on_every_target(f: Callable[..., Any], reused: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    whole = inplace.reuse_operands
+    monkeypatch.setattr(inplace, "reuse_operands", lambda *a: _count(whole(*a), found))
+    torch.manual_seed(0)
+    x, w, v = torch.randn(512, 64), torch.randn(64, 640), torch.randn(640, 64)
+    options = {"strict": True, "cache": False, "verify": True, "target": target}
+    got, want = torch.compile(f, backend="fusionc", options=options)(x, w, v), f(x, w, v)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+    assert found[-1] == reused
+
+
+class OnCpu(ConvAddRelu):
+    name = "conv_add_relu_on_cpu"
+    devices = ("cpu",)
+    dtypes = (torch.float32,)
+
+
+def _step(x: Tensor, w: Tensor, z: Tensor) -> Tensor:
+    return F.relu(F.conv2d(x, w) + z.new_ones(8).view(-1, 1, 1) + z)
+
+
+def block(x: Tensor, w: Tensor, z: Tensor) -> Any:
+    return _step(x, w, torch.exp(z))
+
+
+def two_blocks(x: Tensor, w: Tensor, z: Tensor) -> Any:
+    """What the first one returns is read by a convolution, and then written over by the second."""
+    y = _step(x, w, F.conv2d(x, w * 2))
+    return _step(F.conv2d(y, w[:, :4].transpose(0, 1).contiguous()), w, y)
+
+
+def of_an_input(x: Tensor, w: Tensor, z: Tensor) -> Any:
+    return _step(x, w, z)
+
+
+def read_after_it(x: Tensor, w: Tensor, z: Tensor) -> Any:
+    y = torch.exp(z)
+    return F.conv2d(_step(x, w, y), w[:, :4].transpose(0, 1).contiguous()) + F.conv2d(y, w[:, :4].transpose(0, 1).contiguous())
+
+
+def returned_too(x: Tensor, w: Tensor, z: Tensor) -> Any:
+    y = torch.exp(z)
+    return _step(x, w, y), y
+
+
+def seen_by_a_view(x: Tensor, w: Tensor, z: Tensor) -> Any:
+    y = torch.exp(z)
+    return _step(x, w, y), y[:, :3]
+
+
+def in_an_input(x: Tensor, w: Tensor, z: Tensor) -> Any:
+    """The other term is what an input holds in the end."""
+    y = z.mul_(0.5)
+    return _step(x, w, y)
+
+
+def itself(x: Tensor, w: Tensor, z: Tensor) -> Any:
+    y = torch.exp(z)
+    return _step(y, torch.cat([w, w], 1), y)
+
+
+@pytest.mark.parametrize(
+    "f, over",
+    [(block, 1), (two_blocks, 2), (of_an_input, 0), (read_after_it, None), (returned_too, 0), (seen_by_a_view, 0),
+     (in_an_input, 0), (itself, 0)],
+)  # fmt: skip
+def test_calls_that_write_over_an_argument(f: Callable[..., Any], over: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    whole = inplace.reuse_calls
+    monkeypatch.setattr(inplace, "reuse_calls", lambda *a: _count(whole(*a), found))
+    torch.manual_seed(0)
+    x, w, z = torch.randn(2, 4, 24, 24), torch.randn(8, 4, 1, 1), torch.randn(2, 8, 24, 24)
+    x, z = (t.to(memory_format=torch.channels_last) for t in (x, z))
+    with torch.no_grad():
+        compiled = torch.compile(f, backend="fusionc", options={"strict": True, "cache": False, "passes": [OnCpu()]})
+        for _ in range(2):
+            mine, theirs = z.clone(), z.clone()
+            got, want = compiled(x, w, mine), f(x, w, theirs)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(mine, theirs)
+    assert over is None or sum(found) == over
 
 
 def _count(result: dict[Any, Any], found: list[int]) -> dict[Any, Any]:

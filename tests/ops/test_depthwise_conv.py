@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -50,6 +51,27 @@ TOEPLITZ = [
     ({"kernel": (3, 7), "size": (9, 33), "padding": (0, 1), "activation": "relu", "c": 2}, (16, 32)),
     ({"kernel": (4, 6), "size": (7, 12), "padding": (3, 5), "activation": "gelu_tanh"}, (32, 32)),
 ]
+
+
+def test_turned_images_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    empty = torch.empty
+
+    def watched(*sizes: Any, **options: Any) -> torch.Tensor:
+        found = empty(*sizes, **options)
+        made.append(weakref.ref(found))
+        return found
+
+    def look(*_: Any) -> None:
+        alive.append(sum(ref() is not None for ref in made))
+
+    shape, x, taps, b, _ = make(last=True)
+    monkeypatch.setattr(runtime.torch, "empty", watched)
+    monkeypatch.setattr(runtime, "_turn", look)
+    monkeypatch.setattr(runtime, "_run_toeplitz", look)
+    runtime.launch(("turned", 1, 0, True, 16, 16, 16, 4, 2), shape, x, taps, b)
+    assert alive == [1, 2, 2]
 
 
 @pytest.mark.interpret
@@ -122,6 +144,17 @@ def test_candidates_fit_the_shape() -> None:
             for tw, kd in runtime._tiles(shape):
                 whole = kd >= width and tw >= width
                 assert whole or kd >= -(-(k // 2) // 8) * 8 + tw + k // 2, (width, k, tw, kd)
+
+
+def test_candidates_compile_quickly() -> None:
+    """ptxas takes 4 s for a text of 52 products of matrices; a model waits for the slowest candidate."""
+    for width in (14, 28, 56, 112, 200):
+        for k in range(3, 33, 2):
+            for how in runtime.candidates(make(n=1, c=64, size=(4, width), kernel=(k, k))[0], 32):
+                unrolled = how[0] == "toeplitz" and how[2] > 0
+                assert not unrolled or how[1] * k <= 52, (width, k, how)
+    direct = runtime.candidates(make(n=1, c=64, size=(4, 28), kernel=(7, 7), last=True)[0], 32)
+    assert direct == (("direct", 7, 64, 4, 4), ("direct", 14, 64, 4, 4), ("direct", 7, 32, 16, 4), ("library",))
 
 
 @pytest.mark.cross

@@ -37,19 +37,21 @@ def test_operator_is_well_formed() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 100, ROWS])
 @pytest.mark.parametrize("width, inner, gated", [(14336, 4096, True), (4096, 14336, False), (768, 768, False), (2304, 768, False),
-                                                 (768, 3072, False), (40, 104, True), (128256, 2048, False)])  # fmt: skip
+                                                 (768, 3072, False), (40, 104, True), (128256, 2048, False),
+                                                 (50257, 768, False)])  # fmt: skip
 def test_tiles_fit(rows: int, width: int, inner: int, gated: bool) -> None:
     found = tiles(rows, width, inner, gated, 132)
     assert found and len(set(found)) == len(found) <= 2
     for t in found:
-        assert 16 <= t.bm <= 128 and 16 <= t.bn <= BLOCK and t.bk >= 16
+        assert 16 <= t.bm <= 128 and 16 <= t.bn <= (128 if width % 8 else BLOCK) and t.bk >= 16  # odd widths: one tensor
         assert t.split == 1 or (t.split - 1) * -(-(-(-inner // t.bk)) // t.split) * t.bk < inner  # no range is empty
         assert (t.bm + t.bn * (2 if gated else 1)) * t.bk * 2 * t.stages <= 200 << 10  # shared memory
 
 
 @pytest.mark.cross
 @pytest.mark.parametrize("rows, width, inner, gated, turned", [(128, 768, 3072, False, True), (16, 4096, 14336, False, False),
-                                                               (24, 3072, 1024, True, False)])  # fmt: skip
+                                                               (24, 3072, 1024, True, False),
+                                                               (128, 50257, 768, False, False)])  # fmt: skip
 def test_kernel_builds_for_hopper_without_spills(rows: int, width: int, inner: int, gated: bool, turned: bool) -> None:
     from triton.backends.compiler import GPUTarget
 
@@ -67,6 +69,18 @@ def test_kernel_builds_for_hopper_without_spills(rows: int, width: int, inner: i
     ptx = built.asm["ptx"]
     assert built.spills == 0 and "cp.async" in ptx and ("wgmma" in ptx or "mma.sync" in ptx)
     assert ptx.index("griddepcontrol.wait") < ptx.index("cp.async")
+
+
+@pytest.mark.interpret
+def test_odd_width_by_columns() -> None:
+    from fusionc.targets.few_rows import by_columns, odd
+
+    assert odd(128, 50257) and not odd(128, 50256) and not odd(127, 50257)
+    x, w = torch.randn(24, 40, dtype=torch.float64), torch.randn(71, 40, dtype=torch.float64)
+    out = torch.empty(24, 71, dtype=torch.float64)
+    assert by_columns(x, w, out, interpret=True) is out
+    torch.testing.assert_close(out, x @ w.t())
+    torch.testing.assert_close(by_columns(x, w, interpret=True), x @ w.t())
 
 
 def _kernel() -> None:
@@ -91,6 +105,7 @@ def _kernel() -> None:
         (33, 48, 200, True, "", False, True, True, 1, 16, 32, 32, 3),
         (16, 40, 104, False, "gelu", True, True, True, 1, 16, 16, 16, 2),
         (5, 24, 64, True, "relu", True, True, False, 1, 16, 16, 16, 2),
+        (20, 35, 64, False, "", False, False, False, 1, 16, 16, 32, 1),
         *(far if apart is not None else []),
     ):
         x, wide = (torch.randn(m, k) + 0.5).to(half), n * (2 if gated else 1)

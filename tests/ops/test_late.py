@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from fusionc.codegen.program import Call, Program
 from fusionc.errors import CompileError
-from fusionc.ops import late
+from fusionc.ops import KERNELS, direct, late, load
 
 
 def test_a_kernel_that_does_not_build_costs_no_answer() -> None:
@@ -30,3 +31,26 @@ def test_memory_is_the_callers_matter() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         late(lambda: kernel, "an_operator", lambda x: x)(1)
+
+
+def test_programs_on_a_gpu_call_kernels_without_the_dispatcher() -> None:
+    for name in ("skinny_linear", "decode_attention", "depthwise_conv", "depthwise_cpu"):
+        load(name)
+    known = torch.ops.fusionc
+    assert direct(known.skinny_linear.default._op) is KERNELS["skinny_linear"]
+    assert direct(known.depthwise_conv.default._op) is KERNELS["depthwise_conv"]
+    assert direct(known.decode_attention_update.default._op) is None, "writes to its arguments"
+    assert direct(known.depthwise_cpu.default._op) is None, "has no kernel for CUDA"
+    assert direct(torch.ops.aten.add.Tensor._op) is None and direct(torch.float32) is None
+
+
+def test_a_program_calls_what_it_is_given_instead() -> None:
+    p = Program(("a0",), (), [Call("c0", "op_neg", "a0")], ("c0",), {"op_neg": torch.neg})
+    x = torch.ones(2)
+    assert torch.equal(p.compile({}, "t")([x])[0], -x)
+    assert p.compile({}, "t", {"op_neg": lambda t: "other"})([x]) == ("other",)
+    assert p.constants["op_neg"] is torch.neg, "what is stored stays"
+
+
+def test_named_arguments_reach_the_kernel() -> None:
+    assert late(lambda: lambda x, y=0: x + y, "an_operator", lambda x, y=0: 0)(1, y=2) == 3

@@ -159,9 +159,13 @@ def test_refuses_many_rows_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("rows, inner, width, kind, busy", [
-    (8192, 64, 1024, torch.bfloat16, False),  # 64 x 4 tiles
+    (8192, 64, 512, torch.bfloat16, True),  # 64 x 2 tiles fill a wave of 132
+    (8192, 64, 640, torch.bfloat16, False),  # 64 x 3 do not fill two
+    (8192, 64, 1024, torch.bfloat16, True),  # 64 x 4
     (8192, 64, 1280, torch.bfloat16, True),  # 64 x 5
-    (4096, 768, 768, torch.bfloat16, False),
+    (4096, 768, 768, torch.bfloat16, True),  # 32 x 4 tiles of 192 columns
+    (2048, 768, 768, torch.bfloat16, False),
+    (4096, 768, 800, torch.bfloat16, False),
     (16, 4096, 4096, torch.bfloat16, True),  # 32 MiB of weight
     (16, 4096, 4000, torch.bfloat16, False),
     (1, 4096, 14336, torch.bfloat16, False),

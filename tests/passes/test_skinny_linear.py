@@ -158,6 +158,13 @@ def test_more_rows_only_with_small_weights(rows: int, fires: bool) -> None:
     assert found == ([] if fires else ["its weight is large and it has more than 16 rows (y)"])
 
 
+@pytest.mark.parametrize("rows, width, fires", [(128, 2057, True), (129, 2057, False), (17, 2056, False)])
+def test_more_rows_with_a_large_weight_of_odd_width(rows: int, width: int, fires: bool) -> None:
+    text = PLAIN.replace("[4, ", f"[{rows}, ").replace("16]", "2048]").replace("{1, 16}", "{1, 2048}").replace(
+        "[8, 2048]", f"[{width}, 2048]").replace("[16, 8]{", f"[2048, {width}]{{").replace(f"[{rows}, 8]", f"[{rows}, {width}]")
+    assert (refusals(SkinnyLinear(devices=("cpu",)), text) == []) is fires
+
+
 def test_refuses_training() -> None:
     assert refusals(PASS, PLAIN, stage="forward") == ["training keeps what lies between (y)"]
 

@@ -53,3 +53,20 @@ def test_threads_do_not_mix_their_arguments(way: str, monkeypatch: pytest.Monkey
     run(1)
     thread.join()
     assert seen == {1: 16, 2: 32}
+
+
+def test_jobs_beside_run_while_the_caller_works_and_keep_their_order() -> None:
+    gone_on = threading.Event()
+
+    def late() -> str:
+        assert gone_on.wait(20)
+        return "late"
+
+    def broken() -> None:
+        raise ValueError("no")
+
+    counted: list[int] = []
+    wait = launch.compile_beside([late, broken, lambda: "quick"], lambda: counted.append(1))
+    gone_on.set()  # the caller was not held up
+    first, second, third = wait()
+    assert (first, third) == ("late", "quick") and isinstance(second, ValueError) and len(counted) == 3

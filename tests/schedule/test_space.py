@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fusionc.codegen.triton import refusal
@@ -83,6 +85,20 @@ def test_model_dislikes_what_is_slow() -> None:
 )
 def test_illegal_plans(plan: Plan) -> None:
     assert not space.legal(plan)
+
+
+def test_steps_of_several_large_tiles_are_not_offered() -> None:
+    """A softmax of 65536 columns by 4 × 16384 in 8 warps took 1 s to compile, in 16 it spilled."""
+    x, r = Var("x0", index(4096)), Var("r0", index(65536))
+    n = index(4096 * 65536)
+    value = Reduce("max", (r,), Load("in0", index(x) * 65536 + r, "bf16"), "bf16")
+    buffers = (Buffer("in0", "bf16", n), Buffer("out0", "bf16", index(4096), "out"))
+    k = Kernel(buffers, (), (x,), (r,), (Store("out0", index(x), value, False),))
+    rule = Plan("triton", xblock=1, rblock=4096, warps=16, unroll=4)
+    found = space.candidates(k, rule, {}, H200, 24)
+    assert rule in found and all(p.xblock * p.rblock * 4 <= 64 * 32 * p.warps for p in found if p.rblock)
+    assert space.limit(k, replace(rule, rblock=16384), {}, H200) is not None
+    assert space.limit(k, replace(rule, rblock=16384, unroll=1), {}, H200) is None
 
 
 def test_sums_of_columns_are_offered_plans_that_run_along_columns() -> None:

@@ -179,6 +179,7 @@ class Tile:
 
 
 _LARGE = 16 << 20  # bytes of a weight that may not all be asked for ahead
+_MANY = 1 << 22  # elements of a weight that fills the device with large tiles
 _SHARED = 200 << 10  # bytes of shared memory that a program may take
 
 
@@ -189,7 +190,10 @@ def ahead(width: int, inner: int, gated: bool) -> int:
 
 def tiles(rows: int, width: int, inner: int, gated: bool, processors: int) -> tuple[Tile, ...]:
     """At most two candidates, the default first: fast on an H200 for such shapes, with programs for most of the device."""
-    if rows <= 16:  # several programs a processor keep the memory busy
+    kept = rows <= 16
+    if rows > 64 and width % 8 and width * inner > _MANY:  # bound by reading the weight and x: each as rarely as may be
+        base, wanted, kept = [Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4)], 1.0, True
+    elif rows <= 16:  # several programs a processor keep the memory busy
         base, wanted = [Tile(16, 32, 256, 4, 3), Tile(16, 16, 256, 2, 4)], 4.0 * processors
     elif rows <= 32:
         base, wanted = [Tile(32, 64, 128, 4, 4), Tile(32, 32, 128, 4, 4), Tile(32, 16, 128, 4, 4)], 1.0 * processors
@@ -206,6 +210,6 @@ def tiles(rows: int, width: int, inner: int, gated: bool, processors: int) -> tu
         split = 1
         while count * split < 0.75 * wanted and steps // (2 * split) >= 4 and split < 8:
             split *= 2
-        found.append((abs(math.log2(count * split / wanted)) if rows > 16 else 0.0, replace(t, split=split)))
+        found.append((0.0 if kept else abs(math.log2(count * split / wanted)), replace(t, split=split)))
     found.sort(key=lambda each: each[0])
     return tuple(dict.fromkeys(t for _, t in found))[:2]

@@ -1,0 +1,76 @@
+"""Kernels of operators (``fusionc::*``) compiled while their graph is still being grouped and built.
+
+An operator chooses between candidates at its first call, which would compile them there, one operator after the other.
+Shapes, types and layouts of its arguments stand in the graph, so all candidates of all operators compile here side by
+side; the first call finds them.  A guess that is wrong (an address that is no multiple of 16, a stride that changed) costs
+what was compiled for nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .runtime import launch, tune
+
+# operator -> (module, its function that says what a call would choose from)
+_WANTED = {
+    "skinny_linear": ("fusionc.targets.skinny", "wanted"),
+    "short_attention": ("fusionc.targets.short_attention", "wanted"),
+    "decode_attention": ("fusionc.targets.decode", "wanted"),
+    "decode_attention_update": ("fusionc.targets.decode", "wanted_update"),
+    "depthwise_conv": ("fusionc.runtime.depthwise_conv", "wanted"),
+    "depthwise_conv_weight": ("fusionc.runtime.depthwise_conv", "wanted_weight"),
+}
+
+
+def start(gm: GraphModule) -> Callable[[], None]:
+    """Start to compile what the graph's operators will choose from on a GPU; the result waits until that is done."""
+    work = jobs(gm)
+    if not work:
+        return lambda: None
+    thread = threading.Thread(target=launch.compile_many, args=(work,), name="fusionc-ahead")
+    thread.start()
+    return thread.join
+
+
+def jobs(gm: GraphModule) -> list[Callable[[], Any]]:
+    """What compiles, each kernel once, in the order of the graph."""
+    found: dict[Any, list[Callable[[], Any]]] = {}
+    for node in gm.graph.nodes:
+        place = _WANTED.get(_name(node))
+        if place is None:
+            continue
+        try:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            device = args[0].device
+            if device.type != "cuda" or not _static((args, kwargs)):
+                continue
+            wanted = getattr(importlib.import_module(place[0]), place[1])(*args, **kwargs)
+            if wanted is not None and (wanted.key, device) not in found:
+                found[wanted.key, device] = [partial(wanted.prepare, c) for c in tune.likely(wanted, device)]
+        except Exception:  # noqa: BLE001 - whatever it is, the first call meets it again
+            continue
+    return [job for each in found.values() for job in each]
+
+
+def _name(node: Node) -> str:
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "fusionc":
+        return ""
+    return target._schema.name.split("::")[1]
+
+
+def _static(values: Any) -> bool:
+    """No size or stride is known only at run time."""
+    for v in torch.utils._pytree.tree_leaves(values):
+        numbers = (*v.shape, *v.stride()) if isinstance(v, torch.Tensor) else (v,)
+        if any(isinstance(n, torch.SymInt) for n in numbers):
+            return False
+    return True

@@ -1,0 +1,143 @@
+"""Operators' kernels compiled ahead: which, once each, and nothing where the graph does not say enough."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule
+
+import fusionc.ops.decode_attention
+import fusionc.ops.depthwise_conv
+import fusionc.ops.short_attention
+import fusionc.ops.skinny_linear  # noqa: F401
+from fusionc import ahead
+from fusionc.runtime import depthwise_conv, device, tune
+from fusionc.targets import decode, few_rows, short_attention, skinny
+
+GPU = torch.device("cuda:0")
+ops = torch.ops.fusionc
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An H200 that is not there, and no memory of earlier choices."""
+    for module in (skinny, decode, few_rows, short_attention):
+        monkeypatch.setattr(module, "properties", lambda _: device.known("sm_90"))
+    monkeypatch.setattr(tune, "_recall", lambda *args: None)
+    caches = (skinny.generation, skinny._plan, decode._kernel, few_rows._plan, short_attention._plan)
+    for cached in caches:
+        cached.cache_clear()
+    tune.forget()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+    tune.forget()
+
+
+def graph(*calls: tuple[Any, tuple[Any, ...]]) -> GraphModule:
+    """Calls of operators with fake tensors as arguments."""
+    g = Graph()
+
+    def node(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        n = g.placeholder(f"a{len(g.nodes)}")
+        n.meta["val"] = value
+        return n
+
+    made = [(target, tuple(node(a) for a in args)) for target, args in calls]
+    g.output(tuple(g.call_function(target, args) for target, args in made))
+    return GraphModule(torch.nn.Module(), g)
+
+
+def fake(*shape: int, dtype: torch.dtype = torch.bfloat16, last: bool = False, where: Any = GPU) -> torch.Tensor:
+    with FakeTensorMode():
+        t = torch.empty(shape, dtype=dtype, device=where)
+        return t.to(memory_format=torch.channels_last) if last else t
+
+
+def prepared(gm: GraphModule) -> list[tuple[str, Any]]:
+    """(kind of plan, candidate) of each job."""
+    return [(type(getattr(j.func, "__self__", None)).__module__, j.args[0]) for j in ahead.jobs(gm)]  # type: ignore[attr-defined]
+
+
+def linear(rows: int, n: int = 4096, where: Any = GPU) -> tuple[Any, tuple[Any, ...]]:
+    x, w = fake(rows, 4096, where=where), fake(n, 4096, where=where)
+    return ops.skinny_linear.default, (x, w, None, 0.0, False, None, "", None, False)
+
+
+def test_all_candidates_of_an_operator_once() -> None:
+    one, few = prepared(graph(linear(1), linear(1))), prepared(graph(linear(16), linear(16, 1024)))
+    assert [kind for kind, _ in one] == ["fusionc.targets.skinny"] * len(one) and len(one) == 2
+    assert {kind for kind, _ in few} == {"fusionc.targets.few_rows"}
+    assert [c for _, c in few].count(None) == 2, "two shapes, each with the library at its end"
+
+
+def test_depthwise_convolutions_are_compiled_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, taps, bias = fake(32, 64, 28, 28, last=True), fake(7, 7, 64), fake(64)
+    jobs = ahead.jobs(graph((ops.depthwise_conv.default, (x, taps, bias, [1, 1], [3, 3], [1, 1], "gelu"))))
+    shape = depthwise_conv._shape(x, taps, bias, [1, 1], [3, 3], [1, 1], "gelu")
+    assert [j.args[0] for j in jobs] == list(depthwise_conv.candidates(shape, 32))  # type: ignore[attr-defined]
+
+    started: list[tuple[Any, ...]] = []
+    kernel = type("Kernel", (), {"warmup": lambda self, *args, **options: started.append(args)})()
+    module = type("Module", (), {"conv": kernel, "pack": kernel, "turn": kernel, "weight": kernel})
+    monkeypatch.setattr(depthwise_conv, "load_module", lambda *args, **options: module)
+    for cached in (depthwise_conv._module, depthwise_conv._direct_module, depthwise_conv._toeplitz_module):
+        cached.cache_clear()
+    for how in [*depthwise_conv.candidates(shape, 32), ("turned", 2, 0, False, 32, 32, 64, 4, 2)]:
+        depthwise_conv.prepare(how, shape, 32, torch.bfloat16, torch.float32, torch.device("cpu"))
+    for how in depthwise_conv.weight_candidates(shape, 32):
+        depthwise_conv.prepare_weight(how, shape, 32, torch.device("cpu"))
+    for cached in (depthwise_conv._module, depthwise_conv._direct_module, depthwise_conv._toeplitz_module):
+        cached.cache_clear()
+    assert started and all(not isinstance(a, torch.Tensor) for args in started for a in args)
+    assert started[0][:4] == (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16)
+
+
+def test_short_attention_is_known_by_its_strides() -> None:
+    q = fake(1, 12, 128, 64)
+    made = prepared(graph((ops.short_attention.default, (q, q, q, 0.125, True))))
+    assert made and {kind for kind, _ in made} == {"fusionc.targets.short_attention"}
+
+
+def test_decoding_has_one_kernel() -> None:
+    q, cache, mask = fake(1, 32, 1, 64), fake(1, 8, 512, 64), fake(1, 1, 1, 512, dtype=torch.bool)
+    new, rope, at = fake(1, 8, 1, 64), fake(1, 1, 1, 64), fake(1, dtype=torch.int64)
+    update = (ops.decode_attention_update.default, (q, new, new, rope, rope, cache, cache, at, mask, 0.125, False))
+    (job,) = ahead.jobs(graph(update, update))
+    assert job.args[0].name == "decode"  # type: ignore[attr-defined]
+    assert len(ahead.jobs(graph((ops.decode_attention.default, (q, cache, cache, None, 0.125, False))))) == 1
+    narrow = fake(1, 32, 1, 24)
+    assert ahead.jobs(graph((ops.decode_attention.default, (narrow, cache, cache, None, 0.125, False)))) == []
+
+
+def test_only_what_the_first_call_will_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = graph(linear(1))
+    monkeypatch.setattr(tune, "_recall", lambda *args: 1)
+    assert len(ahead.jobs(gm)) == 1, "the winner is known"
+    monkeypatch.setattr(tune, "_recall", lambda *args: None)
+    tune.configure("off")
+    assert len(ahead.jobs(gm)) == 1, "nothing is measured"
+
+
+def test_nothing_for_the_cpu_for_other_operators_and_for_unknown_arguments() -> None:
+    assert ahead.jobs(graph(linear(1, where="cpu"))) == []
+    assert ahead.jobs(graph((operator.add, (fake(3), fake(3))))) == []
+    gm = graph(linear(1))
+    for n in gm.graph.find_nodes(op="placeholder"):
+        del n.meta["val"]
+    assert ahead.jobs(gm) == []
+    ahead.start(gm)()
+
+
+def test_a_kernel_that_does_not_compile_is_left_to_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, tile: Any) -> None:
+        raise ValueError("no compiler")
+
+    monkeypatch.setattr(skinny._Plan, "prepare", broken)
+    ahead.start(graph(linear(1)))()
