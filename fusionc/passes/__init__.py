@@ -12,6 +12,7 @@ from .attention_inputs import AttentionInputs
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
 from .bn_conv import BatchNormConv
 from .causal_mask import CausalMask
+from .channels_last import ChannelsLast
 from .conv1d_layout import Conv1dLayout
 from .conv_add_relu import ConvAddRelu
 from .conv_bias import ConvBias
@@ -24,6 +25,7 @@ from .counters import Counters
 from .cse import CommonSubexpressions
 from .decode_attention import DecodeAttention
 from .depthwise import Depthwise
+from .depthwise_affine import DepthwiseAffine
 from .depthwise_backward import DepthwiseBackward
 from .depthwise_cpu import DepthwiseCPU
 from .fft_conv import FftConv
@@ -75,6 +77,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(9, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
     Step(10, AttentionInputs(), "model", "once masks and repeated heads are gone, which decide the kernel that is asked for"),
     Step(11, None, "model", "the user's model passes see what ours left"),
+    Step(16, ChannelsLast(), "graph", "first: every other pass sees its layouts; copies that became none go next"),
     Step(17, Conv1dLayout(), "graph", "before the next one: behind a turned convolution rows are in order"),
     Step(18, RowMajor(), "graph", "before copies that it makes needless are stripped"),
     Step(19, KnownNumbers(), "graph", "before the marks of what the trace made itself are stripped, and while equal ones differ"),
@@ -94,6 +97,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(33, StridedConv(), "graph", "a convolution without bias has fewer spellings"),
     Step(34, ConvRelu(), "graph", "takes back the biases that only relu follows"),
     Step(35, ConvAddRelu(), "graph", "those that relu follows after one more sum"),
+    Step(38, DepthwiseAffine(), "graph", "after the convolutions' biases are where they stay"),
     Step(39, SharedBmm(), "graph", "before siblings are merged: what it makes may be some"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),
     Step(43, SkinnyLinear(), "graph", "after q/k/v and gate/up are one product; takes in norms before they are kernels"),

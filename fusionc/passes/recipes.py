@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from . import bn_conv, conv_bn, conv_branches, depthwise, horizontal_matmul, pad_matmul
+from . import bn_conv, channels_last, conv_bn, conv_branches, depthwise, horizontal_matmul, pad_matmul
 from .constants import composed
 
 Compute = Callable[[list[torch.Tensor]], torch.Tensor]
 RECIPES: dict[str, tuple[int, Callable[..., Compute]]] = {  # word: number of arguments, function
     "depthwise_taps": (3, depthwise.rebuild),
+    "channels_last": (0, channels_last.rebuild),
     "concatenate": (3, horizontal_matmul.rebuild),
     "fold_into_next": (6, bn_conv.rebuild),
     "fold_batch_norm": (5, conv_bn.rebuild),

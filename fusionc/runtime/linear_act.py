@@ -48,8 +48,8 @@ def _launch(how: Candidate, x: Tensor, weight: Tensor, bias: Tensor | None, acti
     y = torch.empty((rows, out), dtype=x.dtype, device=x.device)
     fn = load_module(template.TEXT, interpret=interpret).linear
     grid = (-(-rows // bm) * -(-out // bn),)
-    args = (x, weight, weight if bias is None else bias, y, rows, x.stride(0))
-    options: dict[str, Any] = {"N": out, "K": inner, "BM": bm, "BN": bn, "BK": bk, "BIAS": bias is not None,
+    args = (x, weight, weight if bias is None else bias, y, rows)
+    options: dict[str, Any] = {"LINE": x.stride(0), "N": out, "K": inner, "BM": bm, "BN": bn, "BK": bk, "BIAS": bias is not None,
                                "ACTIVATION": activation, "num_warps": warps, "num_stages": stages}  # fmt: skip
     if warm_up:
         fn.warmup(*args, grid=grid, **options)

@@ -69,9 +69,9 @@ def test_compiles_for_a_gpu_without_spills(out: int, inner: int) -> None:
 
     for how in runtime.candidates(50176, out, inner)[1:]:
         _, bm, bn, bk, warps, stages = how
-        constants = {"N": out, "K": inner, "BM": bm, "BN": bn, "BK": bk, "BIAS": True, "ACTIVATION": "gelu"}
+        constants = {"LINE": inner, "N": out, "K": inner, "BM": bm, "BN": bn, "BK": bk, "BIAS": True, "ACTIVATION": "gelu"}
         fn = load_module(template.TEXT).linear
-        kinds = {n: "constexpr" if n in constants else "i32" if n in ("M", "LINE") else "*bf16" for n in fn.arg_names}
+        kinds = {n: "constexpr" if n in constants else "i32" if n == "M" else "*bf16" for n in fn.arg_names}
         attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if n not in constants}
         source = ASTSource(fn=fn, signature=kinds, constexprs=constants, attrs=attrs)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})

@@ -24,7 +24,8 @@ NOTHING = ["aten.alias(%a)", "aten.clone(%a)", "aten.detach(%a)", "aten.view(%a,
            "aten.expand(%a, [2, 3])", "aten.slice(%a, 0, 0, 9223372036854775807)", "aten.permute(%a, [0, 1])",
            "aten.mul(%a, 1)", "aten.mul(%a, 1.0)", "aten.div(%a, 1)", "aten.sub(%a, 0)", "aten.pow.Tensor_Scalar(%a, 1)",
            "aten._to_copy(%a, dtype=torch.float64)", "prims.convert_element_type(%a, torch.float64)",
-           "aten.dropout(%a, 0.5, False)", "aten.clone(%a, memory_format=torch.contiguous_format)"]
+           "aten.dropout(%a, 0.5, False)", "aten.clone(%a, memory_format=torch.contiguous_format)",
+           "aten.as_strided(%a, [2, 3], [3, 1])"]
 
 
 @pytest.mark.parametrize("step", NOTHING)
@@ -52,6 +53,29 @@ def test_what_does_something_stays(step: str, kind: str) -> None:
 
     _, (record,) = run([(1, Strip())], parse(unary(step, kind)), "graph", None)
     assert record.fired == 0 and record.refusals == []
+
+
+def test_strides_that_are_told_as_they_are() -> None:
+    """What adaptive pooling of channels-last images leaves; not where memory begins elsewhere."""
+    text = """
+%x: f64[2, 3, 4, 5]{60, 1, 15, 3} = input
+%m: f64[2, 3, 1, 1] = aten.mean.dim(%x, [-1, -2], True)
+%a: f64[2, 3, 1, 1]{3, 1, 3, 3} = aten.as_strided(%m, [2, 3, 1, 1], [3, 1, 3, 3])
+%v: f64[2, 3] = aten.view(%a, [2, 3])
+%n: f64[2, 3] = aten.neg(%v)
+return (%n)
+"""
+    assert "as_strided" not in rewritten(Strip(), text)
+    check_values(Strip(), text, fired=1)
+    text = """
+%x: f64[4, 3] = input
+%a: f64[4, 3] = aten.neg(%x)
+%s: f64[2, 3] = aten.slice.Tensor(%a, 0, 0, 2)
+%b: f64[2, 3] = aten.as_strided(%s, [2, 3], [3, 1], 3)
+%c: f64[2, 3] = aten.neg(%b)
+return (%c)
+"""
+    check_values(Strip(), text, fired=0)
 
 
 def test_concatenation_of_one_part() -> None:

@@ -13,8 +13,8 @@ from .depthwise_conv import ACTIVATE
 TEXT = ACTIVATE + '''
 
 @triton.jit
-def linear(x, w, bias, y, M, LINE, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-           BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
+def linear(x, w, bias, y, M, LINE: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+           BK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
     """y[M, N] = activation(x[M, K] @ w[N, K]ᵀ + bias[N]); rows of x lie LINE apart."""
     tiles: tl.constexpr = (N + BN - 1) // BN
     pid = tl.program_id(0)
