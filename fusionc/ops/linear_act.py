@@ -1,8 +1,8 @@
 """fusionc::linear_act: a linear layer of many rows and its activation in one kernel, where that is faster.
 
-Math       f(x Wᵀ + b)
-Shapes     x [M, K] of rows with dense elements; weight [N, K]; bias [N] or none; one half-precision dtype (any on a CPU);
-           activation "relu", "gelu", "gelu_tanh", "silu" → [M, N] of that dtype
+Math       f(s ⊙ (x Wᵀ) + b)
+Shapes     x [M, K] of rows with dense elements; weight [N, K]; one half-precision dtype (any on a CPU); scale and bias [N]
+           of that dtype or float32, or none; activation "relu", "gelu", "gelu_tanh", "silu" → [M, N] of that dtype
 Gradient   no autograd rule: it stands in inference graphs
 Source     ``codegen/templates/linear_act.py``; the library's product and ATen's activation are a candidate, too
 """
@@ -18,12 +18,13 @@ from torch import Tensor
 from . import late
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
-_LIBRARY.define("linear_act(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor")
+_LIBRARY.define("linear_act(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, str activation) -> Tensor")
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def _reference(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.to(wide) @ weight.to(wide).t()
+    y = y if scale is None else y * scale.to(wide)
     y = y if bias is None else y + bias.to(wide)
     y = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
          "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh")}[activation](y)  # fmt: skip
@@ -40,7 +41,7 @@ def _launcher() -> Callable[..., Tensor]:
     return launch
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 

@@ -1,6 +1,7 @@
-"""A linear layer or 1×1 convolution of many rows takes in its bias and activation, where a measurement says that it pays.
+"""A linear layer or 1×1 convolution of many rows takes in its bias, norm and activation, where a measurement says that it pays.
 
-Math       f(x Wᵀ + b), f one of relu, gelu, silu: on the accumulator, before the result is written for the first time
+Math       f(s ⊙ (x Wᵀ) + b), f one of relu, gelu, silu; s and b hold an inference BatchNorm whose folding would round W: on the
+           accumulator, before the result is written for the first time
 Exactness  reassociates in name only: one rounding where the product, the bias and the activation have three
 Legality   inference on CUDA, float16 or bfloat16, known sizes that are multiples of 8; W contiguous; a convolution has one tap,
            stride 1, no groups and channels-last images; nobody reads the values between
@@ -21,6 +22,7 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, dtype, is_view, shape, tensor
+from .affine import Vectors, form
 from .base import Match, Pass, Reassociates, Refuse
 from .conv_matmul import LIBRARY
 
@@ -46,7 +48,7 @@ class LinearActivation(Pass):
             word, like = _activation(node), tensor(node)
             if not word or like is None or like.device.type not in self.devices or like.dtype not in self.dtypes:
                 continue
-            found = _product(node.args[0])
+            found = _product(node.args[0]) or _normalised(node.args[0])
             if found is not None:
                 yield Match({"act": node, "activation": word, **found}, (node,))
 
@@ -69,7 +71,7 @@ class LinearActivation(Pass):
         if not all(isinstance(n, int) for t in (like, left, right) for n in (*t.shape, *t.stride())):
             return Refuse("a size is symbolic", product)
         bias = match.bias
-        if any(dtype(a) != like.dtype for a in (x, weight, product, *([bias] if bias is not None else []))):
+        if any(dtype(a) != like.dtype for a in (act.args[0], x, weight, product, *([bias] if bias is not None else []))):
             return Refuse("not of one dtype", product)
         if conv:
             _, _, _, stride, padding, _, transposed, _, groups = product.args
@@ -109,7 +111,18 @@ class LinearActivation(Pass):
             if match.conv:
                 x = call(aten.view.default, call(aten.permute.default, x, [0, 2, 3, 1]), [math.prod(sizes) // out, inner])
                 weight = call(aten.view.default, weight, [out, inner])
-            made = call(torch.ops.fusionc.linear_act.default, x, weight, match.bias, match.activation)
+            scale, bias = None, match.bias
+            if match.form is not None:
+                made = tensor(match.product)
+                assert made is not None
+                vectors = Vectors(graph, out, made, torch.promote_types(made.dtype, torch.float32), (match.product, act))
+                (a, _, c), own = match.form, bias
+                scale = None if a == 1.0 else vectors.vector(a)
+                if own is not None and scale is not None:
+                    own = call(aten.mul.Tensor, vectors.widened(own), scale)
+                bias = own if c is None else vectors.vector(c) if own is None else \
+                    call(aten.add.Tensor, vectors.vector(c), own)  # fmt: skip
+            made = call(torch.ops.fusionc.linear_act.default, x, weight, scale, bias, match.activation)
             if match.conv:
                 made = call(aten.view.default, made, [sizes[0], *sizes[2:], out])
                 made = call(aten.permute.default, made, [0, 3, 1, 2])
@@ -148,16 +161,32 @@ def _product(node: Any) -> dict[str, Any] | None:
             node = value
         elif node.target is aten.addmm.default:
             ok = bias is None and not node.kwargs and isinstance(node.args[2], Node)
-            return {"product": node, "bias": node.args[0], "between": tuple(between)} if ok else None
+            return {"product": node, "form": None, "bias": node.args[0], "between": tuple(between)} if ok else None
         elif node.target is aten.mm.default:
-            return {"product": node, "bias": bias, "between": tuple(between)} if isinstance(node.args[1], Node) else None
+            ok = isinstance(node.args[1], Node)
+            return {"product": node, "form": None, "bias": bias, "between": tuple(between)} if ok else None
         elif node.target is aten.convolution.default:
             if node.args[2] is not None and bias is not None or any(n.target in _VIEWS for n in between):
                 return None
-            return {"product": node, "bias": bias or node.args[2], "between": tuple(between)}
+            return {"product": node, "form": None, "bias": bias or node.args[2], "between": tuple(between)}
         else:
             return None
     return None
+
+
+def _normalised(node: Node) -> dict[str, Any] | None:
+    """A convolution, and the numbers by which its channels are scaled and shifted afterwards."""
+    sizes, between = shape(node), [node]
+    if sizes is None or len(sizes) != 4:
+        return None
+    while between[-1].target is not aten.convolution.default:
+        inner = [n for n in between[-1].all_input_nodes if shape(n) == sizes]
+        if between[-1].op != "call_function" or len(inner) != 1 or len(between) > 12:
+            return None
+        between.append(inner[0])
+    conv = between[-1]
+    found = form(node, {conv: (1.0, None, None)}, sizes) if node is not conv else None
+    return {"product": conv, "form": found, "bias": conv.args[2], "between": tuple(between)} if found is not None else None
 
 
 def _is(node: Node, target: Any) -> bool:

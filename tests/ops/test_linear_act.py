@@ -14,19 +14,22 @@ load("linear_act")
 ACT = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh")}
 
 
-def make(rows=70, out=40, inner=48, bias=True, activation="gelu", dtype=torch.float16, apart=0):
+def make(rows=70, out=40, inner=48, bias=True, activation="gelu", dtype=torch.float16, apart=0, scaled=False):
     rng = torch.Generator().manual_seed(rows + out)
     x = torch.randn(rows, inner + apart, generator=rng).to(dtype)[:, :inner]
     w = (torch.randn(out, inner, generator=rng) / inner**0.5).to(dtype)
     b = torch.randn(out, generator=rng).to(dtype) if bias else None
     y = x.double() @ w.double().t()
-    return x, w, b, activation, ACT[activation](y if b is None else y + b.double())
+    scale = torch.rand(out, generator=rng) + 0.5 if scaled else None
+    y = y if scale is None else y * scale.double()
+    return x, w, scale, b, activation, ACT[activation](y if b is None else y + b.double())
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("given", [
     {}, {"activation": "silu", "bias": False}, {"activation": "relu", "inner": 64, "out": 64},
     {"activation": "gelu_tanh", "rows": 5, "inner": 8, "out": 8}, {"rows": 33, "apart": 16, "inner": 96},
+    {"scaled": True},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("tile", [(32, 32, 32), (16, 64, 64)], ids=str)
 def test_kernel(given: dict, tile: tuple[int, int, int]) -> None:
@@ -37,18 +40,19 @@ def test_kernel(given: dict, tile: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("activation", list(ACT))
-def test_reference_and_library(activation: str) -> None:
-    x, w, b, _, want = make(activation=activation)
-    got = torch.ops.fusionc.linear_act(x, w, b, activation)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_reference_and_library(activation: str, scaled: bool) -> None:
+    x, w, s, b, _, want = make(activation=activation, scaled=scaled)
+    got = torch.ops.fusionc.linear_act(x, w, s, b, activation)
     assert (got.double() - want).norm() <= 1e-3 * want.norm()
-    assert (runtime.library(x, w, b, activation).double() - want).norm() <= 3e-3 * want.norm()
-    torch.library.opcheck(torch.ops.fusionc.linear_act.default, (x, w, b, activation),
+    assert (runtime.library(x, w, s, b, activation).double() - want).norm() <= 3e-3 * want.norm()
+    torch.library.opcheck(torch.ops.fusionc.linear_act.default, (x, w, s, b, activation),
                           test_utils=("test_schema", "test_faketensor"))  # fmt: skip
 
 
 def test_nothing_in_nothing_out() -> None:
-    x, w, b, _, _ = make()
-    assert runtime.linear_act(x[:0], w, b, "gelu").shape == (0, 40)
+    x, w, s, b, _, _ = make()
+    assert runtime.linear_act(x[:0], w, s, b, "gelu").shape == (0, 40)
 
 
 def test_the_library_is_what_runs_without_a_measurement() -> None:
@@ -69,7 +73,8 @@ def test_compiles_for_a_gpu_without_spills(out: int, inner: int) -> None:
 
     for how in runtime.candidates(50176, out, inner)[1:]:
         _, bm, bn, bk, warps, stages = how
-        constants = {"LINE": inner, "N": out, "K": inner, "BM": bm, "BN": bn, "BK": bk, "BIAS": True, "ACTIVATION": "gelu"}
+        constants = {"LINE": inner, "N": out, "K": inner, "BM": bm, "BN": bn, "BK": bk}
+        constants |= {"SCALE": True, "BIAS": True, "ACTIVATION": "gelu"}
         fn = load_module(template.TEXT).linear
         kinds = {n: "constexpr" if n in constants else "i32" if n == "M" else "*bf16" for n in fn.arg_names}
         attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if n not in constants}

@@ -50,7 +50,7 @@ def test_a_linear_layer() -> None:
 %b: f64[8] = input  # static
 %v: f64[8, 4] = input  # static
 %f: f64[6, 16] = aten.view(%x, [6, 16])
-%linear_act: f64[6, 8] = fusionc.linear_act(%f, %w, %b, "gelu")
+%linear_act: f64[6, 8] = fusionc.linear_act(%f, %w, None, %b, "gelu")
 %view: f64[2, 3, 8] = aten.view(%linear_act, [2, 3, 8])
 %h: f64[6, 8] = aten.view(%view, [6, 8])
 %y: f64[6, 4] = aten.mm(%h, %v)
@@ -60,7 +60,7 @@ return (%y)
 
 
 def test_a_bias_that_is_added_afterwards_and_none() -> None:
-    assert 'fusionc.linear_act(%f, %w, %b, "silu")' in rewritten(OnCpu(), SUM)
+    assert 'fusionc.linear_act(%f, %w, None, %b, "silu")' in rewritten(OnCpu(), SUM)
     check_values(OnCpu(), SUM, fired=1, exact=False)
     check_values(OnCpu(), SUM.replace("aten.add(%r, %b)", "aten.add(%b, %r)"), fired=1, exact=False)
     check_values(OnCpu(), MLP.replace("aten.addmm(%b, %f, %t)", "aten.mm(%f, %t)"), fired=1, exact=False)
@@ -71,7 +71,7 @@ def test_a_convolution() -> None:
         "%permute: f64[2, 3, 5, 16] = aten.permute(%x, [0, 2, 3, 1])",
         "%view: f64[30, 16] = aten.view(%permute, [30, 16])",
         "%view_1: f64[8, 16] = aten.view(%w, [8, 16])",
-        '%linear_act: f64[30, 8] = fusionc.linear_act(%view, %view_1, %b, "gelu_tanh")',
+        '%linear_act: f64[30, 8] = fusionc.linear_act(%view, %view_1, None, %b, "gelu_tanh")',
         "%view_2: f64[2, 3, 5, 8] = aten.view(%linear_act, [2, 3, 5, 8])",
         "%permute_1: f64[2, 8, 3, 5]{120, 1, 40, 8} = aten.permute(%view_2, [0, 3, 1, 2])",
         "return (%permute_1)",
@@ -80,6 +80,31 @@ def test_a_convolution() -> None:
     lines = [line for line in CONV.splitlines() if not line.startswith(("%v", "%s"))]
     inside = "\n".join(lines).replace("%w, None", "%w, %b").replace("aten.gelu(%s", "aten.gelu(%c")
     check_values(OnCpu(), inside, fired=1, exact=False)
+
+
+NORM = """
+%x: f64[2, 16, 3, 5]{240, 1, 80, 16} = input
+%w: f64[8, 16, 1, 1] = input  # static
+%m: f64[8, 1, 1] = input  # static
+%r: f64[8, 1, 1] = input  # static
+%c: f64[2, 8, 3, 5]{120, 1, 40, 8} = aten.convolution(%x, %w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+%d: f64[2, 8, 3, 5]{120, 1, 40, 8} = aten.sub(%c, %m)
+%e: f64[2, 8, 3, 5]{120, 1, 40, 8} = aten.mul(%d, %r)
+%g: f64[2, 8, 3, 5]{120, 1, 40, 8} = aten.silu(%e)
+return (%g)
+"""
+
+
+def test_a_norm_whose_folding_would_round_the_weights() -> None:
+    text = rewritten(OnCpu(), NORM)
+    assert 'fusionc.linear_act(%view_3, %view_4, %view, %mul_1, "silu")' in text or text.count("fusionc.linear_act") == 1
+    assert "aten.convolution" not in text and sum("f64[2, 8, 3, 5]" in line for line in text.splitlines()) == 1
+    check_values(OnCpu(), NORM, fired=1, exact=False)
+    own = NORM.replace("%w, None", "%w, %b").replace("%m: f64", "%b: f64[8] = input  # static\n%m: f64", 1)
+    check_values(OnCpu(), own, fired=1, exact=False)
+    check_values(OnCpu(), NORM.replace("aten.mul(%d, %r)", "aten.add(%d, 1.5)"), fired=1, exact=False)
+    check_values(OnCpu(), NORM.replace("aten.mul(%d, %r)", "aten.mul(%d, %d)"), fired=0)
+    assert refusals(OnCpu(), NORM.replace("return (%g)", "return (%g, %d)")) == ["a value between is read elsewhere (d)"]
 
 
 @pytest.mark.parametrize(("text", "changes", "reason"), [

@@ -13,9 +13,9 @@ from .depthwise_conv import ACTIVATE
 TEXT = ACTIVATE + '''
 
 @triton.jit
-def linear(x, w, bias, y, M, LINE: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-           BK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
-    """y[M, N] = activation(x[M, K] @ w[N, K]ᵀ + bias[N]); rows of x lie LINE apart."""
+def linear(x, w, scale, bias, y, M, LINE: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+           BN: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
+    """y[M, N] = activation(scale[N] · (x[M, K] @ w[N, K]ᵀ) + bias[N]); rows of x lie LINE apart."""
     tiles: tl.constexpr = (N + BN - 1) // BN
     pid = tl.program_id(0)
     rows = pid // tiles * BM + tl.arange(0, BM)
@@ -35,6 +35,8 @@ def linear(x, w, bias, y, M, LINE: tl.constexpr, N: tl.constexpr, K: tl.constexp
         total = tl.dot(a, b, total, input_precision="ieee")
         left += BK
         right += BK
+    if SCALE:
+        total *= tl.load(scale + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if BIAS:
         total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     place = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
