@@ -19,14 +19,14 @@ from torch.fx import GraphModule, Node
 
 from .runtime import launch, tune
 
-# operator -> (module, its function that says what a call would choose from)
-_WANTED = {
-    "skinny_linear": ("fusionc.targets.skinny", "wanted"),
-    "short_attention": ("fusionc.targets.short_attention", "wanted"),
-    "decode_attention": ("fusionc.targets.decode", "wanted"),
-    "decode_attention_update": ("fusionc.targets.decode", "wanted_update"),
-    "depthwise_conv": ("fusionc.runtime.depthwise_conv", "wanted"),
-    "depthwise_conv_weight": ("fusionc.runtime.depthwise_conv", "wanted_weight"),
+# operator -> the function that says what a call would choose from; imported when an operator is met
+_WANTED: dict[str, Callable[[], Any]] = {
+    "skinny_linear": lambda: importlib.import_module("fusionc.targets.skinny").wanted,
+    "short_attention": lambda: importlib.import_module("fusionc.targets.short_attention").wanted,
+    "decode_attention": lambda: importlib.import_module("fusionc.targets.decode").wanted,
+    "decode_attention_update": lambda: importlib.import_module("fusionc.targets.decode").wanted_update,
+    "depthwise_conv": lambda: importlib.import_module("fusionc.runtime.depthwise_conv").wanted,
+    "depthwise_conv_weight": lambda: importlib.import_module("fusionc.runtime.depthwise_conv").wanted_weight,
 }
 
 
@@ -52,7 +52,7 @@ def jobs(gm: GraphModule) -> list[Callable[[], Any]]:
             device = args[0].device
             if device.type != "cuda" or not _static((args, kwargs)):
                 continue
-            wanted = getattr(importlib.import_module(place[0]), place[1])(*args, **kwargs)
+            wanted = place()(*args, **kwargs)
             if wanted is not None and (wanted.key, device) not in found:
                 found[wanted.key, device] = [partial(wanted.prepare, c) for c in tune.likely(wanted, device)]
         except Exception:  # noqa: BLE001 - whatever it is, the first call meets it again
