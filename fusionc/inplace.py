@@ -104,7 +104,10 @@ def reuse_calls(
     for unit in calls:
         name, seat = _OVER[unit.node.target._schema.name]  # type: ignore[union-attr]
         operand = unit.node.args[seat]
-        if isinstance(operand, Node) and operand not in used and state.last_reader(unit, operand):
+        if not isinstance(operand, Node) or operand in used or not state.last_reader(unit, operand):
+            continue
+        sizes = operand.meta["val"].shape
+        if all(isinstance(n, int) for n in sizes) and math.prod(sizes) * operand.meta["val"].itemsize >= _WORTH:
             out[unit.node] = getattr(torch.ops.fusionc, name).default
     return out
 
@@ -141,7 +144,7 @@ class _State:
         """The kernel that writes `value` over `operand`, if nobody else ever looks at the operand's memory again."""
         unit = self.grouper.unit.get(operand)
         if isinstance(unit, Call):
-            if _name(operand) not in _FRESH:
+            if _name(operand) not in _FRESH or getattr(operand.target, "namespace", "") not in ("aten", "fusionc"):
                 return None
         elif unit is None or id(unit) not in self.lowered or operand in done:
             return None
@@ -161,7 +164,7 @@ class _State:
         """Nobody looks at the operand's memory after this call, which reads it once."""
         made = self.grouper.unit.get(operand)
         if isinstance(made, Call):
-            if _name(operand) not in _FRESH:
+            if _name(operand) not in _FRESH or getattr(operand.target, "namespace", "") not in ("aten", "fusionc"):
                 return False
         elif made is None or id(made) not in self.lowered:
             return False

@@ -50,6 +50,7 @@ def _kernels() -> object:
 _LIBRARY.impl("conv_add_relu", reference, "CPU")
 _LIBRARY.impl("conv_add_relu_over", _over, "CPU")
 _LIBRARY.impl("conv_add_relu", late(lambda: _kernels().fresh, "conv_add_relu", reference), "CUDA")  # type: ignore[attr-defined]
-_LIBRARY.impl("conv_add_relu_over", late(lambda: _kernels().over, "conv_add_relu", reference), "CUDA")  # type: ignore[attr-defined]
+_LIBRARY.impl("conv_add_relu_over", late(lambda: _kernels().over, "conv_add_relu_over", _over),  # type: ignore[attr-defined]
+              "CUDA")
 torch.library.register_fake("fusionc::conv_add_relu", _fake, lib=_LIBRARY)
 torch.library.register_fake("fusionc::conv_add_relu_over", _fake, lib=_LIBRARY)

@@ -74,7 +74,7 @@ def form(node: Any, known: dict[Node, Form | None], sizes: Any, depth: int = 0) 
         return None
     sides: list[Form] = []
     for arg in node.args:
-        constant = _constant(arg, sizes)
+        constant = None if isinstance(arg, Node) and known.get(arg) is not None else _constant(arg, sizes)
         found = (None, None, constant) if constant is not None else \
             form(arg, known, sizes, depth + 1) if isinstance(arg, Node) else None  # fmt: skip
         if found is None:

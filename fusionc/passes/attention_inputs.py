@@ -50,7 +50,7 @@ class AttentionInputs(Pass):
             given = sdpa.arguments(node)
             sources = {name: _copied(given[name]) for name in ("query", "key", "value")}
             found = {name: source for name, source in sources.items() if source is not None}
-            product = _product(given["query"])
+            product = _product(given["query"]) if sum(a is given["query"] for a in given.values()) == 1 else None
             if found or product is not None:
                 yield Match({"call": node, "given": given, "sources": found, "product": product, "probe": probe,
                              "result": []}, (node,))  # fmt: skip
@@ -58,10 +58,10 @@ class AttentionInputs(Pass):
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality."""
         node, given, product = match.call, match.given, match.product
-        parts = [*match.sources.values(), *(product[:2] if product is not None else ())]
+        parts = [*match.sources.values(), *(given[name] for name in match.sources), *(product[:2] if product is not None else ())]
         for source in parts:
             if facts.writers and any(root in facts.writers for root in facts.roots(source)):
-                return Refuse("what it copies is written in place", source)
+                return Refuse("what it copies, or the copy, is written in place", source)
         for source in match.sources.values():
             if (stride(source) or (0,))[-1] != 1:
                 return Refuse("the copy puts the last dimension in order", source)
@@ -121,7 +121,7 @@ def _product(query: Any) -> tuple[Node, Node, float] | None:
     operand, factor = node.args if isinstance(node.args[0], Node) else node.args[::-1]
     if not isinstance(operand, Node) or isinstance(factor, bool) or not isinstance(factor, (int, float)):
         return None
-    if not math.isfinite(factor) or factor == 0 or not same_layout(value(operand), value(node)):
+    if not math.isfinite(factor) or factor <= 0 or not same_layout(value(operand), value(node)):
         return None
     kind = dtype(operand)
     return (node, operand, float(factor)) if kind is not None and kind.is_floating_point else None

@@ -28,7 +28,8 @@ from .base import Match, Pass, Reassociates, Refuse
 aten = torch.ops.aten
 _LAST = torch.channels_last
 _STRIDES = {aten.as_strided.default, aten.as_strided_copy.default, aten.empty_strided.default, aten.new_empty_strided.default,
-            aten.as_strided_scatter.default}  # fmt: skip
+            aten.as_strided_scatter.default, aten._reshape_alias.default}  # fmt: skip
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 _OURS = ("aten", "prims", "fusionc")
 
 
@@ -142,6 +143,8 @@ class ChannelsLast(Pass):
                 continue
             try:
                 made = edit.compute_value(node.target, node.args, node.kwargs)
+                if node.target in _VIEWS:
+                    _possible(node)
             except Exception:  # a view of memory that is not there any more
                 restore(node)
                 continue
@@ -149,6 +152,15 @@ class ChannelsLast(Pass):
             if _strides(old) != _strides(made):
                 changed[node] = old
         return saved, paid
+
+
+def _possible(node: Node) -> None:
+    """Raises where memory of this layout has no such view: fake tensors of channels-last images one pixel high claim it has."""
+    like, sizes = tensor(node.args[0]), node.args[1]
+    assert like is not None
+    if not all(isinstance(n, int) for n in (*like.shape, *like.stride(), *sizes)):  # type: ignore[misc]
+        raise ValueError("a size is symbolic")
+    torch.empty_strided(like.shape, like.stride(), device="meta").view(sizes)
 
 
 def _copied(node: Node, user: Node) -> Node:

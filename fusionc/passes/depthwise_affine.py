@@ -47,7 +47,8 @@ class DepthwiseAffine(Pass):
             root, last = conv, conv
             while len(last.users) == 1:
                 (last,) = last.users
-                if form(last, known, sizes) is None:
+                found = form(last, known, sizes)
+                if found is None or found[0] is None:
                     break
                 if dtype(last) == dtype(conv) and tensor(last).stride() == tensor(conv).stride():  # type: ignore[union-attr]
                     root = last

@@ -86,7 +86,8 @@ class LinearActivation(Pass):
         out, inner = right.shape[:2]
         if out % 8 or inner % 8 or like.numel() < self.rows * out:
             return Refuse("few rows, or a width that is no multiple of 8", product)
-        if like.shape[1 if conv else -1] != out or bias is not None and tuple(shape(bias) or ()) != (out,):
+        if like.numel() != made.numel() or like.shape[1 if conv else -1] != out or \
+                bias is not None and tuple(shape(bias) or ()) != (out,):  # fmt: skip
             return Refuse("what is added is not a bias of the columns", product)
         if _taken_in(act):
             return Refuse("a kernel that follows takes the activation in", act)
@@ -186,7 +187,9 @@ def _normalised(node: Node) -> dict[str, Any] | None:
         between.append(inner[0])
     conv = between[-1]
     found = form(node, {conv: (1.0, None, None)}, sizes) if node is not conv else None
-    return {"product": conv, "form": found, "bias": conv.args[2], "between": tuple(between)} if found is not None else None
+    if found is None or found[0] is None:
+        return None
+    return {"product": conv, "form": found, "bias": conv.args[2], "between": tuple(between)}
 
 
 def _is(node: Node, target: Any) -> bool:

@@ -89,6 +89,8 @@ def outlook(node: Node, new: Any) -> dict[Node, Any] | None:
         stack = [other for other in stack if other is not user]
         if user.op not in ("call_function", "call_method") or len(found) > _REACH:
             return None
+        if user.target in ("as_strided", torch.as_strided, "as_strided_", "set_"):  # told strides: it reads memory as it lay
+            return None
         args, kwargs = map_arg((user.args, user.kwargs), lambda n: found.get(n, value(n)))
         mode = edit.fake_mode_of(value(n) for n in nodes_of((user.args, user.kwargs)))
         try:

@@ -40,8 +40,10 @@ def begin(force: bool = False) -> None:
         return
     with _guard:
         if _thread is None:
-            _thread = threading.Thread(target=_prepare, name="fusionc-ready")
-            _thread.start()
+            thread = threading.Thread(target=_prepare, name="fusionc-ready")
+            with contextlib.suppress(RuntimeError):  # no more threads: whoever needs it gets ready then
+                thread.start()
+                _thread = thread
 
 
 def wait() -> None:

@@ -180,7 +180,7 @@ class Grouper:
                 self.lowered[node] = low
             else:
                 self.reason[node] = why
-        for node in list(self.lowered):
+        for node in reversed(list(self.lowered)):  # readers first: what one of them is decides on what it reads
             val = node.meta["val"]
             if self.device.type != "cpu" and _cpu_number(val) and not self._only_in_kernels(node):
                 del self.lowered[node]

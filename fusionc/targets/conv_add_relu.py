@@ -55,7 +55,7 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, stride: tuple[int, 
     """Is it a product of dense rows, on a GPU that has the instructions?"""
     if tuple(weight.shape[2:]) != (1, 1) or set(stride) != {1} or set(padding) != {0} or torch.version.hip:
         return False
-    if x.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != x.dtype for t in (weight, bias, z)):
+    if not z.numel() or x.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != x.dtype for t in (weight, bias, z)):
         return False
     dense = all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, z)) and bias.is_contiguous()
     if not dense or weight.stride()[:2] != (weight.shape[1], 1):

@@ -21,6 +21,24 @@ def make(n: int, c: int, o: int, side: int, dtype: torch.dtype, taps: int = 1) -
     return x, (torch.randn(o, c, taps, taps) / c).to(dtype), torch.randn(o).to(dtype), z
 
 
+def test_each_operator_has_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Program calls kernels by name: once the one that writes over z stood under the other's."""
+    from types import SimpleNamespace
+
+    from fusionc import ops
+    from fusionc.ops import conv_add_relu
+
+    called = []
+    kernels = SimpleNamespace(fresh=lambda *_: called.append("fresh"), over=lambda *_: called.append("over"))
+    monkeypatch.setattr(conv_add_relu, "_kernels", lambda: kernels)
+    kernel = ops.direct(torch.ops.fusionc.conv_add_relu.default._op)
+    assert kernel is not None and kernel.__closure__ is not None
+    find = next(c.cell_contents for c in kernel.__closure__ if getattr(c.cell_contents, "__name__", "") == "<lambda>")
+    find()()
+    assert called == ["fresh"]
+    assert ops.direct(torch.ops.fusionc.conv_add_relu_over.default._op) is None
+
+
 def test_operator() -> None:
     x, w, b, z = make(2, 4, 8, 5, torch.float64, taps=3)
     given = ([1, 1], [1, 1], [1, 1])

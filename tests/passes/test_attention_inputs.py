@@ -106,7 +106,16 @@ def by_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out(SDPA(heads(q * v), heads(k), heads(v)))
 
 
-@pytest.mark.parametrize("fn", [stays, nothing, by_tensor])
+def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = heads(q * 3.0)
+    return out(SDPA(s, s, heads(v)))
+
+
+def negative(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return out(SDPA(heads(q * -3.0), heads(k), heads(v)))
+
+
+@pytest.mark.parametrize("fn", [stays, nothing, by_tensor, twice, negative])
 def test_factors_that_stay(fn: Callable[..., Tensor]) -> None:
     assert compare(fn, fired=0).reasons == []
 
@@ -123,6 +132,16 @@ def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out(SDPA(heads(q), c, heads(v))) + k
 
 
+def written_copy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    c = heads(k * 2).contiguous()
+    c[:, :, 0] = 0
+    return out(SDPA(heads(q), c, heads(v)))
+
+
+def told(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return SDPA(heads(q).contiguous(), heads(k), heads(v)).as_strided((2, 3, 5, 8), (120, 40, 8, 1)) * 2
+
+
 def seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return SDPA(heads(q).contiguous(), heads(k), heads(v))
 
@@ -134,7 +153,9 @@ def wide(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("fn, reason", [
     (turned, "the copy puts the last dimension in order"),
-    (written, "what it copies is written in place"),
+    (written, "what it copies, or the copy, is written in place"),
+    (written_copy, "what it copies, or the copy, is written in place"),
+    (told, "a reader of the result depends on its strides"),
     (seen, "a reader of the result depends on its strides"),
     (wide, "torch would choose a slower kernel"),
 ])  # fmt: skip

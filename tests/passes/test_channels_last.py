@@ -36,6 +36,20 @@ return (%e, %c, %r)
 """
 
 
+def test_a_view_that_images_one_pixel_high_have_only_by_name() -> None:
+    """Torch's fake tensors give channels-last memory of height 1 views that it has not."""
+    text = f"""
+%x: f64[2, 8, 1, 8] = input
+%w: f64[8, 8, 3, 3] = input  # static
+%m: f64[64, 8] = input  # static
+%a: f64[2, 8, 1, 8] = {conv("x", "w")}
+%v: f64[2, 64] = aten.view(%a, [2, 64])
+%y: f64[2, 8] = aten.mm(%v, %m)
+return (%y)
+"""
+    check_values(OnCpu(), text, fired=1, exact=False)
+
+
 def test_a_network() -> None:
     assert rewritten(OnCpu(), NET) == """
 %x: f64[2, 3, 8, 8] = input

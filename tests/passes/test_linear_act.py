@@ -29,6 +29,17 @@ MLP = """
 %y: f64[6, 4] = aten.mm(%h, %v)
 return (%y)
 """
+COLUMN = """
+%x: f64[6, 16] = input
+%w: f64[8, 16] = input  # static
+%b: f64[8] = input  # static
+%t: f64[16, 8]{1, 16} = aten.t(%w)
+%p: f64[6, 8] = aten.mm(%x, %t)
+%r: f64[48, 1] = aten.view(%p, [48, 1])
+%s: f64[48, 8] = aten.add(%r, %b)
+%g: f64[48, 8] = aten.relu(%s)
+return (%g)
+"""
 SUM = MLP.replace("aten.addmm(%b, %f, %t)", "aten.mm(%f, %t)").replace(
     "%g: f64[2, 3, 8] = aten.gelu(%r)", "%s: f64[2, 3, 8] = aten.add(%r, %b)\n%g: f64[2, 3, 8] = aten.silu(%s)")  # fmt: skip
 CONV = """
@@ -111,6 +122,7 @@ def test_a_norm_whose_folding_would_round_the_weights() -> None:
     (MLP, {"return (%y)": "return (%y, %r)"}, "a value between is read elsewhere (r)"),
     (MLP, {"%w: f64[8, 16]": "%t: f64[16, 8]", "%t: f64[16, 8]{1, 16} = aten.t(%w)\n": ""}, "the weight is not turned (p)"),
     (MLP, {"%b: f64[8] ": "%b: f64[6, 8] "}, "what is added is not a bias of the columns (p)"),
+    (COLUMN, {}, "what is added is not a bias of the columns (p)"),
     (MLP, {"f64[8]": "f64[1]"}, "what is added is not a bias of the columns (p)"),
     (MLP, {"2, 3, 16]": "1, 3, 16]", "2, 3, 8]": "1, 3, 8]", "[6, ": "[3, "},
      "few rows, or a width that is no multiple of 8 (p)"),
