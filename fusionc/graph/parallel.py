@@ -17,7 +17,7 @@ def scarce(rows: int, length: int, columns: bool) -> bool:
     Of a shorter axis one program makes less than the launch of a second kernel would cost. H200, statistics of
     64×64×112×112 channels-last: 64 columns are four programs, which took the whole of 16 ms.
     """
-    if columns and rows < FEW_COLUMNS + 1 and length >= LONG_COLUMNS:
+    if columns and rows <= FEW_COLUMNS and length >= LONG_COLUMNS:
         return True
     return rows < FEW_ROWS and length >= LONG_AXIS
 

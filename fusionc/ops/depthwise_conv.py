@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import late
+from .activation import activate_
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("depthwise_conv(Tensor x, Tensor taps, Tensor? bias, SymInt[] stride, SymInt[] padding, "
@@ -36,8 +37,7 @@ def _reference(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[in
     weight = taps.to(wide).permute(2, 0, 1).unsqueeze(1).contiguous()
     y = torch.ops.aten.convolution(x.to(wide), weight, None if bias is None else bias.to(wide), stride, padding, dilation,
                                    False, [0, 0], x.shape[1])  # fmt: skip
-    y = {"": lambda y: y, "relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
-         "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh")}[activation](y)  # fmt: skip
+    y = activate_(y, activation)
     return y.to(x.dtype).contiguous(memory_format=layout_of(x))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import late
+from .activation import activate_
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("depthwise_cpu(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
@@ -26,8 +27,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[i
               dilation: Sequence[int], activation: str) -> Tensor:  # fmt: skip
     """The operator in ATen."""
     y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], x.shape[1])
-    y = {"": lambda y: y, "relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
-         "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh")}[activation](y)  # fmt: skip
+    y = activate_(y, activation)
     return y.contiguous(memory_format=_layout(x))
 
 

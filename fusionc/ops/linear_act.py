@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import late
+from .activation import activate_
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("linear_act(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, str activation) -> Tensor")
@@ -26,8 +27,7 @@ def _reference(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | N
     y = x.to(wide) @ weight.to(wide).t()
     y = y if scale is None else y * scale.to(wide)
     y = y if bias is None else y + bias.to(wide)
-    y = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
-         "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh")}[activation](y)  # fmt: skip
+    y = activate_(y, activation)
     return y.to(x.dtype).contiguous()
 
 

@@ -12,19 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .activation import activate_
+
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("tiled_mlp(Tensor x, Tensor first, Tensor? first_bias, Tensor second, Tensor? second_bias, str activation, "
                 "int rows) -> Tensor")  # fmt: skip
-
-
-def _activate(hidden: Tensor, activation: str) -> None:
-    """Writes f(hidden) over ``hidden``."""
-    if activation == "relu":
-        torch.relu_(hidden)
-    elif activation == "silu":
-        torch.ops.aten.silu_(hidden)
-    else:
-        torch.ops.aten.gelu_(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -43,7 +35,7 @@ def tiled_mlp(x: Tensor, first: Tensor, first_bias: Tensor | None, second: Tenso
         part, done = x[begin : begin + rows], out[begin : begin + rows]
         block = hidden[: part.shape[0]]
         _product(part, first, first_bias, block)
-        _activate(block, activation)
+        activate_(block, activation)
         _product(block, second, second_bias, done)
     return out
 

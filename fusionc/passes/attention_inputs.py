@@ -74,17 +74,7 @@ class AttentionInputs(Pass):
             if not isinstance(scale, (int, float)):
                 return Refuse("its scale is not known", node)
             new["scale"] = scale * product[2]
-        try:
-            before, after = match.probe(given), match.probe(new)
-        except Exception as error:  # noqa: BLE001 - torch cannot tell for these (symbolic) values
-            return Refuse(f"torch cannot choose a kernel: {type(error).__name__}", node)
-        if after[0] < before[0] or after[0] == 0:
-            return Refuse("torch would choose a slower kernel", node)
-        values = sdpa.outlook(node, after[1])
-        if values is None:
-            return Refuse("a reader of the result depends on its strides", node)
-        match.result.append((new, values))
-        return None
+        return sdpa.settle(match, new, "torch would choose a slower kernel")
 
     def replace(self, match: Match, facts: Facts) -> None:
         """The call reads what was copied, and the factor's operand."""

@@ -63,17 +63,7 @@ class CausalMask(Pass):
         if kind == "causal" and not same(lengths[0][0], lengths[1][0]):
             return Refuse("queries and keys differ in number", mask)
         new = {**given, "attn_mask": None, "is_causal": kind == "causal"}
-        try:
-            before, after = match.probe(given), match.probe(new)
-        except Exception as error:  # noqa: BLE001 - torch cannot tell for these (symbolic) values
-            return Refuse(f"torch cannot choose a kernel: {type(error).__name__}", node)
-        if after[0] < before[0]:
-            return Refuse("torch would choose a slower kernel without the mask", node)
-        values = sdpa.outlook(node, after[1])
-        if values is None:
-            return Refuse("a reader of the result depends on its strides", node)
-        match.result.append((new, values))
-        return None
+        return sdpa.settle(match, new, "torch would choose a slower kernel without the mask", fused=False)
 
     def replace(self, match: Match, facts: Facts) -> None:
         """The call without its mask; the mask's computation goes if nothing else reads it."""

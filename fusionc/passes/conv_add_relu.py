@@ -11,14 +11,15 @@ Source     cuDNN's runtime-fused engines through ``aten::cudnn_convolution_add_r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
 from ..graph import edit
-from ..graph.facts import Facts, dtype, shape, stride, tensor
+from ..graph.facts import Facts, shape, stride, tensor
 from .base import Match, Pass, Reassociates, Refuse
+from .conv_relu import biased, sum_of_two, unfit
 
 aten = torch.ops.aten
 
@@ -36,9 +37,9 @@ class ConvAddRelu(Pass):
         """relu(a + z) or relu(z + a) with a = convolution + view of a vector; of two, the one with 1×1 filters."""
         for relu in list(facts.gm.graph.find_nodes(op="call_function", target=aten.relu.default)):
             total, like = relu.args[0], tensor(relu)
-            if like is None or like.device.type not in self.devices or not _sum(total):
+            if like is None or like.device.type not in self.devices or not sum_of_two(total):
                 continue
-            sides = [(a, z) for a, z in (total.args, total.args[::-1]) if _biased(a) and isinstance(z, Node) and a is not z]
+            sides = [(a, z) for a, z in (total.args, total.args[::-1]) if biased(a) and isinstance(z, Node) and a is not z]
             if sides:
                 a, z = min(sides, key=lambda side: _taps(side[0].args[0]))
                 conv, view = a.args
@@ -47,24 +48,14 @@ class ConvAddRelu(Pass):
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality."""
-        conv, bias, z = match.conv, match.view.args[0], match.z
-        x, weight, _, _, _, _, transposed, _, groups = conv.args
+        conv, z = match.conv, match.z
         for between in (conv, match.part, match.total):
             if len(between.users) != 1:
                 return Refuse("a value between is read elsewhere", between)
-        channels = (shape(conv) or (0, 0))[1]
-        if tuple(shape(match.view) or ()) != (channels, 1, 1) or tuple(shape(bias) or ()) != (channels,):
-            return Refuse("what is added is not a bias of the channels", match.view)
-        like, given = tensor(conv), tensor(x)
-        if like is None or given is None or like.dim() != 4 or transposed or groups != 1:
-            return Refuse("not a plain convolution of two dimensions", conv)
-        if like.dtype not in self.dtypes or any(dtype(a) != like.dtype for a in (x, weight, bias, z)):
-            return Refuse("only convolutions of one half-precision dtype are fused", conv)
-        if any(not isinstance(n, int) for n in like.shape) or not all(
-            t.is_contiguous(memory_format=torch.channels_last) for t in (like, given)
-        ):
-            return Refuse("input and result are not channels-last of known sizes", conv)
-        if shape(z) != tuple(like.shape) or stride(z) != like.stride():
+        refusal = unfit(match, self.dtypes, "only convolutions of one half-precision dtype are fused", z)
+        if refusal is not None:
+            return refusal
+        if shape(z) != shape(conv) or stride(z) != stride(conv):
             return Refuse("the other term has another layout", z)
         return None
 
@@ -76,7 +67,7 @@ class ConvAddRelu(Pass):
         conv, relu, z, bias = match.conv, match.relu, match.z, match.view.args[0]
         x, weight, _, strides, padding, dilation, *_ = conv.args
         graph, other = facts.gm.graph, None
-        if _biased(z) and len(z.users) == 1 and tuple(shape(z.args[1].args[0]) or ()) == tuple(shape(bias) or ()):
+        if biased(z) and len(z.users) == 1 and tuple(shape(z.args[1].args[0]) or ()) == tuple(shape(bias) or ()):
             other, z = z.args[1].args[0], z.args[0]
         with graph.inserting_before(relu):
             if other is not None:
@@ -85,19 +76,6 @@ class ConvAddRelu(Pass):
                                (x, weight, bias, z, strides, padding, dilation),
                                origin=(conv, relu), val=tensor(relu))  # fmt: skip
         edit.replace(relu, made)
-
-
-def _sum(node: Any) -> bool:
-    return isinstance(node, Node) and node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2
-
-
-def _biased(node: Any) -> bool:
-    """convolution without bias + view of something."""
-    if not _sum(node):
-        return False
-    conv, view = node.args
-    return isinstance(conv, Node) and isinstance(view, Node) and conv.target is aten.convolution.default and \
-        conv.args[2] is None and view.target is aten.view.default  # fmt: skip
 
 
 def _taps(conv: Node) -> int:

@@ -22,6 +22,7 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, dtype, same_layout, shape, tensor
+from .activation import taken_in
 from .base import Match, Pass, Reassociates, Refuse
 
 aten = torch.ops.aten
@@ -51,7 +52,7 @@ class Depthwise(Pass):
             like = tensor(node)
             if node in inner or like is None or like.device.type not in self.devices:
                 continue
-            last, activation = _activation(node)
+            last, activation = taken_in(node)
             yield Match({"root": node, "convs": tuple(convs), "last": last, "activation": activation}, (last,))
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:
@@ -190,20 +191,6 @@ def _merged(convs: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, in
             for axis in (0, 1)]  # fmt: skip
     places = [(padding[0] - p[0], padding[1] - p[1], d[0], d[1]) for p, d in zip(paddings, dilations)]
     return (size[0], size[1]), (padding[0], padding[1]), (1, 1), places
-
-
-def _activation(node: Node) -> tuple[Node, str]:
-    """The node after which the value is complete, and the activation that the operator takes over."""
-    if len(node.users) != 1:
-        return node, ""
-    (user,) = node.users
-    if user.target is aten.relu.default:
-        return user, "relu"
-    if user.target is aten.silu.default:
-        return user, "silu"
-    if user.target is aten.gelu.default and set(user.kwargs) <= {"approximate"} and len(user.args) == 1:
-        return user, "gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"
-    return node, ""
 
 
 def _taps(size: tuple[int, int], places: list[Placement], kind: torch.dtype) -> Callable[[list[torch.Tensor]], torch.Tensor]:

@@ -19,9 +19,9 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, dtype, shape, tensor
+from .activation import taken_in
 from .affine import Form, Vectors, form
 from .base import Match, Pass, Reassociates, Refuse
-from .depthwise import _activation
 from .linear_act import _taken_in
 
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ class DepthwiseAffine(Pass):
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality."""
-        if not _activation(match.root)[1] and _taken_in(match.root):
+        if not taken_in(match.root)[1] and _taken_in(match.root):
             return Refuse("a kernel that follows takes it in", match.root)
         return None
 
@@ -65,7 +65,7 @@ class DepthwiseAffine(Pass):
         """The taps and the bias in front of the new convolution, which stands where the last value was made."""
         conv, (a, b, c), graph = match.conv, match.form, facts.gm.graph
         x, taps, bias, *rest = conv.args
-        last, activation = _activation(match.root)
+        last, activation = taken_in(match.root)
         wide, like = dtype(taps), tensor(taps)
         assert like is not None and wide is not None
         height, width, channels = like.shape

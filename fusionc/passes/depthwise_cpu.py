@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, dtype, shape, tensor
+from .activation import taken_in
 from .base import Match, Pass, Reassociates, Refuse
 
 aten = torch.ops.aten
@@ -39,7 +40,7 @@ class DepthwiseCPU(Pass):
             if like is None or like.device.type != "cpu" or x is None or w is None or len(x) not in (3, 4) or node.args[6]:
                 continue
             if isinstance(groups, int) and groups == x[1] == w[0] > 1:
-                last, activation = _activation(node)
+                last, activation = taken_in(node)
                 yield Match({"conv": node, "last": last, "activation": activation}, (last,))
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:
@@ -95,14 +96,3 @@ def worth(kernel: tuple[int, ...], stride: tuple[int, ...], columns: int, last: 
     if last:
         return 81 <= taps < 289
     return taps >= 289 or taps > 1 and max(stride) == 1 and columns > 16
-
-
-def _activation(node: Node) -> tuple[Node, str]:
-    """The node after which the value is complete, and the activation that the operator takes over."""
-    if len(node.users) == 1:
-        (user,) = node.users
-        if user.target in (aten.relu.default, aten.silu.default):
-            return user, "relu" if user.target is aten.relu.default else "silu"
-        if user.target is aten.gelu.default and set(user.kwargs) <= {"approximate"} and len(user.args) == 1:
-            return user, "gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"
-    return node, ""

@@ -56,17 +56,7 @@ class GroupedHeads(Pass):
             if any(root in facts.writers for part in (source, *used) for root in facts.roots(part)):
                 return Refuse("the repeated tensor is written in place", source)
         new = {**given, "key": match.key[0], "value": match.value[0], "enable_gqa": True}
-        try:
-            before, after = match.probe(given), match.probe(new)
-        except Exception as error:  # noqa: BLE001 - torch cannot tell for these (symbolic) values
-            return Refuse(f"torch cannot choose a kernel: {type(error).__name__}", node)
-        if after[0] < before[0] or after[0] == 0:
-            return Refuse("torch has no fused kernel that groups these heads", node)
-        values = sdpa.outlook(node, after[1])
-        if values is None:
-            return Refuse("a reader of the result depends on its strides", node)
-        match.result.append((new, values))
-        return None
+        return sdpa.settle(match, new, "torch has no fused kernel that groups these heads")
 
     def replace(self, match: Match, facts: Facts) -> None:
         """The call reads the heads as they were."""

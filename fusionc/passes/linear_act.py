@@ -22,6 +22,7 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, dtype, is_view, shape, tensor
+from . import activation
 from .affine import Vectors, form
 from .base import Match, Pass, Reassociates, Refuse
 from .conv_matmul import LIBRARY
@@ -45,7 +46,7 @@ class LinearActivation(Pass):
         if facts.stage != "inference":
             return
         for node in list(facts.gm.graph.nodes):
-            word, like = _activation(node), tensor(node)
+            word, like = activation.word(node), tensor(node)
             if not word or like is None or like.device.type not in self.devices or like.dtype not in self.dtypes:
                 continue
             found = _product(node.args[0]) or _normalised(node.args[0])
@@ -130,15 +131,6 @@ class LinearActivation(Pass):
             elif len(sizes) != 2:
                 made = call(aten.view.default, made, list(sizes))
         edit.replace(act, made)
-
-
-def _activation(node: Node) -> str:
-    """The operator's word for the activation that the node is, or ""."""
-    if node.op != "call_function" or len(node.args) != 1 or not isinstance(node.args[0], Node):
-        return ""
-    if node.target is aten.gelu.default and set(node.kwargs) <= {"approximate"}:
-        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-    return {aten.relu.default: "relu", aten.silu.default: "silu"}.get(node.target, "") if not node.kwargs else ""
 
 
 def _product(node: Any) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..graph import edit
 from ..graph.facts import nodes_of, same_layout, value
+from .base import Match, Refuse
 
 CALL: Any = torch.nn.functional.scaled_dot_product_attention
 _ORDER = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -107,6 +108,25 @@ def outlook(node: Node, new: Any) -> dict[Node, Any] | None:
             found[user] = made
             stack.extend(user.users)
     return found
+
+
+def settle(match: Match, new: dict[str, Any], slower: str, fused: bool = True) -> Refuse | None:
+    """Why these arguments are not to be given, ``slower`` if torch would choose a lesser kernel; else notes them in ``match``.
+
+    ``fused``: the kernel for them must be a fused one.
+    """
+    node = match.call
+    try:
+        before, after = match.probe(match.given), match.probe(new)
+    except Exception as error:  # noqa: BLE001 - torch cannot tell for these (symbolic) values
+        return Refuse(f"torch cannot choose a kernel: {type(error).__name__}", node)
+    if after[0] < before[0] or fused and after[0] == 0:
+        return Refuse(slower, node)
+    values = outlook(node, after[1])
+    if values is None:
+        return Refuse("a reader of the result depends on its strides", node)
+    match.result.append((new, values))
+    return None
 
 
 def rewrite(node: Node, given: dict[str, Any], values: dict[Node, Any]) -> Node:

@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, dtype, shape, tensor
+from . import activation
 from .base import Match, Pass, Reassociates, Refuse
 
 aten = torch.ops.aten
@@ -44,7 +45,7 @@ class TiledMLP(Pass):
             if like is None or like.device.type != "cpu":
                 continue
             active, between = _through_views(_operands(node)[0])
-            f = _activation(active)
+            f = activation.word(active)
             if f:
                 first, more = _through_views(active.args[0])
                 if first.op == "call_function" and first.target in _PRODUCTS:
@@ -102,17 +103,6 @@ def _through_views(node: Node) -> tuple[Node, list[Node]]:
         passed.append(node)
         node = node.args[0]  # type: ignore[assignment]
     return node, passed
-
-
-def _activation(node: Node) -> str:
-    """The operator's name of this activation; empty if it is none."""
-    if node.op != "call_function":
-        return ""
-    if node.target in (aten.relu.default, aten.silu.default):
-        return "relu" if node.target is aten.relu.default else "silu"
-    if node.target is aten.gelu.default:
-        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-    return ""
 
 
 def _rows(m: int, n: int) -> int:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.templates import depthwise_conv as template
+from ..ops.activation import activate_
 from .launch import load_module
 from .tune import Wanted, choose
 
@@ -300,16 +301,7 @@ def library(x: Tensor, taps: Tensor, bias: Tensor | None, shape: Shape) -> Tenso
     bias = bias if bias is None else bias.to(x.dtype)
     y = torch.ops.aten.convolution(x, weight, bias, shape.stride, shape.padding, shape.dilation, False, [0, 0],
                                    shape.channels // shape.times)  # fmt: skip
-    return activated(y, shape.activation)
-
-
-def activated(y: Tensor, activation: str) -> Tensor:
-    """The activation, in place."""
-    if activation == "relu":
-        return y.relu_()
-    if activation in ("gelu", "gelu_tanh"):
-        return torch.ops.aten.gelu_(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return torch.ops.aten.silu_(y) if activation == "silu" else y
+    return activate_(y, shape.activation)
 
 
 # -- the operator -----------------------------------------------------------------------------------------------------

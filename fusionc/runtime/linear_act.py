@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.templates import linear_act as template
-from .depthwise_conv import activated
+from ..ops.activation import activate_
 from .launch import load_module
 
 Candidate = tuple[Any, ...]
@@ -65,8 +65,8 @@ def library(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
         wide = torch.promote_types(x.dtype, torch.float32)
         y = torch.mm(x, weight.t()).to(wide)
         y = y if scale is None else y.mul_(scale)
-        return activated(y if bias is None else y.add_(bias), activation).to(x.dtype)
-    return activated(torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t()), activation)
+        return activate_(y if bias is None else y.add_(bias), activation).to(x.dtype)
+    return activate_(torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t()), activation)
 
 
 @functools.lru_cache(maxsize=1024)
