@@ -239,7 +239,8 @@ def choose(
                 Pass the same list object at each call where you can: the look-up then costs well under a microsecond
     run         launches one candidate on the caller's tensors, on the current stream; may be called many times, so it
                 must not change its inputs (an update that gives the same state each time is fine)
-    seconds     about how long measuring may take in all; after it no further candidate is started
+    seconds     about how long measuring may take in all; after it no further candidate is started. `prepare` is not in it:
+                on a busy machine compiling would use it up, and the untimed default win for good
     check       is the result of this candidate right?  Asked for the winner (which then has been run), then for the next
     prepare     compiles a candidate without launching it; called for all of them side by side, in threads
 
@@ -325,7 +326,7 @@ def _measured(
         outcome = Outcome(key, names)
         start = time.monotonic()
         try:
-            _run_race(outcome, candidates, run, device, start + budget, check, prepare, sampler)
+            _run_race(outcome, candidates, run, device, budget, check, prepare, sampler)
         except Exception as e:  # noqa: BLE001 - measuring is never worth a failure; the default is a good one
             warn_once(f"tune:{key}", f"fusionc could not compare implementations of {key} ({type(e).__name__}: {e})")
             return 0
@@ -342,7 +343,7 @@ def _run_race(
     candidates: Sequence[T],
     run: Callable[[T], Any],
     device: torch.device,
-    deadline: float,
+    budget: float,
     check: Callable[[T], bool] | None,
     prepare: Callable[[T], Any] | None,
     sampler: Callable[[Sequence[Callable[[], Any]], torch.device], Sampler],
@@ -355,6 +356,7 @@ def _run_race(
         for i, r in enumerate(compile_many([partial(ready, c) for c in candidates])):
             if isinstance(r, Exception):
                 failed[i] = _first_line(r)
+    deadline = time.monotonic() + budget
     alive: list[int] = []
     for i, c in enumerate(candidates):
         if i in failed:

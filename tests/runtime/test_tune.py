@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +132,16 @@ def test_preparation_failures_exclude(measurable: None) -> None:
             raise ValueError("does not compile")
 
     assert choose("k", ["a", "b", "c"], Planted([1.0, 0.1, 0.5]), prepare=prepare) == "c"
+
+
+def test_compiling_takes_nothing_of_the_time_for_measuring(measurable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def prepare(c: str) -> None:
+        now[0] += 100.0
+
+    assert choose("k", ["a", "b"], Planted([1.0, 0.5]), prepare=prepare, seconds=2.0) == "b"
 
 
 def test_a_broken_sampler_costs_a_warning(measurable: None) -> None:
