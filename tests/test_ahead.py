@@ -12,10 +12,11 @@ from torch.fx import Graph, GraphModule
 
 import fusionc.ops.decode_attention
 import fusionc.ops.depthwise_conv
+import fusionc.ops.linear_act
 import fusionc.ops.short_attention
 import fusionc.ops.skinny_linear  # noqa: F401
 from fusionc import ahead
-from fusionc.runtime import depthwise_conv, device, tune
+from fusionc.runtime import depthwise_conv, device, linear_act, templates, tune
 from fusionc.targets import decode, few_rows, short_attention, skinny
 
 GPU = torch.device("cuda:0")
@@ -80,23 +81,24 @@ def test_all_candidates_of_an_operator_once() -> None:
 def test_depthwise_convolutions_are_compiled_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
     x, taps, bias = fake(32, 64, 28, 28, last=True), fake(7, 7, 64), fake(64)
     jobs = ahead.jobs(graph((ops.depthwise_conv.default, (x, taps, bias, [1, 1], [3, 3], [1, 1], "gelu"))))
-    shape = depthwise_conv._shape(x, taps, bias, [1, 1], [3, 3], [1, 1], "gelu")
+    shape, _ = depthwise_conv._call(*depthwise_conv._facts(x, taps, bias), 1, 1, 3, 3, 1, 1, "gelu")
     assert [j.args[0] for j in jobs] == list(depthwise_conv.candidates(shape, 32))  # type: ignore[attr-defined]
 
-    started: list[tuple[Any, ...]] = []
-    kernel = type("Kernel", (), {"warmup": lambda self, *args, **options: started.append(args)})()
-    module = type("Module", (), {"conv": kernel, "pack": kernel, "turn": kernel, "weight": kernel})
-    monkeypatch.setattr(depthwise_conv, "load_module", lambda *args, **options: module)
-    for cached in (depthwise_conv._module, depthwise_conv._direct_module, depthwise_conv._toeplitz_module):
-        cached.cache_clear()
+    started: list[templates.Template] = []
+    monkeypatch.setattr(templates.Template, "prepare", lambda self: started.append(self))
     for how in [*depthwise_conv.candidates(shape, 32), ("turned", 2, 0, False, 32, 32, 64, 4, 2)]:
         depthwise_conv.prepare(how, shape, 32, torch.bfloat16, torch.float32, torch.device("cpu"))
+    assert [t.name for t in started[-4:]] == ["turn", "pack", "conv", "turn"]
+    assert started[0].kinds == ("*bf16", "*bf16", "*fp32", "*bf16", "i32")
     for how in depthwise_conv.weight_candidates(shape, 32):
         depthwise_conv.prepare_weight(how, shape, 32, torch.device("cpu"))
-    for cached in (depthwise_conv._module, depthwise_conv._direct_module, depthwise_conv._toeplitz_module):
-        cached.cache_clear()
-    assert started and all(not isinstance(a, torch.Tensor) for args in started for a in args)
-    assert started[0][:4] == (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16)
+    assert [t.name for t in started[-3:]] == ["turn", "turn", "weight"]
+
+
+def test_linear_layers_with_an_activation() -> None:
+    x, w, b = fake(50176, 96), fake(384, 96), fake(384)
+    jobs = ahead.jobs(graph((ops.linear_act.default, (x, w, None, b, "gelu")), (ops.linear_act.default, (x, w, None, b, "gelu"))))
+    assert [j.args[0] for j in jobs] == list(linear_act.candidates(50176, 384, 96))  # type: ignore[attr-defined]
 
 
 def test_short_attention_is_known_by_its_strides() -> None:

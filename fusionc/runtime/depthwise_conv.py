@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from ..codegen.templates import depthwise_conv as template
 from ..ops.activation import activate_
-from .launch import load_module
+from .templates import Start, interpreting
 from .tune import Wanted, choose
 
 Candidate = tuple[Any, ...]
@@ -147,145 +146,115 @@ def _activation(shape: Shape) -> str:
 
 # -- launches ---------------------------------------------------------------------------------------------------------
 
+Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Plan = tuple[Run, tuple[Start, ...]]  # what runs, and the kernels that it starts
+
 
 def launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, *, interpret: bool = False) -> Tensor:
     """Run one candidate. x is dense in the layout that ``shape`` names; taps [kh, kw, C] is contiguous."""
-    if interpret:
-        from . import interpreter
-        from . import launch as launching
-
-        with interpreter.lock, launching._loading, interpreter.repaired(), launching._interpreting(True):
-            return _launch(how, shape, x, taps, bias, True)
-    return _launch(how, shape, x, taps, bias, False)
-
-
-def _launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, interpret: bool) -> Tensor:
-    if how[0] == "library":
-        return library(x, taps, bias, shape)
-    sizes = (x.shape[0], shape.channels, *shape.out)
-    layout = torch.channels_last if shape.last else torch.contiguous_format
-    if how[0] == "turned":
-        module = _module(template.TURN, interpret)
-        flat = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _turn(module, x, flat, shape.size[0] * shape.size[1], shape.channels)
-        result = torch.empty(sizes, dtype=x.dtype, device=x.device)
-        _run_toeplitz(how, shape, flat, taps, bias, result, interpret)
-        del flat  # the result takes its place: two images stand beside the given one, not three
-        y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
-        _turn(module, result, y, shape.channels, shape.out[0] * shape.out[1])
-        return y
-    y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
-    run = _run_direct if how[0] == "direct" else _run_toeplitz
-    run(how, shape, x, taps, bias, y, interpret)
-    return y
-
-
-_compiling = threading.local()  # .on: kernels are compiled, not started
-
-
-def _start(fn: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    if getattr(_compiling, "on", False):
-        kinds = [a.dtype if isinstance(a, Tensor) else a for a in args]  # a dtype stands for an aligned pointer
-        fn.warmup(*kinds, grid=grid, **options)
-    else:
-        fn[grid](*args, **options)
+    device = None if interpret else x.device
+    run, _ = _plan(how, shape, x.shape[0], taps.dtype, None if bias is None else bias.dtype, device)
+    with interpreting() if interpret else contextlib.nullcontext():
+        return run(x, taps, bias)
 
 
 def prepare(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | None,
             device: torch.device) -> None:  # fmt: skip
     """Compile the kernels of one candidate without running them; no memory of the device is used."""
-    x = _without_data(shape, images, shape.size)
-    with _compiles(device):
-        if how != ("library",):
-            launch(how, shape, x, torch.empty((*shape.kernel, shape.channels), dtype=taps, device="meta"),
-                   None if bias is None else torch.empty(shape.channels, dtype=bias, device="meta"))  # fmt: skip
+    for start in _plan(how, shape, images, taps, bias, device)[1]:
+        start.prepare()
 
 
-def prepare_weight(how: Candidate, shape: Shape, images: int, device: torch.device) -> None:
-    """The same for one candidate of the gradient of the taps."""
-    with _compiles(device):
-        if how != ("library",):
-            launch_weight(how, shape, _without_data(shape, images, shape.out), _without_data(shape, images, shape.size))
-
-
-def _without_data(shape: Shape, images: int, size: tuple[int, int]) -> Tensor:
+@functools.lru_cache(maxsize=1024)
+def _plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | None,
+          device: torch.device | None) -> Plan:  # fmt: skip
+    """Everything about one candidate that does not depend on data: texts and constants take longer to make than to run."""
+    if how[0] == "library":
+        return partial(library, shape=shape), ()
+    sizes = (images, shape.channels, *shape.out)
     layout = torch.channels_last if shape.last else torch.contiguous_format
-    return torch.empty((images, shape.channels // shape.times, *size), dtype=shape.dtype, device="meta", memory_format=layout)
+    if how[0] == "turned":
+        there = _turn(shape.dtype, images, shape.size[0] * shape.size[1], shape.channels, device)
+        back = _turn(shape.dtype, images, shape.channels, shape.out[0] * shape.out[1], device)
+        fill, starts = _toeplitz_plan(how, shape, images, taps, bias, device)
+
+        def turned(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+            flat = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            there(x, flat)
+            result = torch.empty(sizes, dtype=x.dtype, device=x.device)
+            fill(flat, taps, bias, result)
+            del flat  # the result takes its place: two images stand beside the given one, not three
+            y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
+            back(result, y)
+            return y
+
+        return turned, (there, *starts, back)
+    fill, starts = (_direct_plan if how[0] == "direct" else _toeplitz_plan)(how, shape, images, taps, bias, device)
+
+    def run(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
+        fill(x, taps, bias, y)
+        return y
+
+    return run, starts
 
 
-@contextlib.contextmanager
-def _compiles(device: torch.device) -> Iterator[None]:
-    """What this thread starts is compiled for ``device`` only."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        _compiling.on = True
-        try:
-            yield
-        finally:
-            _compiling.on = False
+Fill = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 
 
-# Texts take longer to write and to hash than kernels to run: each is looked up by what it was made from.
-
-
-@functools.lru_cache(maxsize=64)
-def _module(text: str, interpret: bool) -> Any:
-    return load_module(text, interpret=interpret)
-
-
-@functools.lru_cache(maxsize=512)
-def _direct_module(shape: Shape, strip: int, block: int, interpret: bool) -> Any:
+def _direct_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | None,
+                 device: torch.device | None) -> tuple[Fill, tuple[Start, ...]]:  # fmt: skip
+    _, strip, block, rows, warps = how
     text = template.direct(shape.channels, *shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strip, block,
                            shape.times)
-    return load_module(text, interpret=interpret)
+    strips = images * shape.out[0] * -(-shape.out[1] // strip)
+    conv = Start(text, "conv", (shape.dtype, taps, bias or taps, shape.dtype), -(-strips // rows) * -(-shape.channels // block),
+                 device, numbers=(strips,), warps=warps, BR=rows, BIAS=bias is not None, ACTIVATION=_activation(shape))
+
+    def fill(x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        conv(x, taps, taps if bias is None else bias, y)
+
+    return fill, (conv,)
 
 
-@functools.lru_cache(maxsize=512)
-def _toeplitz_module(kernel: int, group: int, ahead: int, held: bool, interpret: bool) -> Any:
-    return load_module(template.toeplitz(kernel, group, ahead, held), interpret=interpret)
+def _toeplitz_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | None,
+                   device: torch.device | None) -> tuple[Fill, tuple[Start, ...]]:  # fmt: skip
+    _, group, ahead, held, tw, kd, bm, warps, stages = how
+    (h, w), (oh, ow), (kh, kw), dh = shape.size, shape.out, shape.kernel, shape.dilation[0]
+    c, left, dtype = shape.channels, _left(shape, tw, kd), shape.dtype
+    length, lead = _power(tw + kd), 0 if ahead else group - 1
+    lines = kh if ahead else -(-(kh + group - 1) // group) * group + lead
+    pack = Start(
+        template.PACK, "pack", (taps, dtype), lines * -(-c // 8), device, warps=4,
+        KH=kh, KW=kw, C=c, DW=shape.dilation[1], FIRST=kd - 1 + shape.padding[1] - left, L=length, LEAD=lead, LINES=lines, BC=8,
+    )  # fmt: skip
+    across = -(-oh // (group * dh)) * dh  # rows of an image
+    rows, tiles = images * across, -(-ow // tw)
+    conv = Start(
+        template.toeplitz(kh, group, ahead, held and device is not None), "conv", (dtype, dtype, bias or dtype, dtype),
+        -(-rows // bm) * tiles * c, device, numbers=(rows,), warps=warps, stages=stages, registers=128 if warps == 8 else None,
+        C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines, TILES=tiles,
+        TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape),
+    )  # fmt: skip
+
+    def fill(x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        packed = torch.empty(c * lines * 8 * length, dtype=x.dtype, device=x.device)
+        pack(taps, packed)
+        conv(x, packed, packed if bias is None else bias, y)
+
+    return fill, (pack, conv)
 
 
-def _turn(module: Any, x: Tensor, y: Tensor, a: int, b: int) -> None:
-    grid = (-(-a // 64) * -(-b // 64), x.shape[0])
-    _start(module.turn, grid, x, y, A=a, B=b, TA=64, TB=64, num_warps=4)
+@functools.lru_cache(maxsize=1024)
+def _turn(dtype: torch.dtype, images: int, a: int, b: int, device: torch.device | None) -> Start:
+    return Start(template.TURN, "turn", (dtype, dtype), images * -(-a // 64) * -(-b // 64), device, warps=4, A=a, B=b,
+                 TA=64, TB=64)  # fmt: skip
 
 
 def turn(x: Tensor, y: Tensor, *, interpret: bool = False) -> None:
     """y[n, b, a] = x[n, a, b], both contiguous."""
-    _turn(_module(template.TURN, interpret), x, y, x.shape[1], x.shape[2])
-
-
-def _run_direct(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
-                interpret: bool) -> None:  # fmt: skip
-    _, strip, block, rows, warps = how
-    module = _direct_module(shape, strip, block, interpret)
-    strips = x.shape[0] * shape.out[0] * -(-shape.out[1] // strip)
-    grid = (-(-strips // rows) * -(-shape.channels // block),)
-    _start(module.conv, grid, x, taps, taps if bias is None else bias, y, strips, BR=rows, BIAS=bias is not None,
-                      ACTIVATION=_activation(shape), num_warps=warps, num_stages=1)  # fmt: skip
-
-
-def _run_toeplitz(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor,
-                  interpret: bool) -> None:  # fmt: skip
-    _, group, ahead, held, tw, kd, bm, warps, stages = how
-    (h, w), (oh, ow), (kh, kw), dh = shape.size, shape.out, shape.kernel, shape.dilation[0]
-    c, left = shape.channels, _left(shape, tw, kd)
-    length, lead = _power(tw + kd), 0 if ahead else group - 1
-    lines = kh if ahead else -(-(kh + group - 1) // group) * group + lead
-    packed = torch.empty(c * lines * 8 * length, dtype=x.dtype, device=x.device)
-    _start(
-        _module(template.PACK, interpret).pack, (lines * -(-c // 8),), taps, packed,
-        KH=kh, KW=kw, C=c, DW=shape.dilation[1], FIRST=kd - 1 + shape.padding[1] - left, L=length, LEAD=lead, LINES=lines,
-        BC=8, num_warps=4,
-    )  # fmt: skip
-    across = -(-oh // (group * dh)) * dh  # rows of an image
-    rows, tiles = x.shape[0] * across, -(-ow // tw)
-    _start(
-        _toeplitz_module(kh, group, ahead, held and not interpret, interpret).conv, (-(-rows // bm) * tiles * c,),
-        x, packed, packed if bias is None else bias, y, rows,
-        C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines, TILES=tiles,
-        TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape), num_warps=warps,
-        num_stages=stages, maxnreg=128 if warps == 8 else None,
-    )  # fmt: skip
+    with interpreting() if interpret else contextlib.nullcontext():
+        _turn(x.dtype, *x.shape, None if interpret else x.device)(x, y)
 
 
 def _left(shape: Shape, tw: int, kd: int) -> int:
@@ -310,14 +279,13 @@ def library(x: Tensor, taps: Tensor, bias: Tensor | None, shape: Shape) -> Tenso
 def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
                    dilation: Sequence[int], activation: str) -> Tensor:  # fmt: skip
     """fusionc::depthwise_conv on a GPU: the fastest candidate for this shape."""
-    shape = _shape(x, taps, bias, stride, padding, dilation, activation)
+    shape, at = _call(*_facts(x, taps, bias), *stride, *padding, *dilation, activation)
     if not shape.last:
         x = x.contiguous()
     taps = taps.contiguous()
     bias = bias.contiguous() if bias is not None else None
-    if x.numel() == 0 or min(shape.out) <= 0:
+    if at is None:
         return library(x, taps, bias, shape)
-    at = _wanted(shape, x.shape[0], taps.dtype, None if bias is None else bias.dtype, x.device)
 
     def right(how: Candidate) -> bool:
         want = library(x, taps, bias, shape).float()
@@ -331,25 +299,31 @@ def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequenc
 def wanted(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
            dilation: Sequence[int], activation: str) -> Wanted | None:  # fmt: skip
     """What `depthwise_conv` will choose from, by tensors without data; None where that is ATen."""
-    shape = _shape(x, taps, bias, stride, padding, dilation, activation)
-    if x.numel() == 0 or min(shape.out) <= 0:
-        return None
-    return _wanted(shape, x.shape[0], taps.dtype, None if bias is None else bias.dtype, x.device)
+    return _call(*_facts(x, taps, bias), *stride, *padding, *dilation, activation)[1]
 
 
-def _shape(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-           dilation: Sequence[int], activation: str) -> Shape:  # fmt: skip
-    c, h, w = x.shape[1:]
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    kh, kw, made = taps.shape
-    return Shape(made, (h, w), (kh, kw), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), x.dtype,
-                 last, bias is not None, activation, made // max(c, 1))  # fmt: skip
+def _facts(x: Tensor, taps: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device, _last(x), taps.shape, taps.dtype, None if bias is None else bias.dtype
+
+
+def _last(x: Tensor) -> bool:
+    """Is it channels-last, and not contiguous as well?"""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 @functools.lru_cache(maxsize=1024)
-def _wanted(shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | None, device: torch.device) -> Wanted:
-    compiled = partial(prepare, shape=shape, images=images, taps=taps, bias=bias, device=device)
-    return Wanted(f"depthwise_conv {images} {shape} {taps}", candidates(shape, images), compiled)
+def _call(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, last: bool, taps: tuple[int, ...],
+          kind: torch.dtype, bias: torch.dtype | None, sh: int, sw: int, ph: int, pw: int, dh: int, dw: int,
+          activation: str) -> tuple[Shape, Wanted | None]:  # fmt: skip
+    """What a call of `depthwise_conv` can do; None: only ATen."""
+    images, c, h, w = size
+    kh, kw, made = taps
+    shape = Shape(made, (h, w), (kh, kw), (sh, sw), (ph, pw), (dh, dw), dtype, last, bias is not None, activation,
+                  made // max(c, 1))  # fmt: skip
+    if 0 in size or min(shape.out) <= 0:
+        return shape, None
+    compiled = partial(prepare, shape=shape, images=images, taps=kind, bias=bias, device=device)
+    return shape, Wanted(f"depthwise_conv {images} {shape} {kind}", candidates(shape, images), compiled)
 
 
 # -- the gradient of the taps -----------------------------------------------------------------------------------------
@@ -358,35 +332,47 @@ def _wanted(shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | No
 def launch_weight(how: Candidate, shape: Shape, grad: Tensor, x: Tensor, *, interpret: bool = False) -> Tensor:
     """The gradient of the taps [kh, kw, C] in float32 by one candidate: ("library",), or
     ("toeplitz" or "turned", TW, KD, BM, warps, stages, parts)."""
+    run, _ = _weight_plan(how, shape, x.shape[0], None if interpret else x.device)
+    with interpreting() if interpret else contextlib.nullcontext():
+        return run(grad, x)
+
+
+def prepare_weight(how: Candidate, shape: Shape, images: int, device: torch.device) -> None:
+    """`prepare` for the gradient of the taps."""
+    for start in _weight_plan(how, shape, images, device)[1]:
+        start.prepare()
+
+
+@functools.lru_cache(maxsize=1024)
+def _weight_plan(how: Candidate, shape: Shape, images: int,
+                 device: torch.device | None) -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[Start, ...]]:  # fmt: skip
     if how[0] == "library":
-        return _library_weight(shape, grad, x)
-    if interpret:
-        from . import interpreter
-        from . import launch as launching
-
-        with interpreter.lock, launching._loading, interpreter.repaired(), launching._interpreting(True):
-            return _run_weight(how, shape, grad, x, True)
-    return _run_weight(how, shape, grad, x, False)
-
-
-def _run_weight(how: Candidate, shape: Shape, grad: Tensor, x: Tensor, interpret: bool) -> Tensor:
+        return partial(_library_weight, shape), ()
     kind, tw, kd, bm, warps, stages, parts = how
-    (h, w), (oh, ow), (kh, kw), c = shape.size, shape.out, shape.kernel, shape.channels
-    if kind == "turned":
-        turning = _module(template.TURN, interpret)
-        flat = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (grad, x)]
-        for source, place in zip((grad, x), flat):
-            _turn(turning, source, place, source.shape[2] * source.shape[3], c)
-        grad, x = flat
-    module = _module(template.WEIGHT, interpret)
-    out = torch.empty((parts, kh, kw, c), dtype=torch.float32, device=x.device)
-    _start(
-        module.weight, (kh * parts, c), x, grad, out, x.shape[0] * oh,
-        C=c, H=h, W=w, OH=oh, OW=ow, KH=kh, KW=kw, DH=shape.dilation[0], DW=shape.dilation[1], PH=shape.padding[0],
-        PW=shape.padding[1], PA=_left(shape, tw, kd), TILES=-(-ow // tw), TW=tw, KD=kd, KP=_power(kw), BM=bm, PARTS=parts,
-        num_warps=warps, num_stages=stages,
+    (h, w), (oh, ow), (kh, kw), c, dtype = shape.size, shape.out, shape.kernel, shape.channels, shape.dtype
+    weight = Start(
+        template.WEIGHT, "weight", (dtype, dtype, torch.float32), kh * parts * c, device, numbers=(images * oh,), warps=warps,
+        stages=stages, C=c, H=h, W=w, OH=oh, OW=ow, KH=kh, KW=kw, DH=shape.dilation[0], DW=shape.dilation[1],
+        PH=shape.padding[0], PW=shape.padding[1], PA=_left(shape, tw, kd), TILES=-(-ow // tw), TW=tw, KD=kd, KP=_power(kw),
+        BM=bm, PARTS=parts,
     )  # fmt: skip
-    return out[0] if parts == 1 else out.sum(0)
+
+    def run(grad: Tensor, x: Tensor) -> Tensor:
+        out = torch.empty((parts, kh, kw, c), dtype=torch.float32, device=x.device)
+        weight(x, grad, out)
+        return out[0] if parts == 1 else out.sum(0)
+
+    if kind != "turned":
+        return run, (weight,)
+    turns = [_turn(dtype, images, size[0] * size[1], c, device) for size in (shape.out, shape.size)]
+
+    def turned(*given: Tensor) -> Tensor:
+        flat = [torch.empty(t.shape, dtype=dtype, device=t.device) for t in given]
+        for start, source, place in zip(turns, given, flat):
+            start(source, place)
+        return run(*flat)
+
+    return turned, (*turns, weight)
 
 
 def _library_weight(shape: Shape, grad: Tensor, x: Tensor) -> Tensor:
@@ -411,12 +397,11 @@ def weight_candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
 def depthwise_conv_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int],
                           dilation: Sequence[int]) -> Tensor:  # fmt: skip
     """fusionc::depthwise_conv_weight on a GPU: the fastest candidate for this shape."""
-    shape = _weight_shape(x, kernel, padding, dilation)
+    shape, at = _weight_call(x.shape, x.dtype, x.device, _last(x), *kernel, *padding, *dilation)
     layout = torch.channels_last if shape.last else torch.contiguous_format
     x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
-    if x.numel() == 0 or min(shape.out) <= 0:
+    if at is None:
         return _library_weight(shape, grad, x)
-    at = _weight_wanted(shape, x.shape[0], x.device)
 
     def right(how: Candidate) -> bool:
         want = _library_weight(shape, grad, x)
@@ -430,19 +415,15 @@ def depthwise_conv_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], paddin
 def wanted_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int],
                   dilation: Sequence[int]) -> Wanted | None:  # fmt: skip
     """What `depthwise_conv_weight` will choose from, by tensors without data; None where that is ATen."""
-    shape = _weight_shape(x, kernel, padding, dilation)
-    if x.numel() == 0 or min(shape.out) <= 0:
-        return None
-    return _weight_wanted(shape, x.shape[0], x.device)
-
-
-def _weight_shape(x: Tensor, kernel: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Shape:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return Shape(x.shape[1], (x.shape[2], x.shape[3]), (kernel[0], kernel[1]), (1, 1), (padding[0], padding[1]),
-                 (dilation[0], dilation[1]), x.dtype, last, False, "")  # fmt: skip
+    return _weight_call(x.shape, x.dtype, x.device, _last(x), *kernel, *padding, *dilation)[1]
 
 
 @functools.lru_cache(maxsize=1024)
-def _weight_wanted(shape: Shape, images: int, device: torch.device) -> Wanted:
+def _weight_call(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, last: bool, kh: int, kw: int, ph: int, pw: int,
+                 dh: int, dw: int) -> tuple[Shape, Wanted | None]:  # fmt: skip
+    images, c, h, w = size
+    shape = Shape(c, (h, w), (kh, kw), (1, 1), (ph, pw), (dh, dw), dtype, last, False, "")
+    if 0 in size or min(shape.out) <= 0:
+        return shape, None
     compiled = partial(prepare_weight, shape=shape, images=images, device=device)
-    return Wanted(f"depthwise_conv_weight {images} {shape} {shape.dtype}", weight_candidates(shape, images), compiled)
+    return shape, Wanted(f"depthwise_conv_weight {images} {shape} {dtype}", weight_candidates(shape, images), compiled)

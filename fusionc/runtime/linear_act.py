@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from ..codegen.templates import linear_act as template
 from ..ops.activation import activate_
-from .launch import load_module
+from .templates import Start, interpreting
+from .tune import Wanted, choose
 
 Candidate = tuple[Any, ...]
 
@@ -27,36 +29,25 @@ def candidates(rows: int, out: int, inner: int, scaled: bool = False) -> tuple[C
 
 
 def launch(how: Candidate, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str, *,
-           interpret: bool = False, warm_up: bool = False) -> Tensor:  # fmt: skip
-    """Run one candidate (``warm_up``: compile it only)."""
+           interpret: bool = False) -> Tensor:  # fmt: skip
+    """Run one candidate."""
     if how[0] == "library":
-        return x.new_empty(0) if warm_up else library(x, weight, scale, bias, activation)
-    if interpret:
-        from . import interpreter
-        from . import launch as launching
-
-        with interpreter.lock, launching._loading, interpreter.repaired(), launching._interpreting(True):
-            return _launch(how, x, weight, scale, bias, activation, True, False)
-    return _launch(how, x, weight, scale, bias, activation, False, warm_up)
-
-
-def _launch(how: Candidate, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str,
-            interpret: bool, warm_up: bool) -> Tensor:  # fmt: skip
-    _, bm, bn, bk, warps, stages = how
-    rows, inner = x.shape
-    out = weight.shape[0]
-    y = torch.empty((rows, out), dtype=x.dtype, device=x.device)
-    fn = load_module(template.TEXT, interpret=interpret).linear
-    grid = (-(-rows // bm) * -(-out // bn),)
-    args = (x, weight, weight if scale is None else scale, weight if bias is None else bias, y, rows)
-    options: dict[str, Any] = {"LINE": x.stride(0), "N": out, "K": inner, "BM": bm, "BN": bn, "BK": bk,
-                               "SCALE": scale is not None, "BIAS": bias is not None, "ACTIVATION": activation,
-                               "num_warps": warps, "num_stages": stages}  # fmt: skip
-    if warm_up:
-        fn.warmup(*args, grid=grid, **options)
-    else:
-        fn[grid](*args, **options)
+        return library(x, weight, scale, bias, activation)
+    start = _start(how, *x.shape, x.stride(0), weight.shape[0], x.dtype, None if scale is None else scale.dtype,
+                   None if bias is None else bias.dtype, activation, None if interpret else x.device)  # fmt: skip
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    with interpreting() if interpret else contextlib.nullcontext():
+        start(x, weight, weight if scale is None else scale, weight if bias is None else bias, y)
     return y
+
+
+@functools.lru_cache(maxsize=1024)
+def _start(how: Candidate, rows: int, inner: int, line: int, out: int, dtype: torch.dtype, scale: torch.dtype | None,
+           bias: torch.dtype | None, activation: str, device: torch.device | None) -> Start:  # fmt: skip
+    _, bm, bn, bk, warps, stages = how
+    return Start(template.TEXT, "linear", (dtype, dtype, scale or dtype, bias or dtype, dtype), -(-rows // bm) * -(-out // bn),
+                 device, numbers=(rows,), warps=warps, stages=stages, LINE=line, N=out, K=inner, BM=bm, BN=bn, BK=bk,
+                 SCALE=scale is not None, BIAS=bias is not None, ACTIVATION=activation)  # fmt: skip
 
 
 def library(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str) -> Tensor:
@@ -70,14 +61,28 @@ def library(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
 
 
 @functools.lru_cache(maxsize=1024)
-def _key(rows: int, line: int, out: int, inner: int, dtype: torch.dtype, kinds: str, activation: str) -> str:
-    return f"linear_act {rows} {line} {out} {inner} {dtype} {kinds} {activation}"
+def _call(rows: int, inner: int, line: int, out: int, dtype: torch.dtype, scale: torch.dtype | None, bias: torch.dtype | None,
+          activation: str, device: torch.device) -> Wanted:  # fmt: skip
+    def prepare(how: Candidate) -> None:
+        if how[0] != "library":
+            _start(how, rows, inner, line, out, dtype, scale, bias, activation, device).prepare()
+
+    kinds = " ".join("-" if t is None else str(t)[6:] for t in (scale, bias))
+    key = f"linear_act {rows} {line} {out} {inner} {dtype} {kinds} {activation}"
+    return Wanted(key, candidates(rows, out, inner, scale is not None), prepare)
+
+
+def wanted(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str) -> Wanted | None:
+    """What `linear_act` will choose from, by tensors without data; None where that is ATen."""
+    (rows, inner), out = x.shape, weight.shape[0]
+    if rows * inner * out == 0:
+        return None
+    return _call(rows, inner, x.stride(0) if x.stride(1) == 1 else inner, out, x.dtype, None if scale is None else scale.dtype,
+                 None if bias is None else bias.dtype, activation, x.device)  # fmt: skip
 
 
 def linear_act(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str) -> Tensor:
     """fusionc::linear_act on a GPU: the fastest candidate for this shape."""
-    from .tune import choose
-
     x = x if x.stride(1) == 1 else x.contiguous()
     weight = weight.contiguous()
     scale = scale if scale is None else scale.contiguous()
@@ -90,9 +95,8 @@ def linear_act(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | N
         want = library(x, weight, scale, bias, activation).float()
         return bool((launch(how, x, weight, scale, bias, activation).float() - want).norm() <= 0.02 * want.norm())
 
-    kinds = " ".join("-" if t is None else str(t.dtype)[6:] for t in (scale, bias))
-    key = _key(rows, x.stride(0), out, inner, x.dtype, kinds, activation)
-    how = choose(key, candidates(rows, out, inner, scale is not None),
-                 lambda each: launch(each, x, weight, scale, bias, activation), device=x.device, check=right,
-                 prepare=lambda each: launch(each, x, weight, scale, bias, activation, warm_up=True))  # fmt: skip
+    at = _call(rows, inner, x.stride(0), out, x.dtype, None if scale is None else scale.dtype,
+               None if bias is None else bias.dtype, activation, x.device)  # fmt: skip
+    how = choose(at.key, at.candidates, lambda each: launch(each, x, weight, scale, bias, activation), device=x.device,
+                 check=right, prepare=at.prepare)  # fmt: skip
     return launch(how, x, weight, scale, bias, activation)

@@ -4,14 +4,17 @@ What `TritonKernel` is for generated kernels.  Operators (`fusionc.ops`) use it:
 
     kernel = template(TEXT, "one_row", ("*bf16", "*bf16", "i32"), (("N", 4096), ("PDL", True)), device, warps=4)
     kernel.launch(grid, stream, x.data_ptr(), y.data_ptr(), rows)
+
+or, where shapes decide everything but the tensors, a `Start`, which also runs in Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,12 +36,14 @@ class Template:
     ``kinds`` are Triton's names for the types of its run-time arguments, which come first; ``constants`` the others.
     ``dependent`` launches with programmatic dependent launch: the kernel must wait (`gdc_wait`) in every program.
     ``exact`` keeps the rounding between a product and a sum, also in 16 bits, where the compiler else makes one fma.
+    ``registers`` is the most that a thread may use.
     """
 
     def __init__(self, text: str, name: str, kinds: tuple[str, ...], constants: Constants, device: torch.device,
-                 warps: int, stages: int = 1, dependent: bool = False, exact: bool = False) -> None:  # fmt: skip
+                 warps: int, stages: int = 1, dependent: bool = False, exact: bool = False,
+                 registers: int | None = None) -> None:  # fmt: skip
         self.text, self.name, self.kinds, self.constants = text, name, kinds, constants
-        self.device, self.warps, self.stages = device, warps, stages
+        self.device, self.warps, self.stages, self.registers = device, warps, stages, registers
         self.dependent, self.exact = dependent, exact
         self._launch: Callable[..., None] | None = None
         self._failure = ""  # of building, which would fail again
@@ -63,6 +68,7 @@ class Template:
         start = time.perf_counter()
         try:
             options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": not self.exact}
+            options |= {} if self.registers is None else {"maxnreg": self.registers}
             built = triton.compile(self._source(), target=gpu, options=options)
         except Exception as e:  # whatever the tool says: the caller decides
             raise CompileError(self.name, None, f"{type(e).__name__}: {e}") from e
@@ -104,6 +110,54 @@ class Template:
 
 @functools.lru_cache(maxsize=1024)
 def template(text: str, name: str, kinds: tuple[str, ...], constants: Constants, device: torch.device,
-             warps: int, stages: int = 1, dependent: bool = False, exact: bool = False) -> Template:  # fmt: skip
+             warps: int, stages: int = 1, dependent: bool = False, exact: bool = False,
+             registers: int | None = None) -> Template:  # fmt: skip
     """The one `Template` of these arguments."""
-    return Template(text, name, kinds, constants, device, warps, stages, dependent, exact)
+    return Template(text, name, kinds, constants, device, warps, stages, dependent, exact, registers)
+
+
+class Start:
+    """A launch of a template's kernel with everything but its tensors decided: ``start(x, y)`` on the current stream.
+
+    ``kinds`` are the tensors' types and ``numbers`` the int32 arguments after them. ``device`` None: Triton's interpreter,
+    inside of ``interpreting``. Triton's own ``kernel[grid](…)`` takes 15 µs of the host and more with many constants;
+    this takes 4, and leaves the other way to tensors whose addresses are no multiples of 16.
+    """
+
+    def __init__(self, text: str, name: str, kinds: Sequence[torch.dtype], grid: int, device: torch.device | None, *,
+                 numbers: tuple[int, ...] = (), warps: int, stages: int = 1, registers: int | None = None,
+                 **constants: Any) -> None:  # fmt: skip
+        self.text, self.name, self.grid, self.numbers, self.constants = text, name, grid, numbers, constants
+        self.options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+        self.options |= {} if registers is None else {"maxnreg": registers}
+        self.kernel: Template | None = None
+        if device is not None:
+            words = (*[POINTER[kind] for kind in kinds], *["i32"] * len(numbers))
+            self.kernel = template(text, name, words, tuple(constants.items()), device, warps, stages, registers=registers)
+
+    def prepare(self) -> None:
+        """Compile it.  Raises CompileError."""
+        if self.kernel is not None:
+            self.kernel.prepare()
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        addresses = [t.data_ptr() for t in tensors]
+        together = 0
+        for address in addresses:
+            together |= address
+        if self.kernel is None or together & 15:
+            fn = getattr(load_module(self.text, interpret=self.kernel is None), self.name)
+            fn[(self.grid,)](*tensors, *self.numbers, **self.constants, **self.options)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
+        self.kernel.launch(self.grid, stream, *addresses, *self.numbers)
+
+
+@contextlib.contextmanager
+def interpreting() -> Iterator[None]:
+    """Around a `Start` without a device: Triton's interpreter has global state."""
+    from . import interpreter
+    from . import launch as launching
+
+    with interpreter.lock, launching._loading, interpreter.repaired(), launching._interpreting(True):
+        yield

@@ -68,10 +68,9 @@ def test_turned_images_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
     shape, x, taps, b, _ = make(last=True)
     monkeypatch.setattr(runtime.torch, "empty", watched)
-    monkeypatch.setattr(runtime, "_turn", look)
-    monkeypatch.setattr(runtime, "_run_toeplitz", look)
-    runtime.launch(("turned", 1, 0, True, 16, 16, 16, 4, 2), shape, x, taps, b)
-    assert alive == [1, 2, 2]
+    monkeypatch.setattr(runtime.Start, "__call__", look)
+    runtime.launch(("turned", 1, 0, True, 16, 16, 16, 4, 2), shape, x, taps, b, interpret=True)
+    assert alive == [1, 3, 3, 2]  # (the packed taps are the third)
 
 
 @pytest.mark.interpret

@@ -54,9 +54,10 @@ import triton.language as tl
 @triton.jit
 def turn(x, y, A: tl.constexpr, B: tl.constexpr, TA: tl.constexpr, TB: tl.constexpr):
     """y[n, b, a] = x[n, a, b]: channels-last to contiguous and back."""
-    pid = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
     across: tl.constexpr = (B + TB - 1) // TB
+    tiles: tl.constexpr = (A + TA - 1) // TA * across
+    pid = tl.program_id(0) % tiles
+    n = (tl.program_id(0) // tiles).to(tl.int64)
     a = pid // across * TA + tl.arange(0, TA)
     b = pid % across * TB + tl.arange(0, TB)
     found = tl.load(x + n * (A * B) + a[:, None] * B + b[None, :], mask=(a < A)[:, None] & (b < B)[None, :])
@@ -184,8 +185,8 @@ def weight(x, grad, out, rows, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr
            BM: tl.constexpr, PARTS: tl.constexpr):
     """out[part, i, :, c]: sums along the diagonals of Σ grad[rows, w0 : w0 + TW]ᵀ @ x[rows + i, s0 : s0 + KD]."""
     i = tl.program_id(0) % KH
-    part = tl.program_id(0) // KH
-    c = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0) // KH % PARTS
+    c = (tl.program_id(0) // (KH * PARTS)).to(tl.int64)
     a = tl.arange(0, KD)
     b = tl.arange(0, TW)
     total = tl.full((TW, KD), 0.0, tl.float32)
