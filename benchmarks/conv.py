@@ -16,6 +16,8 @@ pixels} in both layouts, against eager in both. Inductor calls the same library 
 convolution of two dimensions (its own template needs at least 16 channels per group to be of use), so it is eager there but for
 the layout; ``--kinds point`` shows that at one size of map (256 channels at 28 pixels) instead of in 36 compilations.
 
+Every time is the better one of a call and of its replay from a CUDA graph, for all alike.
+
 Each pair of case and compiler has its own process and time limit: Inductor may tune for minutes, cuDNN runs 0.1 s a
 call. Processes compile side by side (``--jobs``) while only one at a time uses the GPU. Results are compared with
 float64 (float32 for filters over 7×7) on inputs that nothing was tuned on; above twice eager's error is wrong, and the
@@ -51,7 +53,7 @@ from .common import (
     table,
     write_json,
 )
-from .gpu import MARK, locked
+from .gpu import MARK, captured, locked
 
 PEERS = ("eager", "inductor", "inductor-nolayout", "inductor:max-autotune")
 OURS = "fusionc"
@@ -125,6 +127,17 @@ def milliseconds(run: Callable[[], Any], device: str, repeat: int) -> float:
     return once if once > 30 else bench(run, None, device, max(repeat, 1) if once < 1 else 10 * int(once + 1))
 
 
+def best_milliseconds(run: Callable[[], Any], device: str, repeat: int) -> float:
+    """Median of a call or, if that is less, of its replay from a CUDA graph: all compilers get both."""
+    plain = milliseconds(run, device, repeat)
+    if device != "cuda" or plain > 30:
+        return plain
+    try:
+        return min(plain, milliseconds(captured(run), device, repeat))
+    except Exception:  # it cannot be recorded
+        return plain
+
+
 def say(**values: Any) -> None:
     """One result line."""
     print(MARK + json.dumps(values), flush=True)
@@ -160,7 +173,7 @@ def child_case(kind: str, size: int, layout: str, spec: str, args: argparse.Name
         found = check(out, eager, reference(case, probe))
         del out, eager
         say(check=vars(found), compile_s=seconds)
-        ms = milliseconds(lambda: step(case, fn, first), args.device, args.repeat_ms)
+        ms = best_milliseconds(lambda: step(case, fn, first), args.device, args.repeat_ms)
     say(check=vars(found), compile_s=seconds, ms=ms)
 
 
@@ -222,8 +235,8 @@ def child_grid(args: argparse.Namespace) -> None:
                     sizes = {"padding": point[0] // 2, "groups": point[1]}
                     exact = torch.nn.functional.conv2d(few.double(), weight.double(), bias.double(), **sizes)
                     found = check([fn(x)[:2]], [module(x)[:2]], [torch.nn.functional.gelu(exact)])
-                    times = {"eager": milliseconds(partial(module, x), args.device, args.repeat_ms)}
-                    times[OURS] = milliseconds(partial(fn, x), args.device, args.repeat_ms)
+                    times = {"eager": best_milliseconds(partial(module, x), args.device, args.repeat_ms)}
+                    times[OURS] = best_milliseconds(partial(fn, x), args.device, args.repeat_ms)
                 say(point=point, ms=times, check=vars(found), choice=choice)
         except Exception as error:
             say(point=point, error=first_line(error))

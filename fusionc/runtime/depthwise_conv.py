@@ -30,6 +30,7 @@ _HALF = (torch.bfloat16, torch.float16)
 _TEXT = 15  # lines of a kernel that may all stand in a text
 _PRODUCTS = 52  # of matrices that may stand in a text: ptxas takes 3.9 s for 52 (0.5 for 26), which 13×13 is worth: H200
 # 32×256×56×56 0.161 ms unrolled, 0.212 in a loop
+_TAPS = 49  # sums of their gradients that fit into a thread's registers
 _UNROLLED = 128  # multiply-adds of a strip and kernel row that may stand in a text
 
 
@@ -330,8 +331,8 @@ def _call(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, last:
 
 
 def launch_weight(how: Candidate, shape: Shape, grad: Tensor, x: Tensor, *, interpret: bool = False) -> Tensor:
-    """The gradient of the taps [kh, kw, C] in float32 by one candidate: ("library",), or
-    ("toeplitz" or "turned", TW, KD, BM, warps, stages, parts)."""
+    """The gradient of the taps [kh, kw, C] in float32 by one candidate: ("library",), ("direct", strip, block, rows, warps,
+    parts), or ("toeplitz" or "turned", TW, KD, BM, warps, stages, parts)."""
     run, _ = _weight_plan(how, shape, x.shape[0], None if interpret else x.device)
     with interpreting() if interpret else contextlib.nullcontext():
         return run(grad, x)
@@ -348,21 +349,28 @@ def _weight_plan(how: Candidate, shape: Shape, images: int,
                  device: torch.device | None) -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[Start, ...]]:  # fmt: skip
     if how[0] == "library":
         return partial(_library_weight, shape), ()
-    kind, tw, kd, bm, warps, stages, parts = how
     (h, w), (oh, ow), (kh, kw), c, dtype = shape.size, shape.out, shape.kernel, shape.channels, shape.dtype
-    weight = Start(
-        template.WEIGHT, "weight", (dtype, dtype, torch.float32), kh * parts * c, device, numbers=(images * oh,), warps=warps,
-        stages=stages, C=c, H=h, W=w, OH=oh, OW=ow, KH=kh, KW=kw, DH=shape.dilation[0], DW=shape.dilation[1],
-        PH=shape.padding[0], PW=shape.padding[1], PA=_left(shape, tw, kd), TILES=-(-ow // tw), TW=tw, KD=kd, KP=_power(kw),
-        BM=bm, PARTS=parts,
-    )  # fmt: skip
+    kinds, parts = (dtype, dtype, torch.float32), how[-1]
+    if how[0] == "direct":
+        _, strip, block, rows, warps, _ = how
+        text = template.direct_weight(c, h, w, shape.kernel, shape.padding, shape.dilation, strip, block)
+        weight = Start(text, "weight", kinds, -(-c // block) * parts, device, numbers=(images * oh * -(-ow // strip),),
+                       warps=warps, BR=rows, PARTS=parts)  # fmt: skip
+    else:
+        _, tw, kd, bm, warps, stages, _ = how
+        weight = Start(
+            template.WEIGHT, "weight", kinds, kh * parts * c, device, numbers=(images * oh,), warps=warps, stages=stages,
+            C=c, H=h, W=w, OH=oh, OW=ow, KH=kh, KW=kw, DH=shape.dilation[0], DW=shape.dilation[1],
+            PH=shape.padding[0], PW=shape.padding[1], PA=_left(shape, tw, kd), TILES=-(-ow // tw), TW=tw, KD=kd, KP=_power(kw),
+            BM=bm, PARTS=parts,
+        )  # fmt: skip
 
     def run(grad: Tensor, x: Tensor) -> Tensor:
         out = torch.empty((parts, kh, kw, c), dtype=torch.float32, device=x.device)
         weight(x, grad, out)
         return out[0] if parts == 1 else out.sum(0)
 
-    if kind != "turned":
+    if how[0] != "turned":
         return run, (weight,)
     turns = [_turn(dtype, images, size[0] * size[1], c, device) for size in (shape.out, shape.size)]
 
@@ -382,10 +390,21 @@ def _library_weight(shape: Shape, grad: Tensor, x: Tensor) -> Tensor:
     return found.squeeze(1).permute(1, 2, 0).float().contiguous()
 
 
+def _direct_weight(shape: Shape, images: int) -> list[Candidate]:
+    """("direct", strip, block, rows, warps, parts): two channels a thread or one, and one wave of programs on an H200."""
+    width = shape.out[1]
+    strip = next((s for s in (14, 8, 7, 4) if -(-width // s) * s <= 1.25 * width), 4)
+    steps = -(-images * shape.out[0] * -(-width // strip) // 4)
+    return [("direct", strip, block, 4, 4, max(1, min(steps, wave // -(-shape.channels // block))))
+            for block, wave in ((64, 3 * 132), (32, 5 * 132)) if block == 32 or shape.channels > 32]  # fmt: skip
+
+
 @functools.lru_cache(maxsize=512)
 def weight_candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
     """Implementations of the gradient of the taps, a good default first."""
     found: list[Candidate] = []
+    if shape.last and shape.kernel[0] * shape.kernel[1] <= _TAPS:
+        found += _direct_weight(shape, images)
     for tw, kd in _tiles(shape)[:1]:
         steps = -(-images * shape.out[0] // 64) * -(-shape.out[1] // tw)
         parts = max(1, min(steps // 4, 8, 512 // (shape.channels * shape.kernel[0])))

@@ -213,6 +213,20 @@ def test_the_gradient_of_the_taps_compiles_without_spills(tall: int, warps: int)
     assert spills <= 0 and registers < 255 and "wgmma" in built.asm["ptx"]
 
 
+@pytest.mark.cross
+@pytest.mark.parametrize("block", [64, 32])
+def test_the_gradient_of_few_taps_compiles_without_spills(block: int) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    from fusionc.runtime.templates import Template
+
+    text = template.direct_weight(256, 56, 56, (7, 7), (3, 3), (1, 1), 14, block)
+    kinds = ("*bf16", "*bf16", "*fp32", "i32")
+    built = Template(text, "weight", kinds, (("BR", 4), ("PARTS", 99)), torch.device("cuda"), 4).build(
+        GPUTarget("cuda", 90, 32), usage=True)  # fmt: skip
+    assert built.spills <= 0 and built.registers <= (168 if block == 64 else 128)
+
+
 def test_the_kernels_get_a_contiguous_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     import fusionc.runtime.depthwise_conv as home
 

@@ -78,10 +78,12 @@ def test_forward_and_gradients(case: tuple) -> None:
         assert close(runtime.launch(how, back, grad, turned, None, interpret=True), wide.grad, rounding), how
         tried += 1
     plain = Shape(channels, size, kernel, stride, padding, dilation, dtype, last, False, "")
-    for how in runtime.weight_candidates(plain, images)[:-1][:1]:
-        how = (*how[:3], 16, *how[4:])
+    ways = {how[0]: how for how in runtime.weight_candidates(plain, images)[:-1]}
+    for how in ways.values():
+        how = (*how[:5], min(how[5], 3)) if how[0] == "direct" else (*how[:3], 16, *how[4:])
         found = runtime.launch_weight(how, plain, grad, x, interpret=True)
         assert torch.equal(found, runtime.launch_weight(how, plain, grad, x, interpret=True))  # no order left to chance
         assert close(found, weight.grad.squeeze(1).permute(1, 2, 0), 1e-5), how
         tried += 1
-    assert tried >= (2 if dtype == F32 else 3)
+    assert ("direct" in ways) == (last and kernel[0] * kernel[1] <= 49)
+    assert tried >= 3

@@ -12,7 +12,8 @@ aligned 16-byte load. Columns of the window outside of the kernel are multiplied
 reaches the whole tile's row of the result, not only the pixels that the kernel touches.
 
 Direct (channels-last, any stride and dilation). A program owns BR strips of a line for a block of channels; a pixel of
-the input is loaded once per strip and kernel row, and used for all taps that meet it.
+the input is loaded once per strip and kernel row, and used for all taps that meet it. ``direct_weight`` is the same for
+the gradient of few taps.
 
 Source: T. Y. Ding et al., RepLKNet (arXiv 2203.06717) for why; the Toeplitz form is that of implicit-GEMM depthwise
 kernels (MegEngine's cutlass fork), here by rows; sizes as measured on an H200 (NOTES.md).
@@ -168,7 +169,7 @@ def toeplitz(kernel: int, group: int, ahead: int, held: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
-WEIGHT = '''
+SUM = '''
 import triton
 import triton.language as tl
 
@@ -176,7 +177,9 @@ import triton.language as tl
 @triton.jit
 def _sum(a, b):
     return a + b
+'''
 
+WEIGHT = f'''{SUM}
 
 @triton.jit
 def weight(x, grad, out, rows, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
@@ -272,6 +275,68 @@ def direct(
         tail = f" & (q * {strip} + {o} < {out[1]})" if o + (across - 1) * strip >= out[1] else ""
         value = f"activate(t{o}, ACTIVATION).to(y.dtype.element_ty)"
         lines.append(f"    tl.store(place + {o * channels}, {value}, mask=(live{tail})[:, None]{lane})")
+    return "\n".join(lines) + "\n"
+
+
+def direct_weight(
+    channels: int, height: int, width: int, kernel: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
+    strip: int, block: int
+) -> str:  # fmt: skip
+    """Text of ``weight(x, grad, out, strips, BR, PARTS)``: the gradient of the taps, channels-last, stride 1.
+
+    out[part, i, j, c] sums grad · x over one of PARTS runs of strips (``strip`` pixels of a line of grad, numbered along
+    lines and down the images). BR strips at a time: a pixel of grad is loaded once, one of x once for each line of the
+    kernel, and all products of a channel stay in the registers of one thread, hence few taps only.
+    """
+    kh, kw = kernel
+    out = out_sizes((height, width), kernel, (1, 1), padding, dilation)
+    across, blocks = -(-out[1] // strip), -(-channels // block)
+    whole = channels % block == 0
+    lane = "" if whole else " & lane[None, :]"
+    offsets = sorted({o + j * dilation[1] for o in range(strip) for j in range(kw)})
+    last = (across - 1) * strip - padding[1]
+    places = [(i, j) for i in range(kh) for j in range(kw)]
+    lines = [
+        SUM,
+        "",
+        "@triton.jit",
+        "def weight(x, grad, out, strips, BR: tl.constexpr, PARTS: tl.constexpr):",
+        "    pid = tl.program_id(0)",
+        f"    c = pid % {blocks} * {block} + tl.arange(0, {block})",
+        f"    lane = c < {channels}",
+        f"    part = pid // {blocks}",
+        "    each = (strips + PARTS * BR - 1) // (PARTS * BR) * BR",
+        "    end = tl.minimum(part * each + each, strips)",
+        *[f"    s{i}_{j} = tl.full((BR, {block}), 0.0, tl.float32)" for i, j in places],
+        "    for first in range(part * each, end, BR):",
+        "        strip = first + tl.arange(0, BR)",
+        "        live = strip < end",
+        f"        q = strip % {across}",
+        f"        p = strip // {across} % {out[0]}",
+        f"        n = (strip // {out[0] * across}).to(tl.int64)",
+        f"        left = q * {strip} - {padding[1]}",
+        f"        given = grad + (n * {out[0] * out[1] * channels} + (p * {out[1]} + q * {strip}) * {channels})[:, None]"
+        " + c[None, :]",
+        f"        corner = x + (n * {height * width * channels} + ((p - {padding[0]}) * {width} + left) * {channels})[:, None]"
+        " + c[None, :]",
+    ]
+    for o in range(strip):
+        tail = f" & (q * {strip} + {o} < {out[1]})" if o + (across - 1) * strip >= out[1] else ""
+        mask = f"mask=(live{tail})[:, None]{lane}, other=0.0"
+        lines.append(f"        g{o} = tl.load(given + {o * channels}, {mask}).to(tl.float32)")
+    for i in range(kh):
+        down = i * dilation[0] - padding[0]
+        lines.append(f"        inside = live & (p + {down} >= 0) & (p + {down} < {height})")
+        for k in offsets:
+            test = _inside("left", k, padding[1], last, width)
+            at = (i * dilation[0] * width + k) * channels
+            mask = f"mask=(inside{test})[:, None]{lane}, other=0.0"
+            lines.append(f"        x{k} = tl.load(corner + {at}, {mask}).to(tl.float32)")
+        for j in range(kw):
+            lines += [f"        s{i}_{j} += g{o} * x{o + j * dilation[1]}" for o in range(strip)]
+    mask = "" if whole else ", mask=lane"
+    for i, j in places:
+        lines.append(f"    tl.store(out + (part * {kh * kw} + {i * kw + j}) * {channels} + c, tl.reduce(s{i}_{j}, 0, _sum){mask})")
     return "\n".join(lines) + "\n"
 
 
