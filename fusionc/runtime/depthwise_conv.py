@@ -210,7 +210,8 @@ def _direct_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, b
                            shape.times)
     strips = images * shape.out[0] * -(-shape.out[1] // strip)
     conv = Start(text, "conv", (shape.dtype, taps, bias or taps, shape.dtype), -(-strips // rows) * -(-shape.channels // block),
-                 device, numbers=(strips,), warps=warps, BR=rows, BIAS=bias is not None, ACTIVATION=_activation(shape))
+                 device, numbers=(strips,), warps=warps, early=True, BR=rows, BIAS=bias is not None,
+                 ACTIVATION=_activation(shape))  # fmt: skip
 
     def fill(x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor) -> None:
         conv(x, taps, taps if bias is None else bias, y)
@@ -226,7 +227,7 @@ def _toeplitz_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype,
     length, lead = _power(tw + kd), 0 if ahead else group - 1
     lines = kh if ahead else -(-(kh + group - 1) // group) * group + lead
     pack = Start(
-        template.PACK, "pack", (taps, dtype), lines * -(-c // 8), device, warps=4,
+        template.PACK, "pack", (taps, dtype), lines * -(-c // 8), device, warps=4, early=True,
         KH=kh, KW=kw, C=c, DW=shape.dilation[1], FIRST=kd - 1 + shape.padding[1] - left, L=length, LEAD=lead, LINES=lines, BC=8,
     )  # fmt: skip
     across = -(-oh // (group * dh)) * dh  # rows of an image
@@ -234,8 +235,8 @@ def _toeplitz_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype,
     conv = Start(
         template.toeplitz(kh, group, ahead, held and device is not None), "conv", (dtype, dtype, bias or dtype, dtype),
         -(-rows // bm) * tiles * c, device, numbers=(rows,), warps=warps, stages=stages, registers=128 if warps == 8 else None,
-        C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines, TILES=tiles,
-        TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape),
+        early=True, C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines,
+        TILES=tiles, TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape),
     )  # fmt: skip
 
     def fill(x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -248,8 +249,8 @@ def _toeplitz_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype,
 
 @functools.lru_cache(maxsize=1024)
 def _turn(dtype: torch.dtype, images: int, a: int, b: int, device: torch.device | None) -> Start:
-    return Start(template.TURN, "turn", (dtype, dtype), images * -(-a // 64) * -(-b // 64), device, warps=4, A=a, B=b,
-                 TA=64, TB=64)  # fmt: skip
+    return Start(template.TURN, "turn", (dtype, dtype), images * -(-a // 64) * -(-b // 64), device, warps=4, early=True,
+                 A=a, B=b, TA=64, TB=64)  # fmt: skip
 
 
 def turn(x: Tensor, y: Tensor, *, interpret: bool = False) -> None:
@@ -391,12 +392,17 @@ def _library_weight(shape: Shape, grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _direct_weight(shape: Shape, images: int) -> list[Candidate]:
-    """("direct", strip, block, rows, warps, parts): two channels a thread or one, and one wave of programs on an H200."""
+    """("direct", strip, block, rows, warps, parts): two channels a thread or one, and one wave of programs on an H200.
+
+    There, channels-last: 7×7, 32×256×56×56 0.116 ms (three programs to a multiprocessor, which has registers for two: 0.138;
+    cuDNN 0.159; between transpositions 0.193), 5×5 0.073 (0.108, 0.161), 64×96×56×56 0.098 (0.137, 0.157).
+    """
     width = shape.out[1]
     strip = next((s for s in (14, 8, 7, 4) if -(-width // s) * s <= 1.25 * width), 4)
     steps = -(-images * shape.out[0] * -(-width // strip) // 4)
-    return [("direct", strip, block, 4, 4, max(1, min(steps, wave // -(-shape.channels // block))))
-            for block, wave in ((64, 3 * 132), (32, 5 * 132)) if block == 32 or shape.channels > 32]  # fmt: skip
+    waves = {64: 2, 32: 2} if shape.kernel[0] * shape.kernel[1] > 25 else {64: 3, 32: 5}  # programs of a multiprocessor
+    return [("direct", strip, block, 4, 4, max(1, min(steps, 132 * wave // -(-shape.channels // block))))
+            for block, wave in waves.items() if block == 32 or shape.channels > 32]  # fmt: skip
 
 
 @functools.lru_cache(maxsize=512)

@@ -386,7 +386,7 @@ def early_start(source: str, name: str, gpu: Any) -> str:
     """
     if not EARLY or getattr(gpu, "backend", "") != "cuda" or not isinstance(gpu.arch, int) or gpu.arch < 90:
         return source
-    head = re.search(rf"^def {re.escape(name)}\([^\n]*\):\n", source, re.MULTILINE)
+    head = re.search(rf"^def {re.escape(name)}\([^)]*\):\n", source, re.MULTILINE)
     first = "import triton.language as tl\n"
     if head is None or first not in source[: head.start()]:
         return source

@@ -21,7 +21,7 @@ import torch
 
 from ..errors import CompileError
 from . import ready
-from .launch import Compiled, _cuda_launcher, _usage, load_module
+from .launch import Compiled, _cuda_launcher, _usage, early_start, load_module
 
 Constants = tuple[tuple[str, Any], ...]
 POINTER = {
@@ -36,23 +36,23 @@ class Template:
     ``kinds`` are Triton's names for the types of its run-time arguments, which come first; ``constants`` the others.
     ``dependent`` launches with programmatic dependent launch: the kernel must wait (`gdc_wait`) in every program.
     ``exact`` keeps the rounding between a product and a sum, also in 16 bits, where the compiler else makes one fma.
-    ``registers`` is the most that a thread may use.
+    ``registers`` is the most that a thread may use. ``early``: it gets the waiting, and the launch, of `launch.early_start`.
     """
 
     def __init__(self, text: str, name: str, kinds: tuple[str, ...], constants: Constants, device: torch.device,
                  warps: int, stages: int = 1, dependent: bool = False, exact: bool = False,
-                 registers: int | None = None) -> None:  # fmt: skip
+                 registers: int | None = None, early: bool = False) -> None:  # fmt: skip
         self.text, self.name, self.kinds, self.constants = text, name, kinds, constants
-        self.device, self.warps, self.stages, self.registers = device, warps, stages, registers
+        self.device, self.warps, self.stages, self.registers, self.early = device, warps, stages, registers, early
         self.dependent, self.exact = dependent, exact
         self._launch: Callable[..., None] | None = None
         self._failure = ""  # of building, which would fail again
         self._lock = threading.Lock()
 
-    def _source(self) -> Any:
+    def _source(self, text: str) -> Any:
         from triton.compiler import ASTSource
 
-        fn = getattr(load_module(self.text), self.name)
+        fn = getattr(load_module(text), self.name)
         names = list(fn.arg_names)
         signature = dict(zip(names, self.kinds))
         signature.update({n: "constexpr" for n, _ in self.constants})
@@ -69,7 +69,9 @@ class Template:
         try:
             options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": not self.exact}
             options |= {} if self.registers is None else {"maxnreg": self.registers}
-            built = triton.compile(self._source(), target=gpu, options=options)
+            text = early_start(self.text, self.name, gpu) if self.early else self.text
+            self.dependent |= text is not self.text
+            built = triton.compile(self._source(text), target=gpu, options=options)
         except Exception as e:  # whatever the tool says: the caller decides
             raise CompileError(self.name, None, f"{type(e).__name__}: {e}") from e
         registers, spills = _usage(built) if usage else (-1, -1)
@@ -111,9 +113,9 @@ class Template:
 @functools.lru_cache(maxsize=1024)
 def template(text: str, name: str, kinds: tuple[str, ...], constants: Constants, device: torch.device,
              warps: int, stages: int = 1, dependent: bool = False, exact: bool = False,
-             registers: int | None = None) -> Template:  # fmt: skip
+             registers: int | None = None, early: bool = False) -> Template:  # fmt: skip
     """The one `Template` of these arguments."""
-    return Template(text, name, kinds, constants, device, warps, stages, dependent, exact, registers)
+    return Template(text, name, kinds, constants, device, warps, stages, dependent, exact, registers, early)
 
 
 class Start:
@@ -126,14 +128,15 @@ class Start:
 
     def __init__(self, text: str, name: str, kinds: Sequence[torch.dtype], grid: int, device: torch.device | None, *,
                  numbers: tuple[int, ...] = (), warps: int, stages: int = 1, registers: int | None = None,
-                 **constants: Any) -> None:  # fmt: skip
+                 early: bool = False, **constants: Any) -> None:  # fmt: skip
         self.text, self.name, self.grid, self.numbers, self.constants = text, name, grid, numbers, constants
         self.options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
         self.options |= {} if registers is None else {"maxnreg": registers}
         self.kernel: Template | None = None
         if device is not None:
             words = (*[POINTER[kind] for kind in kinds], *["i32"] * len(numbers))
-            self.kernel = template(text, name, words, tuple(constants.items()), device, warps, stages, registers=registers)
+            self.kernel = template(text, name, words, tuple(constants.items()), device, warps, stages, registers=registers,
+                                   early=early)
 
     def prepare(self) -> None:
         """Compile it.  Raises CompileError."""

@@ -335,8 +335,8 @@ def direct_weight(
         for j in range(kw):
             lines += [f"        s{i}_{j} += g{o} * x{o + j * dilation[1]}" for o in range(strip)]
     mask = "" if whole else ", mask=lane"
-    for i, j in places:
-        lines.append(f"    tl.store(out + (part * {kh * kw} + {i * kw + j}) * {channels} + c, tl.reduce(s{i}_{j}, 0, _sum){mask})")
+    for at, (i, j) in enumerate(places):
+        lines.append(f"    tl.store(out + (part * {kh * kw} + {at}) * {channels} + c, tl.reduce(s{i}_{j}, 0, _sum){mask})")
     return "\n".join(lines) + "\n"
 
 
