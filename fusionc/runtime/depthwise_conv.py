@@ -6,6 +6,7 @@ Candidates are plain tuples, so that a choice can be remembered on disk:
     ("direct", strip, block, rows, warps)                   channels-last, any stride and dilation
     ("toeplitz", group, ahead, held, TW, KD, BM, warps, stages)   contiguous, stride 1, half precision
     ("turned", group, ahead, held, TW, KD, BM, warps, stages)     the same for channels-last, between two transpositions
+    ("padded", group, ahead, held, TW, KD, BM, warps, stages)     which make lines TW = KD pixels wide
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -68,12 +69,18 @@ def candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
         found += _direct(shape, images)
     elif shape.last:
         ours = _direct(shape, images)
-        turned = [("turned", *c) for c in _toeplitz(shape, images)] if wide else []
+        turned = [(kind, *c) for c in _toeplitz(shape, images) for kind in _turns(shape, *c[3:5])] if wide else []
         found += turned if turned and shape.kernel[0] * shape.kernel[1] > 169 else turned + ours
     else:
         found += [("toeplitz", *c) for c in _toeplitz(shape, images)]
     found.append(("library",))
     return tuple(found)
+
+
+def _turns(shape: Shape, tw: int, kd: int) -> tuple[str, ...]:
+    """Lines that begin at multiples of 128 bytes are read and written in fewer pieces, where a tile holds whole ones."""
+    same = shape.size[1] == shape.out[1] < tw == kd
+    return ("turned", "padded") if same else ("turned",)
 
 
 def _tiles(shape: Shape) -> list[tuple[int, int]]:
@@ -174,15 +181,18 @@ def _plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: to
         return partial(library, shape=shape), ()
     sizes = (images, shape.channels, *shape.out)
     layout = torch.channels_last if shape.last else torch.contiguous_format
-    if how[0] == "turned":
-        there = _turn(shape.dtype, images, shape.size[0] * shape.size[1], shape.channels, device)
-        back = _turn(shape.dtype, images, shape.channels, shape.out[0] * shape.out[1], device)
-        fill, starts = _toeplitz_plan(how, shape, images, taps, bias, device)
+    if how[0] in ("turned", "padded"):
+        (h, w), (oh, ow), c = shape.size, shape.out, shape.channels
+        wide = how[4] if how[0] == "padded" else 0
+        there = _turn(shape.dtype, images, h * (wide or w), c, device, padded=w if wide else 0, wide=wide)
+        back = _turn(shape.dtype, images, c, oh * (wide or ow), device, cut=ow if wide else 0, wide=wide)
+        inner = replace(shape, size=(h, wide), last=False) if wide else shape
+        fill, starts = _toeplitz_plan(how, inner, images, taps, bias, device)
 
         def turned(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-            flat = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            flat = torch.empty((images, c, h, wide or w), dtype=x.dtype, device=x.device)
             there(x, flat)
-            result = torch.empty(sizes, dtype=x.dtype, device=x.device)
+            result = torch.empty((images, c, oh, wide or ow), dtype=x.dtype, device=x.device)
             fill(flat, taps, bias, result)
             del flat  # the result takes its place: two images stand beside the given one, not three
             y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -248,9 +258,10 @@ def _toeplitz_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype,
 
 
 @functools.lru_cache(maxsize=1024)
-def _turn(dtype: torch.dtype, images: int, a: int, b: int, device: torch.device | None) -> Start:
+def _turn(dtype: torch.dtype, images: int, a: int, b: int, device: torch.device | None, padded: int = 0, cut: int = 0,
+          wide: int = 0) -> Start:  # fmt: skip
     return Start(template.TURN, "turn", (dtype, dtype), images * -(-a // 64) * -(-b // 64), device, warps=4, early=True,
-                 A=a, B=b, TA=64, TB=64)  # fmt: skip
+                 A=a, B=b, FROM=padded, TO=cut, WIDE=wide, TA=64, TB=64)  # fmt: skip
 
 
 def turn(x: Tensor, y: Tensor, *, interpret: bool = False) -> None:

@@ -31,7 +31,7 @@ GRID = [
 
 def shrunk(how: Candidate) -> Candidate:
     """The same form with few lines per program: the interpreter's time is that of the programs' sizes."""
-    return (*how[:6], 16, *how[7:]) if how[0] in ("toeplitz", "turned") and len(how) == 9 else how
+    return (*how[:6], 16, *how[7:]) if how[0] in ("toeplitz", "turned", "padded") and len(how) == 9 else how
 
 
 def forms(candidates: tuple[Candidate, ...]) -> list[Candidate]:

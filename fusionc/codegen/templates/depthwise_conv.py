@@ -53,16 +53,28 @@ import triton.language as tl
 
 
 @triton.jit
-def turn(x, y, A: tl.constexpr, B: tl.constexpr, TA: tl.constexpr, TB: tl.constexpr):
-    """y[n, b, a] = x[n, a, b]: channels-last to contiguous and back."""
+def turn(x, y, A: tl.constexpr, B: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, WIDE: tl.constexpr, TA: tl.constexpr,
+         TB: tl.constexpr):
+    """y[n, b, a] = x[n, a, b]: channels-last to contiguous and back.
+
+    FROM: lines of FROM pixels in a become WIDE wide, with zeros behind them. TO: of lines WIDE wide in b, TO pixels are kept.
+    """
     across: tl.constexpr = (B + TB - 1) // TB
     tiles: tl.constexpr = (A + TA - 1) // TA * across
     pid = tl.program_id(0) % tiles
     n = (tl.program_id(0) // tiles).to(tl.int64)
     a = pid // across * TA + tl.arange(0, TA)
     b = pid % across * TB + tl.arange(0, TB)
-    found = tl.load(x + n * (A * B) + a[:, None] * B + b[None, :], mask=(a < A)[:, None] & (b < B)[None, :])
-    tl.store(y + n * (A * B) + b[:, None] * A + a[None, :], tl.trans(found), mask=(b < B)[:, None] & (a < A)[None, :])
+    read, written, given, kept = a, b, a < A, b < B
+    if FROM:
+        read, given = a // WIDE * FROM + a % WIDE, given & (a % WIDE < FROM)
+    if TO:
+        written, kept = b // WIDE * TO + b % WIDE, kept & (b % WIDE < TO)
+    rows: tl.constexpr = A // WIDE * FROM if FROM else A
+    columns: tl.constexpr = B // WIDE * TO if TO else B
+    found = tl.load(x + n * (rows * B) + read[:, None] * B + b[None, :], mask=given[:, None] & (b < B)[None, :], other=0.0)
+    place = y + n * (A * columns) + written[:, None] * A + a[None, :]
+    tl.store(place, tl.trans(found), mask=kept[:, None] & (a < A)[None, :])
 '''
 
 PACK = '''
