@@ -201,8 +201,10 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
         clock = time.perf_counter()
         lowered, failed, apart = _build_kernels(cx, grouper, units)
         alone |= apart
-        if columns and not failed and not apart:
-            units = _merge_columns(cx, grouper, units, lowered)
+        if not failed and not apart:
+            _recompute(cx, grouper, lowered)
+            if columns:
+                units = _merge_columns(cx, grouper, units, lowered)
         cx.record.timings["build"] = cx.record.timings.get("build", 0.0) + time.perf_counter() - clock
         if not failed and not apart:
             clock = time.perf_counter()
@@ -368,6 +370,28 @@ def _merge_columns(cx: Context, grouper: Grouper, units: list[Unit], lowered: li
         for rows in {r for r, _, _ in done}:
             _verify(built[rows].kernel)
     return grouper.ordered() if done else units
+
+
+def _recompute(cx: Context, grouper: Grouper, lowered: list[Lowered]) -> None:
+    """Kernels compute what others would have written for them, where that moves fewer bytes."""
+    from .schedule import recompute
+
+    inline, changed = recompute.find(grouper, {item.group: item.built for item in lowered})
+    if not inline:
+        return
+    grouper.inline |= inline
+    try:
+        anew = [
+            (item, _build_one(cx, grouper, item.group, [n for n in item.built.outputs if n not in inline]))
+            for item in lowered
+            if item.group in changed
+        ]
+    except (Unsupported, NotImplementedError):
+        grouper.inline -= inline
+        return
+    for item, built in anew:
+        item.built = built
+    lowered[:] = [item for item in lowered if item.built.outputs]
 
 
 # -- kernels to code --------------------------------------------------------------------------------------------------

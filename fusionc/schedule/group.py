@@ -306,13 +306,13 @@ class Grouper:
         if len(reads) <= 4 and self._closed(node, 16) is not None:
             return True  # computed from positions alone: cheaper than any memory
         own = numel_hint(node)
-        if len(reads) == 1 and not _transcendental(node):
+        if len(reads) == 1 and not transcendental(node):
             reader = reads[0][0]
             if reader in self.inline:
                 return True  # evaluated as often as its only reader, which is evaluated where it is read
             if self.lowered[reader].kind in ("pointwise", "gather") and numel_hint(reader) < own:
                 return True  # its only reader takes a part of it: the rest need not be computed
-        cost = 16 if _transcendental(node) else 1
+        cost = 16 if transcendental(node) else 1
         consumers = {c for c, _ in reads}
         total = sum(min(own, numel_hint(c)) if c.target in _PIECEWISE else numel_hint_any(c) for c in consumers)
         if (
@@ -338,7 +338,7 @@ class Grouper:
     def _closed(self, node: Node, most: int) -> int | None:
         """Number of cheap operations that make `node` from no tensor in memory, or None if there are more or it has one."""
         low = self.lowered.get(node)
-        if low is None or low.kind not in ("pointwise", "create", "view") or _transcendental(node):
+        if low is None or low.kind not in ("pointwise", "create", "view") or transcendental(node):
             return None
         if low.kind == "create":
             return 0
@@ -357,7 +357,7 @@ class Grouper:
         width = node.meta["val"].dtype.itemsize
         while most > 0:
             low = self.lowered.get(node)
-            if low is None or low.kind != "pointwise" or _transcendental(node):
+            if low is None or low.kind != "pointwise" or transcendental(node):
                 return False
             wide = [a for _, a in tensor_args(node) if numel_hint(a) > 1]
             if len(wide) != 1:
@@ -1064,6 +1064,10 @@ class Grouper:
             if writer is not None and writer is not unit:
                 unit.preds.add(writer)
 
+    def written(self, node: Node) -> bool:
+        """Is the memory of `node` written by an in-place call somewhere in the graph?"""
+        return self._writes and self._memory_root(node) in self._writer
+
     def _memory_root(self, node: Node) -> Node:
         """The node whose memory an in-place call's result or a call-made view lives in."""
         while node.op == "call_function" and node not in self.lowered and _mutates(node):
@@ -1148,7 +1152,8 @@ def _name(node: Node) -> str:
     return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
 
 
-def _transcendental(node: Node) -> bool:
+def transcendental(node: Node) -> bool:
+    """Does it take many times as long as a multiplication?"""
     name = _name(node)
     return name in FLOAT_ONLY - {"div", "sqrt", "rsqrt"} or name in (
         "gelu",
