@@ -453,8 +453,10 @@ def inputs(kernel: Kernel, seed: int = 0) -> dict[str, torch.Tensor]:
 def variants(name: str) -> list[str]:
     """ "" the default plan, _c the other vectorised variable, _p threads and a cut axis however small the kernel; with an s what
     can be is written past the caches."""
-    found = ["", "_c", "_p"] if "axis" in KERNELS[name] else [""]
-    return found + [f"_s{suffix[1:]}" for suffix in found if "fc_stream" in source(name, f"_s{suffix[1:]}")]
+    axis = "axis" in KERNELS[name]
+    found = ["", "_c", "_p"] if axis else [""]
+    streams = ("inner out" if axis else "row out") in KERNELS[name]
+    return found + [f"_s{suffix[1:]}" for suffix in found if streams]
 
 
 def source(name: str, suffix: str) -> str:
