@@ -11,7 +11,8 @@ Three shapes of code, by which variable is vectorised:
 What several loops of a row need and what is expensive (the exponential of a softmax) is kept in a row buffer.  Long
 float sums are added up in parts whose totals are doubles.  The threads share the points of the loops evenly.  With
 `plan.rblock` the axis is cut into parts of that many points, which the threads share too; the parts are combined in
-order.  Nothing depends on the number of threads.
+order.  Nothing depends on the number of threads.  With `plan.stream` what the vector loops store is gathered by a few
+kilobytes and written past the caches, which saves reading the lines first.
 """
 
 from __future__ import annotations
@@ -41,8 +42,7 @@ def render(kernel: Kernel, plan: Plan, symbol: str) -> str:
 
 class _Renderer(Reductions):
     def __init__(self, kernel: Kernel, plan: Plan, vector: Var | None, columns: bool):
-        super().__init__(kernel, vector, columns)
-        self.plan = plan
+        super().__init__(kernel, plan, vector, columns)
         self.levels: dict[int, list[Reduce]] = {}
         for r in reductions(kernel):
             self.levels.setdefault(r.level, []).append(r)
@@ -143,9 +143,10 @@ class _Renderer(Reductions):
             e.close()
             self.spans[tile] = (f"{t}_", f"{t}_end")
             self.open_loop(tile)
-        self.open_vector()
-        self.write([self.stored(s) for s in self.k.stores])
-        self.close_simd()
+        with self.chunks(self.k.stores, v):
+            self.open_vector()
+            self.write([self.stored(s) for s in self.k.stores])
+            self.close_simd()
         if tile is not None:
             e.close()
 

@@ -6,29 +6,35 @@ thread takes a contiguous share of the units and steps through it like an odomet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
-from fusionc.ir.expr import Expr, Index, Op, Reduce, Scan, Var
+from fusionc.ir.expr import ITEMSIZE, Expr, Index, Op, Reduce, Scan, Var
 from fusionc.ir.loop import Kernel, Store
 from fusionc.ir.text import ordered_children
+from fusionc.schedule.plan import Plan
+from fusionc.schedule.rules_cpp import streamed
 
 from .cpp_acc import HALF, as_acc, from_acc, initial, merge, part_type
-from .cpp_expr import VALUE_TYPE, Emitter, convert, to_memory
+from .cpp_expr import MEMORY_TYPE, VALUE_TYPE, Emitter, convert, to_memory
 
 _PARALLEL = 65536  # element operations worth waking the threads for
+_STREAM = 512  # bytes gathered before they are written past the caches: with 4096 arithmetic waits for the writes
 
 
 class Nest:
     """Writes loops around values.  `vector` is the vectorised loop variable, if it is one of the kernel's loops."""
 
-    def __init__(self, kernel: Kernel, vector: Var | None, columns: bool):
-        self.k, self.vector, self.columns = kernel, vector, columns
+    def __init__(self, kernel: Kernel, plan: Plan, vector: Var | None, columns: bool):
+        self.k, self.plan, self.vector, self.columns = kernel, plan, vector, columns
         self.e = Emitter()
         self.width = 1  # of a block of the vectorised loop
         self.saved: dict[Expr, str] = {}  # values in row buffers or column arrays: their text inside a vector loop
         self.top: list[str] = []  # declarations in front of the loop over units
         self.spans: dict[Var, tuple[str, str]] = {}  # variables of which a unit covers only a part
         self.errs: list[bool] = []
+        self.past: dict[Store, str] = {}  # stores that go past the caches: where their chunk is gathered
+        self.fence = False  # a unit of the region has such stores
         self.at = f"[{vector.name} - begin]" if vector is not None else ""
 
     # -- units ------------------------------------------------------------------------------------------------------
@@ -55,7 +61,7 @@ class Nest:
             e.open(["{"])
             e.line(f"int64_t lo = 0, hi = {units};")
         scope = e.scopes[-1]
-        mark, self.top = len(scope.lines), []
+        mark, self.top, self.fence = len(scope.lines), [], False
         rest = "lo"
         for i, (name, extent) in reversed(list(enumerate(counters))):
             e.line(f"int64_t {name} = {f'{rest} % {extent}' if i else rest};")
@@ -68,6 +74,8 @@ class Nest:
         for i, (name, extent) in reversed(list(enumerate(counters))):
             e.line(f"if (++{name} == {extent}) {{ {name} = 0;" if i else f"++{name};" + " }" * (len(counters) - 1))
         e.close()
+        if self.fence:
+            e.line("fc_fence();")
         scope.lines[mark:mark] = ["  " * scope.indent + t for t in self.top]
         e.close()
         self.saved = {}
@@ -90,7 +98,7 @@ class Nest:
     def open_vector(self) -> None:
         """The vector loop over the block of the last loop (pointwise, columns)."""
         assert self.vector is not None
-        self.open_simd(self.vector.name, "begin", "end")
+        self.open_simd(self.vector.name, *self.spans.get(self.vector, ("begin", "end")))
         self.bind_saved(self.vector)
 
     def bind_saved(self, v: Var) -> None:
@@ -105,6 +113,45 @@ class Nest:
         scope.lines[0] = scope.lines[0].replace("@", " reduction(|:err)" if self.e.err else "")
         self.e.err = self.errs.pop() or self.e.err
         self.e.close()
+
+    @contextmanager
+    def chunks(self, stores: Sequence[Store], v: Var) -> Iterator[None]:
+        """Around the vector loop over `v` that has `stores`: what the plan streams is gathered by chunks in the first-level
+        cache, and written past the caches from there.  (OpenMP's `nontemporal` means nothing to GCC.)"""
+        e, whole = self.e, self.spans.get(v)
+        found = streamed(self.k, stores, v) if self.plan.stream else []
+        if not found:
+            yield
+            return
+        block, points = v is self.vector, v.extent.value if v.extent.is_const else None
+        lo, hi = ("begin", "end") if block else self.span(v)
+        types = [self.k.buffer(s.buffer).dtype for s in found]
+        length = _STREAM // max(ITEMSIZE[t] for t in types)
+        most = self.width if block else length + 1 if points is None else points
+        starts = [bare(e.value(s.index - v)) for s in found]
+        if most > length:
+            e.open([f"for (int64_t chunk = {lo}; chunk < {hi}; chunk += {length}) {{"])
+            full = whole is None and points is not None and points % length == 0 and not (block and self.width % length)
+            e.line(f"const int64_t stop = {f'chunk + {length}' if full else f'fc_least(chunk + {length}, {hi})'};")
+            lo, hi = "chunk", "stop"
+        self.spans[v] = lo, hi
+        lines = []
+        for s, dtype, start in zip(found, types, starts, strict=True):
+            name = e.fresh("past")
+            self.top.append(f"alignas(64) {MEMORY_TYPE[dtype]} {name}[{max(min(most, length), 1)}];")
+            self.past[s] = f"{name}[{v.name} - {lo}]"
+            to = " + ".join(t for t in (s.buffer, start, lo) if t != "0")
+            lines.append(f"fc_stream({to}, {name}, {hi} - {lo});")
+        yield
+        for line in lines:
+            e.line(line)
+        if most > length:
+            e.close()
+        del self.spans[v]
+        if whole is not None:
+            self.spans[v] = whole
+        self.past.clear()
+        self.fence = True
 
     def array(self, ctype: str, name: str) -> str:
         """An array with an element for each column of the block; its text inside the vector loop."""
@@ -143,8 +190,9 @@ class Nest:
 
     def write(self, stores: list[tuple[Store, str]]) -> None:
         """Assignments of values that are computed already (`stored`)."""
-        for line in [f"{s.buffer}[{bare(self.e.value(s.index))}] = {text};" for s, text in stores]:
-            self.e.line(line)
+        places = [self.past.get(s) or f"{s.buffer}[{bare(self.e.value(s.index))}]" for s, _ in stores]
+        for place, (_, text) in zip(places, stores, strict=True):
+            self.e.line(f"{place} = {text};")
 
     def store_inner(self, stores: list[Store]) -> None:
         """The stores along the axis; those with scans along different variables in different loops."""
@@ -162,18 +210,23 @@ class Nest:
         for v in outer:
             self.open_loop(v)
         states = self.scan_states(roots) if scan is not None else []
-        if scan is None and not self.columns:
-            self.open_simd(last.name, *self.span(last))
-            self.bind_saved(last)
-        else:
+        if self.vector is not None:
             self.open_loop(last)
-            if self.columns:
+        with self.chunks(stores, self.vector or last):
+            if self.vector is not None:
                 self.open_vector()
-        self.scan_steps(states)
-        self.write([self.stored(s) for s in stores])
-        if scan is None or self.columns:
-            self.close_simd()
-        if scan is not None or self.columns:
+            elif scan is None:
+                self.open_simd(last.name, *self.span(last))
+                self.bind_saved(last)
+            else:
+                self.open_loop(last)
+            self.scan_steps(states)
+            self.write([self.stored(s) for s in stores])
+            if scan is None or self.vector is not None:
+                self.close_simd()
+            else:
+                e.close()
+        if self.vector is not None:
             e.close()
         for _ in outer:
             e.close()

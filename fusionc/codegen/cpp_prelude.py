@@ -35,6 +35,42 @@ template <class T> struct fc_row {
   ~fc_row() { free(data); }
 };
 
+/* Copy to memory past the caches: a line that is written as a whole is not read first.  The lines at both ends may be partly
+   another's and take the usual way (memmove, for GCC makes a slow `rep movs` of memcpy).  fc_fence before other threads may
+   look.  Builtins, as <immintrin.h> takes the compiler longer than a kernel. */
+#if defined(__x86_64__)
+#if defined(__AVX512F__)
+typedef float fc_wide __attribute__((vector_size(64)));
+#define FC_STREAM __builtin_ia32_movntps512
+#elif defined(__AVX__)
+typedef float fc_wide __attribute__((vector_size(32)));
+#define FC_STREAM __builtin_ia32_movntps256
+#else
+typedef float fc_wide __attribute__((vector_size(16)));
+#define FC_STREAM __builtin_ia32_movntps
+#endif
+#if defined(__clang__)
+#undef FC_STREAM
+#define FC_STREAM(to, v) __builtin_nontemporal_store(v, (fc_wide*)(to))
+#endif
+FC_INLINE void fc_fence() { __builtin_ia32_sfence(); }
+template <class T> static void fc_stream(T* to, const T* from, int64_t n) {
+  const int64_t bytes = n * (int64_t)sizeof(T), head = fc_least(-(int64_t)to & 63, bytes), tail = (bytes - head) & 63;
+  char* d = (char*)to;
+  const char* s = (const char*)from;
+  if (head) __builtin_memmove(d, s, head);
+  for (int64_t i = head; i < bytes - tail; i += sizeof(fc_wide)) {
+    fc_wide v;
+    __builtin_memcpy(&v, s + i, sizeof(v));
+    FC_STREAM((float*)(d + i), v);
+  }
+  if (tail) __builtin_memmove(d + bytes - tail, s + bytes - tail, tail);
+}
+#else
+FC_INLINE void fc_fence() {}
+template <class T> static void fc_stream(T* to, const T* from, int64_t n) { __builtin_memcpy(to, from, n * sizeof(T)); }
+#endif
+
 /* bfloat16 and float16 live in memory only */
 FC_INLINE float fc_from_bf16(uint16_t h) { return fc_bits<float>((uint32_t)h << 16); }
 FC_INLINE uint16_t fc_to_bf16(float x) {

@@ -7,12 +7,16 @@ both processes.  Nothing here imports triton.
 from __future__ import annotations
 
 import functools
+import glob
+import platform
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+_CACHE = 32 << 20  # bytes of a CPU's last cache, where nothing better is known
 ALIGNMENT = 16  # bytes that a pointer must be a multiple of for the widest memory access
 
 
@@ -86,11 +90,30 @@ def properties(device: torch.device | str | int | None = None) -> DeviceProperti
     if kind() == "cpu" or (device is not None and not isinstance(device, int) and torch.device(device).type == "cpu"):
         if in_bad_fork():
             raise RuntimeError("CUDA was initialised before this process was forked; start it with 'spawn' instead")
-        return DeviceProperties("cpu", "", torch.get_num_threads(), 1, 1, 32 << 20, 5e10)
+        return DeviceProperties("cpu", "", torch.get_num_threads(), 1, 1, _CACHE, 5e10)
     index = device if isinstance(device, int) else torch.device(device).index if device is not None else None
     found = _query(torch.cuda.current_device() if index is None else index)
     measured = _bandwidth.get(found.arch)
     return found if measured is None else replace(found, bandwidth=measured)
+
+
+@functools.lru_cache(maxsize=1)
+def stream_bytes() -> int | None:
+    """Bytes of results from which kernels of the CPU write past the caches: what the last of them holds, and no less than
+    32 MiB (a virtual machine may be told of less than there is).  None where C++ has no such stores (they are x86's)."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    return max([_CACHE, *(_cache_bytes(f) for f in glob.glob("/sys/devices/system/cpu/cpu0/cache/index*/size"))])
+
+
+def _cache_bytes(path: str) -> int:
+    """The size in a file of sysfs ("32768K"); 0 if there is none."""
+    try:
+        with open(path, encoding="ascii") as stream:
+            found = re.fullmatch(r"(\d+)([KM])\s*", stream.read(32))
+    except (OSError, ValueError):
+        return 0
+    return int(found[1]) << {"K": 10, "M": 20}[found[2]] if found else 0
 
 
 def on_device(call: Callable[[list[Any]], Any], device: torch.device) -> Callable[[list[Any]], Any]:

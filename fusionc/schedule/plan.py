@@ -19,6 +19,7 @@ class Plan:
     unroll       tiles of a looped axis that are loaded at once (Triton)
     columns      C++: vectorise along the last loop instead of the axis (reductions over a slow dimension)
     parallel     C++: use threads
+    stream       C++: write the results past the caches, where the loops allow it
     """
 
     target: str
@@ -29,6 +30,7 @@ class Plan:
     columns: bool = False
     parallel: bool = True
     unroll: int = 1
+    stream: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -49,6 +51,7 @@ class Plan:
             v = getattr(plan, name)
             if type(v) is not int or not lo <= v <= hi:
                 raise ValueError(f"plan field {name} must be an integer in [{lo}, {hi}], not {v!r}")
-        if plan.target not in ("cpp", "triton") or type(plan.columns) is not bool or type(plan.parallel) is not bool:
+        flags = (plan.columns, plan.parallel, plan.stream)
+        if plan.target not in ("cpp", "triton") or any(type(v) is not bool for v in flags):
             raise ValueError("plan has a field of the wrong type")
         return plan

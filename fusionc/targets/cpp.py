@@ -11,6 +11,7 @@ from ..ir.loop import Kernel
 from ..progress import progress
 from ..runtime.cache import Cache, open_cache
 from ..runtime.compile_cpp import build, load_cached
+from ..runtime.device import stream_bytes
 from ..runtime.environment import environment_key
 from ..schedule.rules_cpp import default_plan
 
@@ -39,7 +40,8 @@ def compile_all(cx: Context, kernels: dict[str, Kernel]) -> tuple[dict[str, Any]
     plans: dict[str, Any] = {}
     for symbol, kernel in kernels.items():
         try:
-            plans[symbol] = default_plan(kernel, {s.name: cx.hints.get(s.name, 64) for s in kernel.sizes})
+            hints = {s.name: cx.hints.get(s.name, 64) for s in kernel.sizes}
+            plans[symbol] = default_plan(kernel, hints, stream_bytes())
             sources.append((symbol, cpp.render(kernel, plans[symbol], symbol)))
         except NotImplementedError as e:
             problems[symbol] = str(e)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import platform
 from dataclasses import replace
 from functools import lru_cache
 
@@ -450,8 +451,24 @@ def inputs(kernel: Kernel, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def variants(name: str) -> list[str]:
-    """ "" the default plan, _c the other vectorised variable, _p threads and a cut axis however small the kernel."""
-    return ["", "_c", "_p"] if "axis" in KERNELS[name] else [""]
+    """ "" the default plan, _c the other vectorised variable, _p threads and a cut axis however small the kernel; with an s what
+    can be is written past the caches."""
+    axis = "axis" in KERNELS[name]
+    found = ["", "_c", "_p"] if axis else [""]
+    streams = ("inner out" if axis else "row out") in KERNELS[name]
+    return found + [f"_s{suffix[1:]}" for suffix in found if streams]
+
+
+def source(name: str, suffix: str) -> str:
+    kernel = parse_kernel(KERNELS[name])
+    plan = replace(default_plan(kernel, SIZES), stream=suffix.startswith("_s"))
+    with pytest.MonkeyPatch.context() as patch:
+        if suffix.endswith("p"):
+            patch.setattr(cpp_nest, "_PARALLEL", 1)
+            plan = replace(plan, rblock=16)
+        elif suffix.endswith("c"):
+            plan = replace(plan, columns=not plan.columns, xblock=32)
+        return render(kernel, plan, name + suffix)
 
 
 CASES = [(name, suffix) for name in KERNELS for suffix in variants(name)]
@@ -459,17 +476,7 @@ CASES = [(name, suffix) for name in KERNELS for suffix in variants(name)]
 
 @lru_cache(maxsize=1)
 def library() -> dict[str, int]:
-    sources = []
-    for name, suffix in CASES:
-        kernel = kernels()[name]
-        plan = default_plan(kernel, SIZES)
-        with pytest.MonkeyPatch.context() as patch:
-            if suffix == "_p":
-                patch.setattr(cpp_nest, "_PARALLEL", 1)
-                plan = replace(plan, rblock=16)
-            elif suffix == "_c":
-                plan = replace(plan, columns=not plan.columns, xblock=32)
-            sources.append((name + suffix, render(kernel, plan, name + suffix)))
+    sources = [(name + suffix, source(name, suffix)) for name, suffix in CASES]
     result = build(sources, open_cache(False), environment_key("cpu"), PRELUDE)
     assert not result.errors, next(iter(result.errors.items()))
     return result.addresses
@@ -576,3 +583,84 @@ def test_text_is_stable() -> None:
     plan = default_plan(kernel, SIZES)
     again = parse_kernel(kernel.text)
     assert render(kernel, plan, "k") == render(again, plan, "k")
+
+
+# -- results written past the caches ------------------------------------------------------------------------------------
+
+EVERY_TYPE = KERNELS["convert"].replace("1000", "2345")
+
+
+def streamed(text: str, symbol: str) -> tuple[Kernel, str]:
+    kernel = parse_kernel(text)
+    return kernel, render(kernel, replace(default_plan(kernel, SIZES), columns=False, stream=True), symbol)
+
+
+def test_only_what_is_written_and_not_read_is_streamed() -> None:
+    counts = {name: source(name, "_s").count("fc_stream(") for name in KERNELS}
+    assert {n: c for n, c in counts.items() if n in ("softmax", "layernorm", "norm_backward", "convert")} == {
+        "softmax": 1, "layernorm": 1, "norm_backward": 2, "convert": 7}  # fmt: skip
+    assert not any(counts[n] for n in ("inplace", "inplace_row", "scalar", "argmax", "full_sum", "column_sum"))
+    assert all("fc_stream" not in source(name, "") for name in KERNELS)
+
+
+def test_every_thread_ends_its_stream_before_the_others_go_on() -> None:
+    text = source("norm_backward", "_sp")
+    regions = [r.split("\n  }\n")[0] for r in text.split("#pragma omp parallel")[1:]]
+    assert [r.endswith("\n    fc_fence();") for r in regions] == ["fc_stream" in r for r in regions]
+    assert text.count("fc_fence();") == 1 and len(regions) == 2
+
+
+@pytest.mark.parametrize("tool", ["", "-mno-avx512f", "-mno-avx"])
+def test_a_stream_writes_its_elements_and_no_others(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the element's size and wherever the buffers begin; with each of the widths that the prelude knows."""
+    if tool:
+        if platform.machine() != "x86_64":
+            pytest.skip("instructions of x86")
+        monkeypatch.setenv("CXX", f"g++ {tool}")
+    kernel, text = streamed(EVERY_TYPE, "every_type")
+    result = build([("every_type", text)], open_cache(False), environment_key("cpu"), PRELUDE)
+    assert not result.errors, result.errors
+    function = ctypes.CFUNCTYPE(ctypes.c_int)(result.addresses["every_type"])
+    expected = inputs(kernel)
+    interp.run(kernel, expected, {})
+    for shift in (0, 1, 7, 16, 61):
+        whole = {n: torch.full((len(t) + 128,), 3).to(t.dtype) for n, t in expected.items()}
+        mine = {n: t[shift : shift + len(expected[n])] for n, t in whole.items()}
+        mine["in0"].copy_(expected["in0"])
+        assert function(*[ctypes.c_void_p(mine[b.name].data_ptr()) for b in kernel.buffers]) == 0
+        for n, t in whole.items():
+            assert torch.equal(mine[n], expected[n]), (n, shift)
+            others = torch.cat([t[:shift], t[shift + len(expected[n]) :]])
+            assert torch.equal(others, torch.full((128,), 3).to(t.dtype)), (n, shift)
+
+
+def test_nothing_to_stream() -> None:
+    kernel, text = streamed(KERNELS["softmax"].replace("3700", "0").replace("r0 < 100", "r0 < 0"), "empty")
+    assert "fc_stream" in text
+    result = build([("empty", text)], open_cache(False), environment_key("cpu"), PRELUDE)
+    assert not result.errors
+    guard = torch.ones(64)
+    pointer = ctypes.c_void_p(guard.data_ptr())
+    assert ctypes.CFUNCTYPE(ctypes.c_int)(result.addresses["empty"])(pointer, pointer) == 0
+    assert guard.eq(1).all()
+
+
+@pytest.mark.parametrize("block", [100, 200, 512])
+def test_chunks_end_where_blocks_of_columns_end(block: int) -> None:
+    kernel = parse_kernel("""kernel
+  in    in0: f32[8192]
+  out   out0: f32[8192]
+  for   x0 < 1024
+  axis  r0 < 8
+    t0 = in0[x0 + 1024*r0]
+    inner out0[x0 + 1024*r0] = sub(t0, sum[r0](t0))
+""")
+    name = f"blocks_{block}"
+    text = render(kernel, replace(default_plan(kernel, {}), columns=True, xblock=block, stream=True), name)
+    result = build([(name, text)], open_cache(False), environment_key("cpu"), PRELUDE)
+    mine = inputs(kernel)
+    theirs = {n: t.clone() for n, t in mine.items()}
+    interp.run(kernel, theirs, {})
+    arguments = [ctypes.c_void_p(t.data_ptr()) for t in mine.values()]
+    assert "fc_stream" in text and ctypes.CFUNCTYPE(ctypes.c_int)(result.addresses[name])(*arguments) == 0
+    torch.testing.assert_close(mine["out0"], theirs["out0"])
