@@ -380,18 +380,20 @@ def _recompute(cx: Context, grouper: Grouper, lowered: list[Lowered]) -> None:
     if not inline:
         return
     grouper.inline |= inline
+    anew: list[tuple[Lowered, Built | None]] = []
     try:
-        anew = [
-            (item, _build_one(cx, grouper, item.group, [n for n in item.built.outputs if n not in inline]))
-            for item in lowered
-            if item.group in changed
-        ]
+        for item in lowered:
+            wanted = [n for n in item.built.outputs if n not in inline]
+            if item.group in changed:
+                anew.append((item, _build_one(cx, grouper, item.group, wanted) if wanted else None))
     except (Unsupported, NotImplementedError):
         grouper.inline -= inline
         return
     for item, built in anew:
-        item.built = built
-    lowered[:] = [item for item in lowered if item.built.outputs]
+        if built is None:
+            lowered.remove(item)
+        else:
+            item.built = built
 
 
 # -- kernels to code --------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from ..ir.expr import FLOATS, Const, Expr, FloorDiv, Index, Load, Mod, Op, Reduc
 from ..ir.loop import Kernel, Store, Write
 from ..ir.online import online_pairs
 from ..ir.ops import COMPARE
+from ..ir.text import ordered_terms
 from ..schedule.plan import Plan
 from . import triton_math as tm
 from .triton_math import TL_DTYPE, supports
@@ -566,7 +567,7 @@ class _Writer:
 
     def polynomial(self, p: Index) -> str:
         out = ""
-        for m, c in p.terms:
+        for m, c in ordered_terms(p):
             part = " * ".join([self.text[a.uid] for a in m])
             if not m:
                 part = str(abs(c))

@@ -415,3 +415,25 @@ def test_gpu_library_of_sizes_and_streams() -> None:
         stream.synchronize()
         for name, want in case.expected(buffers).items():
             torch.testing.assert_close(gpu[list(buffers).index(name)].cpu(), want)
+
+
+def test_the_text_does_not_depend_on_what_was_read_before() -> None:
+    import subprocess
+    import sys
+
+    text = (
+        "kernel\n  in    in0: f32[70000]\n  out   out0: f32[70000]\n  for   x0 < 700\n  axis  r0 < 100\n"
+        "    inner out0[100*x0 + r0] = div(in0[100*x0 + r0], sum[r0](in0[100*x0 + r0]))\n"
+    )
+    program = (
+        "import sys; from fusionc.codegen.triton import render; from fusionc.ir.expr import Var, index;"
+        "from fusionc.ir.text import parse_kernel; from fusionc.schedule.plan import Plan;"
+        "x, y = Var('x0', index(700)), Var('r0', index(100));"
+        "other = index(y) + index(x) * 100 if sys.argv[1:] else None;"
+        f"print(render(parse_kernel({text!r}), Plan('triton', 1, 128), 'k'))"
+    )
+    first, second = (
+        subprocess.run([sys.executable, "-c", program, *more], capture_output=True, text=True, check=True).stdout
+        for more in ([], ["other"])
+    )
+    assert first == second and "100" in first
