@@ -88,7 +88,7 @@ class _Search:
                 if base in between or base in sources:
                     continue
                 if base not in self.grouper.lowered or base in self.stored:
-                    if not self._readable(base, node):
+                    if not self._readable(base, a, node):
                         return None
                     sources.add(base)
                 elif self._cheap(base) and (base in self.grouper.inline or self.grouper.unit.get(base) is home):
@@ -98,14 +98,16 @@ class _Search:
                     return None
         return sources, between
 
-    def _readable(self, source: Node, node: Node) -> bool:
+    def _readable(self, source: Node, view: Node, node: Node) -> bool:
         """Does each element of `node` need one element of it, at the same place, or of something far smaller?"""
-        mine, its = node.meta["val"], source.meta.get("val")
+        mine, its = node.meta["val"], view.meta.get("val")
         if not isinstance(its, torch.Tensor) or its.device != mine.device or self.grouper.written(source):
             return False
         if numel_hint(source) * _MUCH <= numel_hint(node):
             return True
-        return its.shape == mine.shape and its.stride() == mine.stride()
+        if its.shape == mine.shape:
+            return its.stride() == mine.stride()
+        return numel_hint(view) == numel_hint(node) and its.is_contiguous() and mine.is_contiguous()
 
     def _cheap(self, node: Node) -> bool:
         low = self.grouper.lowered[node]
