@@ -105,7 +105,8 @@ def same_layout(a: Any, b: Any) -> bool:
 
 def packet_name(node: Node) -> str:
     """Operator name without namespace and overload (``add`` of ``aten.add.Tensor``), or "" for other targets."""
-    return _packet_name(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+    target = node.target
+    return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""
 
 
 @lru_cache(maxsize=None)

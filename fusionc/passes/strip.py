@@ -30,6 +30,7 @@ _VIEWS = {"alias", "detach", "view", "_unsafe_view", "reshape", "expand", "slice
 _COPIES = {"clone", "lift_fresh_copy", "dropout", "contiguous"}
 _CASTS = {"_to_copy", "convert_element_type"}
 _NEUTRAL = {"mul": (1,), "div": (1,), "sub": (0,), "pow": (1,), "add": ()}
+_LOOKED_AT = {*_VIEWS, *_COPIES, *_CASTS, *_NEUTRAL, "as_strided", "cat"}
 # Every value of the key is a value of each type listed: going through it loses nothing.
 _HOLDS: dict[torch.dtype, tuple[torch.dtype, ...]] = {
     torch.float16: (torch.float32, torch.float64),
@@ -57,6 +58,8 @@ class Strip(Pass):
             if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.args:
                 continue
             name, source = packet_name(node), node.args[0]
+            if name not in _LOOKED_AT:
+                continue
             if name == "cat":
                 source = _only_part(node)
                 if source is not None and not same_layout(value(node), value(source)):
@@ -70,11 +73,9 @@ class Strip(Pass):
                 if node._erased:
                     continue
                 source = node.args[0]
-            if not same_layout(value(node), value(source)):
-                continue
             told = name == "as_strided" and len(node.args) == 3 and not node.kwargs  # from the source's own beginning
-            if name in _VIEWS or told or name == "cat" or name in _COPIES and _plain_copy(node, name) or \
-                    name in _CASTS and not _moves(node) or _neutral(node, name):
+            if (name in _VIEWS or told or name == "cat" or name in _COPIES and _plain_copy(node, name) or
+                    name in _CASTS and not _moves(node) or _neutral(node, name)) and same_layout(value(node), value(source)):
                 yield Match({"node": node, "source": source, "copies": name not in (*_VIEWS, "as_strided")}, (node,))
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:

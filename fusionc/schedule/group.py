@@ -32,6 +32,7 @@ from ..ir.value import Context, Value, normalize_dim, numel
 Idx = tuple[Index, ...]
 MAX_MEMBERS = 96
 MAX_INPUTS = 28
+_MANY = 16  # operations that are done again rather than read
 # Groups that only share an operand are merged if they are at most this many nodes apart: results must not wait in memory.
 SIBLING_REACH = 48
 
@@ -90,8 +91,11 @@ def is_view(node: Node) -> bool:
     )
 
 
-def tensor_args(node: Node) -> list[tuple[int, Node]]:
+def tensor_args(node: Node) -> tuple[tuple[int, Node], ...]:
     """(position, node) of every tensor operand, nested lists flattened (keyword operands have position -1)."""
+    known = node.meta.get(_ARGS)  # asked for ten times a node
+    if known is not None and known[0] is node.args and known[1] is node.kwargs:
+        return known[2]  # type: ignore[no-any-return]
     out: list[tuple[int, Node]] = []
 
     def visit(pos: int, a: object) -> None:
@@ -106,7 +110,11 @@ def tensor_args(node: Node) -> list[tuple[int, Node]]:
         visit(pos, a)
     for a in node.kwargs.values():
         visit(-1, a)
-    return out
+    node.meta[_ARGS] = (node.args, node.kwargs, tuple(out))
+    return tuple(out)
+
+
+_ARGS = "fusionc_tensor_args"
 
 
 def hint(n: Index | int | torch.SymInt) -> int:
@@ -152,6 +160,7 @@ class Grouper:
         self.units: list[Unit] = []
         self._deps: dict[Node, frozenset[Node]] = {}
         self._resolve: dict[Node, tuple[Node, tuple[Node, ...]]] = {}
+        self._from_nothing: dict[Node, int | None] = {}
         self._writes = any(n.op == "call_function" and _mutates(n) for n in graph.nodes)
         self._readers: dict[Node, set[Unit]] = {}  # by memory: units that read it since it was last written
         self._writer: dict[Node, Unit] = {}
@@ -303,7 +312,7 @@ class Grouper:
         reads: list[tuple[Node, bool]] = []  # (consumer, one-to-one)
         if not self._collect_reads(node, True, reads) or not reads:
             return False
-        if len(reads) <= 4 and self._closed(node, 16) is not None:
+        if len(reads) <= 4 and self._closed(node) is not None:
             return True  # computed from positions alone: cheaper than any memory
         own = numel_hint(node)
         if len(reads) == 1 and not transcendental(node):
@@ -335,21 +344,22 @@ class Grouper:
             cost == 1 and own * 8 <= total and len(consumers) <= 2 and len(tensor_args(node)) <= 2 and self._leaf(node)
         )
 
-    def _closed(self, node: Node, most: int) -> int | None:
-        """Number of cheap operations that make `node` from no tensor in memory, or None if there are more or it has one."""
+    def _closed(self, node: Node) -> int | None:
+        """Number of cheap operations that make `node` from no tensor in memory, or None if there are many or it has one."""
+        if node in self._from_nothing:
+            return self._from_nothing[node]
         low = self.lowered.get(node)
-        if low is None or low.kind not in ("pointwise", "create", "view") or transcendental(node):
-            return None
-        if low.kind == "create":
-            return 0
-        count = int(low.kind == "pointwise")
-        for _, a in tensor_args(node):
-            inner = self._closed(a, most - count)
-            if inner is None:
-                return None
-            count += inner
-            if count > most:
-                return None
+        count: int | None = None
+        if low is not None and low.kind == "create":
+            count = 0
+        elif low is not None and low.kind in ("pointwise", "view") and not transcendental(node):
+            count = int(low.kind == "pointwise")
+            for _, a in tensor_args(node):
+                inner = self._closed(a)
+                count = None if inner is None or count + inner > _MANY else count + inner
+                if count is None:
+                    break
+        self._from_nothing[node] = count
         return count
 
     def _thin(self, node: Node, most: int) -> bool:
@@ -1149,20 +1159,22 @@ def _mutated_args(node: Node) -> list[Node]:
 
 def _name(node: Node) -> str:
     """The operator's name without its overload; empty for what is no ATen operator (``getitem`` of several results)."""
-    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")  # (an overload's hash takes longer)
 
 
 def transcendental(node: Node) -> bool:
     """Does it take many times as long as a multiplication?"""
-    name = _name(node)
-    return name in FLOAT_ONLY - {"div", "sqrt", "rsqrt"} or name in (
-        "gelu",
-        "silu",
-        "mish",
-        "softplus",
-        "gelu_backward",
-        "silu_backward",
-    )
+    return _name(node) in _SLOW
+
+
+_SLOW = frozenset(FLOAT_ONLY - {"div", "sqrt", "rsqrt"}) | {
+    "gelu",
+    "silu",
+    "mish",
+    "softplus",
+    "gelu_backward",
+    "silu_backward",
+}
 
 
 def _is_cast(node: Node) -> bool:
