@@ -379,6 +379,7 @@ def _recompute(cx: Context, grouper: Grouper, lowered: list[Lowered]) -> None:
     inline, changed = recompute.find(grouper, {item.group: item.built for item in lowered})
     if not inline:
         return
+    before = set(grouper.inline)
     grouper.inline |= inline
     anew: list[tuple[Lowered, Built | None]] = []
     try:
@@ -387,7 +388,7 @@ def _recompute(cx: Context, grouper: Grouper, lowered: list[Lowered]) -> None:
             if item.group in changed:
                 anew.append((item, _build_one(cx, grouper, item.group, wanted) if wanted else None))
     except (Unsupported, NotImplementedError):
-        grouper.inline -= inline
+        grouper.inline = before
         return
     for item, built in anew:
         if built is None:

@@ -11,8 +11,8 @@ Three shapes of code, by which variable is vectorised:
 What several loops of a row need and what is expensive (the exponential of a softmax) is kept in a row buffer.  Long
 float sums are added up in parts whose totals are doubles.  The threads share the points of the loops evenly.  With
 `plan.rblock` the axis is cut into parts of that many points, which the threads share too; the parts are combined in
-order.  Nothing depends on the number of threads.  With `plan.stream` what the vector loops store is gathered by a few
-kilobytes and written past the caches, which saves reading the lines first.
+order.  Nothing depends on the number of threads.  With `plan.stream` what the vector loops store is gathered by 512
+bytes and written past the caches, which saves reading the lines first.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from ..graph.facts import aliased_by
 from ..graph.parallel import along_rows, scarce
 from ..ir.alike import Alike
 from ..ir.expr import ONE, ZERO, Index, Var, index, substitute
@@ -296,8 +297,13 @@ class Grouper:
 
     # -- inlining ----------------------------------------------------------------------------------------------------
     def decide_inline(self) -> None:
+        written = self._written_at() if self._writes else {}
+        until: dict[Node, int] = {}  # where the last reader of a value stands, through views and inline nodes
         for node in reversed(self.graph.nodes):
             low = self.lowered.get(node)
+            if written:
+                read = [until[u] if u in self.inline or is_view(u) else self.position[u] for u in node.users]
+                until[node] = max(read, default=self.position[node])
             if low is None or low.kind not in ("pointwise", "gather", "create") or node.target is operator.getitem:
                 continue
             if node in self.alone:
@@ -305,8 +311,25 @@ class Grouper:
             if low.kind == "create":
                 self.inline.add(node)
                 continue
-            if self._worth_inlining(node):
+            if self._worth_inlining(node) and not (written and self._overwritten(node, until[node], written)):
                 self.inline.add(node)
+
+    def _written_at(self) -> dict[Node, list[int]]:
+        """By memory: where in the graph it is written by in-place calls."""
+        found: dict[Node, list[int]] = {}
+        for node in self.graph.nodes:
+            if node.op == "call_function" and _mutates(node):
+                for a in _mutated_args(node):
+                    found.setdefault(self._memory_root(self.resolve(a)[0]), []).append(self.position[node])
+        return found
+
+    def _overwritten(self, node: Node, until: int, written: dict[Node, list[int]]) -> bool:
+        """Is an operand's memory written after `node` and before the last place where an inline `node` would be evaluated?"""
+        for _, a in tensor_args(node):
+            places = written.get(self._memory_root(self.resolve(a)[0]), ())
+            if any(self.position[node] < place < until for place in places):
+                return True
+        return False
 
     def _worth_inlining(self, node: Node) -> bool:
         reads: list[tuple[Node, bool]] = []  # (consumer, one-to-one)
@@ -1080,8 +1103,11 @@ class Grouper:
 
     def _memory_root(self, node: Node) -> Node:
         """The node whose memory an in-place call's result or a call-made view lives in."""
-        while node.op == "call_function" and node not in self.lowered and _mutates(node):
-            node = self.resolve(_mutated_args(node)[0])[0]
+        while node.op == "call_function" and node not in self.lowered:
+            shared = _mutated_args(node) if _mutates(node) else aliased_by(node)
+            if not shared:
+                break
+            node = self.resolve(shared[0])[0]
         return node
 
 

@@ -19,7 +19,7 @@ class Plan:
     unroll       tiles of a looped axis that are loaded at once (Triton)
     columns      C++: vectorise along the last loop instead of the axis (reductions over a slow dimension)
     parallel     C++: use threads
-    stream       C++: write the results past the caches, where the loops allow it
+    stream       C++: write those results past the caches that the loops allow to (`rules_cpp.streamed`)
     """
 
     target: str

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.fx import Node
 
+from ..graph.facts import same_sizes, same_strides
 from ..ir.build import Built
 from .group import Group, Grouper, numel_hint, tensor_args, transcendental
 
@@ -105,9 +107,9 @@ class _Search:
             return False
         if numel_hint(source) * _MUCH <= numel_hint(node):
             return True
-        if its.shape == mine.shape:
-            return its.stride() == mine.stride()
-        return numel_hint(view) == numel_hint(node) and its.is_contiguous() and mine.is_contiguous()
+        if same_sizes(its.shape, mine.shape):
+            return same_strides(its.shape, its.stride(), mine.stride())
+        return numel_hint(view) == numel_hint(node) and _dense(its) and _dense(mine)
 
     def _cheap(self, node: Node) -> bool:
         low = self.grouper.lowered[node]
@@ -128,3 +130,13 @@ class _Search:
 
 def _bytes(node: Node) -> int:
     return numel_hint(node) * int(node.meta["val"].dtype.itemsize)
+
+
+def _dense(x: torch.Tensor) -> bool:
+    """Is it contiguous?  (To ask the tensor of symbolic sizes would add a guard.)"""
+    expected: list[Any] = []
+    step: Any = 1
+    for size in reversed(x.shape):
+        expected.append(step)
+        step = step * size
+    return same_strides(x.shape, x.stride(), expected[::-1])

@@ -25,7 +25,7 @@ def default_plan(kernel: Kernel, hint: dict[str, int], stream: int | None = None
     are written past the caches (None: never)."""
     columns = _columns(kernel, hint)
     tile = _TILE if columns else 1
-    past = stream is not None and _stream(kernel, columns, stream)
+    past = stream is not None and _stream(kernel, columns, stream, hint)
     return Plan(target="cpp", xblock=tile, rblock=_rblock(kernel, hint, columns), columns=columns, stream=past)
 
 
@@ -37,7 +37,7 @@ def streamed(kernel: Kernel, stores: Sequence[Store], v: Var) -> list[Store]:
             and kernel.buffer(s.buffer).kind == "out"]  # fmt: skip
 
 
-def _stream(kernel: Kernel, columns: bool, least: int) -> bool:
+def _stream(kernel: Kernel, columns: bool, least: int, hint: dict[str, int]) -> bool:
     """Whether to write past the caches: results of `least` bytes, which no cache holds until they are read, by a kernel that
     waits for memory.  Rows that begin inside a line lose more at their ends than they gain."""
     points = kernel.outer * kernel.inner
@@ -50,7 +50,7 @@ def _stream(kernel: Kernel, columns: bool, least: int) -> bool:
     if any(c * size % _LINE for s, size in found for _, c in (s.index - v).terms):
         return False
     run = v.extent.value * min(size for _, size in found)
-    return run >= _RUN and _beside_stores(kernel, columns) * points.value < _BUSY * sum(kernel_bytes(kernel, {}))
+    return run >= _RUN and _beside_stores(kernel, columns) * points.value < _BUSY * sum(kernel_bytes(kernel, hint))
 
 
 def _beside_stores(kernel: Kernel, columns: bool) -> int:

@@ -77,3 +77,15 @@ def test_a_dumped_kernel_that_streams_runs_by_itself(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120, check=False,
                               env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_part_of_a_tensor_of_unknown_size() -> None:
+    """The loops have constant bounds, what they read has not."""
+    from fusionc.record import collect
+
+    torch._dynamo.reset()
+    x = torch.randn(70, 200)
+    with collect() as records:
+        got = torch.compile(lambda x: x[:64, :192] * 2, backend=fusionc, dynamic=True, options={"cache": False})(x)
+    assert torch.equal(got, x[:64, :192] * 2) and not records[0].fallbacks
+    assert json.loads(records[0].kernels[0].plan_json)["stream"]

@@ -209,3 +209,32 @@ def test_no_recompile_per_length() -> None:
             x, w = rand(batch, length, 64), rand(64)
             torch.testing.assert_close(run(x, w), block(x, w), rtol=1e-4, atol=1e-4)
     assert len(records) == 1, [r.name for r in records]
+
+
+WRITTEN = {
+    "a cast": (lambda x: x.float(), lambda y, x: y.cumsum(1)),
+    "a cast of a view": (lambda x: x.t().float(), lambda y, x: y.cumsum(1)),
+    "a cast of another dtype's view": (lambda x: x.view(torch.int16).float(), lambda y, x: y.cumsum(1)),
+    "a chain with two readers": (lambda x: x.float() * 2 + 1, lambda y, x: (y.sum(0), y.cumsum(1))),
+    "and the new value": (lambda x: x.float() * 2 + 1, lambda y, x: (y.t() + x, y + x.float())),
+    "gathered": (lambda x: x[torch.tensor([0, 1, 2, 3, 0])].float(), lambda y, x: (y + 1, x + 1)),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_was_read_before_a_write_is_the_old_value(name: str) -> None:
+    before, after = WRITTEN[name]
+
+    def fn(x: torch.Tensor, value: torch.Tensor) -> Any:
+        y = before(x)
+        x.index_put_((torch.tensor([1, 3]),), value)
+        return after(y, x)
+
+    x, value = rand(4, 4).to(torch.bfloat16), rand(2, 4).to(torch.bfloat16)
+    mine = x.clone()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(fn, backend=fusionc, options={"target": "cpp", "verify": True, "cache": False})(mine, value)
+        want = fn(x, value)
+    assert torch.equal(mine, x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

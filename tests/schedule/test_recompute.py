@@ -147,3 +147,34 @@ def test_small_values_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "SMALLEST", 1 << 20)
     _, (record,) = compiled(lambda x: sums(half(x)), rand(64, 96, dtype=torch.bfloat16))
     assert any(n.startswith("mul") for n in written(record))
+
+
+def test_an_alias_that_is_written_later_is_read_before() -> None:
+    def fn(x: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.view(torch.int16) * 2 + 1
+        a = y.sum(0)
+        x.index_put_((torch.tensor([1, 2]),), value)
+        return a, y.cumsum(1).sum(1)
+
+    x, value = rand(64, 96, dtype=torch.bfloat16), rand(2, 96, dtype=torch.bfloat16)
+    mine = x.clone()
+    got, _ = compiled(fn, mine, value)
+    for a, b in zip(got, fn(x, value), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_guard_is_added() -> None:
+    """Sizes are compared without asking for their values: 3 is a batch like any other."""
+
+    def fn(v: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        y = (v.cumsum(0) * 2 + 1) + c
+        return y.sum(1), y.cumsum(2).sum(2)
+
+    torch._dynamo.reset()
+    call, c = torch.compile(fn, backend=fusionc, dynamic=True, options=OPTIONS), rand(3, 1, 1)
+    with collect() as records:
+        for n in (7, 3, 4):
+            v = rand(n, 96)
+            for a, b in zip(call(v, c), fn(v, c), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    assert len(records) == 1 and not records[0].fallbacks
