@@ -16,7 +16,7 @@ pixels} in both layouts, against eager in both. Inductor calls the same library 
 convolution of two dimensions (its own template needs at least 16 channels per group to be of use), so it is eager there but for
 the layout; ``--kinds point`` shows that at one size of map (256 channels at 28 pixels) instead of in 36 compilations.
 
-Every time is the better one of a call and of its replay from a CUDA graph, for all alike.
+Every time is the better one of a call and of its replay from a CUDA graph, for all alike (calls over 30 ms are not replayed).
 
 Each pair of case and compiler has its own process and time limit: Inductor may tune for minutes, cuDNN runs 0.1 s a
 call. Processes compile side by side (``--jobs``) while only one at a time uses the GPU. Results are compared with

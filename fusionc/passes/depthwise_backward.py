@@ -1,11 +1,12 @@
-"""Gradients of depthwise convolutions by our kernels: the input's as a convolution, the filter's on matrix units.
+"""Gradients of depthwise convolutions by our kernels: the input's as a convolution, the filter's on matrix units or in registers.
 
 Math       y = conv(x, W), stride 1:   dx = conv(dy, W turned round, padding d(k − 1) − P);   db = Σ dy;
            dW[c, i, j] = Σ dy[n, c, p, q] x[n, c, p + d i − P, q + d j − P]
 Exactness  reassociates: the same products, summed in float32
 Legality   on CUDA, float16 or bfloat16, one or two dimensions, groups = channels = output channels, stride 1, padding at most
            d(k − 1); dy and x dense in one layout, the gradients in the layouts of x and W
-Cost       the gradient of the filter reads dy and x once per line of the filter, ATen's once per tap
+Cost       the gradient of the filter reads dy and x once per line of the filter (few taps, channels-last: dy once), ATen's once
+           per tap
 Source     the gradients of a correlation; kernels in ``codegen/templates/depthwise_conv.py``
 """
 

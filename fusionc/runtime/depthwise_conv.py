@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,8 @@ _TEXT = 15  # lines of a kernel that may all stand in a text
 _PRODUCTS = 52  # of matrices that may stand in a text: ptxas takes 3.9 s for 52 (0.5 for 26), which 13×13 is worth: H200
 # 32×256×56×56 0.161 ms unrolled, 0.212 in a loop
 _TAPS = 49  # sums of their gradients that fit into a thread's registers
+_LOADS = 150  # of pixels for a strip that may stand in a text (7×7: 140)
+_LARGEST = 1 << 30  # elements of an image: offsets inside of one are 32 bits wide
 _UNROLLED = 128  # multiply-adds of a strip and kernel row that may stand in a text
 
 
@@ -162,6 +165,11 @@ def _activation(shape: Shape) -> str:
 
 # -- launches ---------------------------------------------------------------------------------------------------------
 
+# One text for all numbers of images.
+_direct_text = functools.lru_cache(maxsize=256)(template.direct)
+_direct_weight_text = functools.lru_cache(maxsize=256)(template.direct_weight)
+_toeplitz_text = functools.lru_cache(maxsize=256)(template.toeplitz)
+
 Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Plan = tuple[Run, tuple[Start, ...]]  # what runs, and the kernels that it starts
 
@@ -224,7 +232,7 @@ Fill = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 def _direct_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | None,
                  device: torch.device | None) -> tuple[Fill, tuple[Start, ...]]:  # fmt: skip
     _, strip, block, rows, warps = how
-    text = template.direct(shape.channels, *shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strip, block,
+    text = _direct_text(shape.channels, *shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strip, block,
                            shape.times)
     strips = images * shape.out[0] * -(-shape.out[1] // strip)
     conv = Start(text, "conv", (shape.dtype, taps, bias or taps, shape.dtype), -(-strips // rows) * -(-shape.channels // block),
@@ -251,7 +259,7 @@ def _toeplitz_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype,
     across = -(-oh // (group * dh)) * dh  # rows of an image
     rows, tiles = images * across, -(-ow // tw)
     conv = Start(
-        template.toeplitz(kh, group, ahead, held and device is not None), "conv", (dtype, dtype, bias or dtype, dtype),
+        _toeplitz_text(kh, group, ahead, held and device is not None), "conv", (dtype, dtype, bias or dtype, dtype),
         -(-rows // bm) * tiles * c, device, numbers=(rows,), warps=warps, stages=stages, registers=128 if warps == 8 else None,
         early=True, C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines,
         TILES=tiles, TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape),
@@ -341,10 +349,10 @@ def _call(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, last:
     kh, kw, made = taps
     shape = Shape(made, (h, w), (kh, kw), (sh, sw), (ph, pw), (dh, dw), dtype, last, bias is not None, activation,
                   made // max(c, 1))  # fmt: skip
-    if 0 in size or min(shape.out) <= 0:
+    if 0 in size or min(shape.out) <= 0 or max(c, made) * max(h * w, math.prod(shape.out)) > _LARGEST:
         return shape, None
     compiled = partial(prepare, shape=shape, images=images, taps=kind, bias=bias, device=device)
-    return shape, Wanted(f"depthwise_conv {images} {shape} {kind}", candidates(shape, images), compiled)
+    return shape, Wanted(f"depthwise_conv {images} {shape} {kind} {bias}", candidates(shape, images), compiled)
 
 
 # -- the gradient of the taps -----------------------------------------------------------------------------------------
@@ -373,7 +381,7 @@ def _weight_plan(how: Candidate, shape: Shape, images: int,
     kinds, parts = (dtype, dtype, torch.float32), how[-1]
     if how[0] == "direct":
         _, strip, block, rows, warps, _ = how
-        text = template.direct_weight(c, h, w, shape.kernel, shape.padding, shape.dilation, strip, block)
+        text = _direct_weight_text(c, h, w, shape.kernel, shape.padding, shape.dilation, strip, block)
         weight = Start(text, "weight", kinds, -(-c // block) * parts, device, numbers=(images * oh * -(-ow // strip),),
                        warps=warps, BR=rows, PARTS=parts)  # fmt: skip
     else:
@@ -414,12 +422,21 @@ def _direct_weight(shape: Shape, images: int) -> list[Candidate]:
     """("direct", strip, block, rows, warps, parts): two channels a thread or one, and one wave of programs on an H200.
 
     There, channels-last: 7×7, 32×256×56×56 0.116 ms (three programs to a multiprocessor, which has registers for two: 0.138;
-    cuDNN 0.159; between transpositions 0.193), 5×5 0.073 (0.108, 0.161), 64×96×56×56 0.098 (0.137, 0.157).
+    cuDNN 0.159; between transpositions 0.193), 5×5 0.073 (0.108, 0.161), 64×96×56×56 0.098 (0.137, 0.157). All of a strip
+    stands in the text: 7×7 compiles for 7 s, so there is one such candidate, and none for longer texts.
     """
-    width = shape.out[1]
-    strip = next((s for s in (14, 8, 7, 4) if -(-width // s) * s <= 1.25 * width), 4)
+    (kh, kw), width = shape.kernel, shape.out[1]
+    if kh * kw > _TAPS:
+        return []
+    reach = (kw - 1) * shape.dilation[1]
+    strips = [s for s in (14, 8, 7, 4) if -(-width // s) * s <= 1.25 * width] or [4]
+    strip = next((s for s in strips if kh * (s + reach) <= _LOADS), 0)
+    if not strip:
+        return []
     steps = -(-images * shape.out[0] * -(-width // strip) // 4)
-    waves = {64: 2, 32: 2} if shape.kernel[0] * shape.kernel[1] > 25 else {64: 3, 32: 5}  # programs of a multiprocessor
+    waves = {64: 3, 32: 5}  # programs of a multiprocessor
+    if kh * kw > 25:
+        waves = {64: 2} if shape.channels % 64 == 0 else {32: 2}
     return [("direct", strip, block, 4, 4, max(1, min(steps, 132 * wave // -(-shape.channels // block))))
             for block, wave in waves.items() if block == 32 or shape.channels > 32]  # fmt: skip
 
@@ -428,7 +445,7 @@ def _direct_weight(shape: Shape, images: int) -> list[Candidate]:
 def weight_candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
     """Implementations of the gradient of the taps, a good default first."""
     found: list[Candidate] = []
-    if shape.last and shape.kernel[0] * shape.kernel[1] <= _TAPS:
+    if shape.last:
         found += _direct_weight(shape, images)
     for tw, kd in _tiles(shape)[:1]:
         steps = -(-images * shape.out[0] // 64) * -(-shape.out[1] // tw)
@@ -442,6 +459,7 @@ def depthwise_conv_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], paddin
                           dilation: Sequence[int]) -> Tensor:  # fmt: skip
     """fusionc::depthwise_conv_weight on a GPU: the fastest candidate for this shape."""
     shape, at = _weight_call(x.shape, x.dtype, x.device, _last(x), *kernel, *padding, *dilation)
+    grad = grad.to(x.dtype)
     layout = torch.channels_last if shape.last else torch.contiguous_format
     x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
     if at is None:
@@ -467,7 +485,7 @@ def _weight_call(size: tuple[int, ...], dtype: torch.dtype, device: torch.device
                  dh: int, dw: int) -> tuple[Shape, Wanted | None]:  # fmt: skip
     images, c, h, w = size
     shape = Shape(c, (h, w), (kh, kw), (1, 1), (ph, pw), (dh, dw), dtype, last, False, "")
-    if 0 in size or min(shape.out) <= 0:
+    if 0 in size or min(shape.out) <= 0 or c * max(h * w, math.prod(shape.out)) > _LARGEST:
         return shape, None
     compiled = partial(prepare_weight, shape=shape, images=images, device=device)
     return shape, Wanted(f"depthwise_conv_weight {images} {shape} {dtype}", weight_candidates(shape, images), compiled)

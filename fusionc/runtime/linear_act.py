@@ -75,7 +75,7 @@ def _call(rows: int, inner: int, line: int, out: int, dtype: torch.dtype, scale:
 def wanted(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str) -> Wanted | None:
     """What `linear_act` will choose from, by tensors without data; None where that is ATen."""
     (rows, inner), out = x.shape, weight.shape[0]
-    if rows * inner * out == 0:
+    if rows * inner * out == 0 or weight.dtype != x.dtype:
         return None
     return _call(rows, inner, x.stride(0) if x.stride(1) == 1 else inner, out, x.dtype, None if scale is None else scale.dtype,
                  None if bias is None else bias.dtype, activation, x.device)  # fmt: skip
@@ -88,7 +88,7 @@ def linear_act(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | N
     scale = scale if scale is None else scale.contiguous()
     bias = bias if bias is None else bias.contiguous()
     (rows, inner), out = x.shape, weight.shape[0]
-    if rows * inner * out == 0:
+    if rows * inner * out == 0 or weight.dtype != x.dtype:
         return library(x, weight, scale, bias, activation)
 
     def right(how: Candidate) -> bool:

@@ -133,7 +133,9 @@ class Start:
         self.options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
         self.options |= {} if registers is None else {"maxnreg": registers}
         self.kernel: Template | None = None
-        if device is not None:
+        self.interpreted = device is None
+        self._fn: Any = None  # Triton's function, where that launches
+        if device is not None and not torch.version.hip:  # (ROCm's launches go through Triton)
             words = (*[POINTER[kind] for kind in kinds], *["i32"] * len(numbers))
             self.kernel = template(text, name, words, tuple(constants.items()), device, warps, stages, registers=registers,
                                    early=early)
@@ -149,8 +151,9 @@ class Start:
         for address in addresses:
             together |= address
         if self.kernel is None or together & 15:
-            fn = getattr(load_module(self.text, interpret=self.kernel is None), self.name)
-            fn[(self.grid,)](*tensors, *self.numbers, **self.constants, **self.options)
+            if self._fn is None:
+                self._fn = getattr(load_module(self.text, interpret=self.interpreted), self.name)
+            self._fn[(self.grid,)](*tensors, *self.numbers, **self.constants, **self.options)
             return
         stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
         self.kernel.launch(self.grid, stream, *addresses, *self.numbers)

@@ -319,7 +319,8 @@ def _measured(
     """Index of the winner, after waiting for another process that measures the same key."""
     budget = seconds * (5 if words == "max" else 1)
     cache, entry_key = _cache(), _entry_key(key, names, device)
-    with cache.lock(KIND, entry_key, timeout=2 * budget + 5) if entry_key else contextlib.nullcontext(False):
+    # the other process compiles first, for up to a minute
+    with cache.lock(KIND, entry_key, timeout=2 * budget + 60) if entry_key else contextlib.nullcontext(False):
         index = _recall(key, names, device)
         if index is not None:
             return index

@@ -149,9 +149,15 @@ def test_candidates_compile_quickly() -> None:
     """ptxas takes 4 s for a text of 52 products of matrices; a model waits for the slowest candidate."""
     for width in (14, 28, 56, 112, 200):
         for k in range(3, 33, 2):
-            for how in runtime.candidates(make(n=1, c=64, size=(4, width), kernel=(k, k))[0], 32):
-                unrolled = how[0] == "toeplitz" and how[2] > 0
-                assert not unrolled or how[1] * k <= 52, (width, k, how)
+            for last in (False, True):
+                for how in runtime.candidates(make(n=1, c=64, size=(4, width), kernel=(k, k), last=last)[0], 32):
+                    unrolled = how[0] in ("toeplitz", "turned", "padded") and how[2] > 0
+                    assert not unrolled or how[1] * k <= 52, (width, k, how)
+    texts = (((7, 7), (1, 1)), ((7, 7), (3, 3)), ((7, 7), (1, 20)), ((5, 5), (18, 18)), ((49, 1), (1, 1)), ((3, 3), (1, 1)))
+    for kernel, dilation in texts:
+        shape = make(n=1, c=96, size=(56, 56), kernel=kernel, dilation=dilation, last=True)[0]
+        for _, strip, *_ in [how for how in runtime.weight_candidates(shape, 32) if how[0] == "direct"]:
+            assert kernel[0] * kernel[1] * strip <= 7 * 7 * 14 and kernel[0] * (strip + (kernel[1] - 1) * dilation[1]) <= 150
     direct = runtime.candidates(make(n=1, c=64, size=(4, 28), kernel=(7, 7), last=True)[0], 32)
     assert direct == (("direct", 7, 64, 4, 4), ("direct", 14, 64, 4, 4), ("direct", 7, 32, 16, 4), ("library",))
 

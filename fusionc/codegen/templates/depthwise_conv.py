@@ -13,7 +13,7 @@ reaches the whole tile's row of the result, not only the pixels that the kernel 
 
 Direct (channels-last, any stride and dilation). A program owns BR strips of a line for a block of channels; a pixel of
 the input is loaded once per strip and kernel row, and used for all taps that meet it. ``direct_weight`` is the same for
-the gradient of few taps.
+the gradient of few taps (an infinity in dy meets zeros around x there: taps that never touch its pixel become NaN).
 
 Source: T. Y. Ding et al., RepLKNet (arXiv 2203.06717) for why; the Toeplitz form is that of implicit-GEMM depthwise
 kernels (MegEngine's cutlass fork), here by rows; sizes as measured on an H200 (NOTES.md).
