@@ -7,8 +7,10 @@ broken invariants under verification, and ``options={"strict": True}``.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
+from collections.abc import Iterator
 
 _MAX_WARNED = 4096
 
@@ -67,6 +69,28 @@ def warn_once(key: str, message: str) -> None:
             return
         _warned.add(key)
     warnings.warn(message, FallbackWarning, stacklevel=3)
+
+
+_strict = threading.local()  # .on: this thread is in a call of a graph that was compiled with ``strict``
+
+
+@contextlib.contextmanager
+def strictly() -> Iterator[None]:
+    """What falls back in this thread meanwhile (`fell_back`) is an error."""
+    before = getattr(_strict, "on", False)
+    _strict.on = True
+    try:
+        yield
+    finally:
+        _strict.on = before
+
+
+def fell_back(operator: str, cause: Exception, instead: str) -> None:
+    """An operator's kernel raised, and other means do its work: a warning once, or a StrictError inside of `strictly`."""
+    what = f"fusionc's kernel of {operator} does not run here ({type(cause).__name__}: {cause})"
+    if getattr(_strict, "on", False):
+        raise StrictError(what) from cause
+    warn_once(f"{operator}:{type(cause).__name__}", f"{what}; {instead}. Please report this")
 
 
 def reset_warnings() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .codegen.program import Launch, Program
-from .errors import StrictError, warn_once
+from .errors import StrictError, strictly, warn_once
 from .ir.interp import TORCH_DTYPE, run
 from .ir.loop import Kernel, evaluate
 from .ir.text import parse_kernel
@@ -41,7 +41,10 @@ def entry(program: Program, loops: Mapping[str, str]) -> dict[str, Any]:
 
 
 def guarded(call: Boxed, strict: bool = False) -> Boxed:
-    """``call`` with launches that fail made good; every other error passes through unchanged."""
+    """``call`` with launches that fail made good; every other error passes through unchanged.
+
+    With ``strict`` nothing is made good, by operators neither: StrictError says what could not run.
+    """
 
     def run(args: list[Any]) -> Any:
         try:
@@ -52,7 +55,11 @@ def guarded(call: Boxed, strict: bool = False) -> Boxed:
                 raise
             return _finish(error, *found, strict)
 
-    return run
+    def strict_run(args: list[Any]) -> Any:
+        with strictly():
+            return run(args)
+
+    return strict_run if strict else run
 
 
 def _finish(error: Exception, frame: FrameType, rescue: Rescue, number: int, strict: bool) -> Any:

@@ -72,12 +72,11 @@ def late(find: Callable[[], Callable[..., Any]], name: str, instead: Callable[..
         except Exception as e:  # whatever Triton or the driver say
             import torch
 
-            from ..errors import warn_once
+            from ..errors import fell_back
 
             if isinstance(e, torch.OutOfMemoryError):
                 raise
-            warn_once(f"{name}:{type(e).__name__}", f"fusionc's kernel of {name} does not run here ({type(e).__name__}: {e}); "
-                      "ATen computes it instead. Please report this")  # fmt: skip
+            fell_back(name, e, "ATen computes it instead")
             return instead(*args, **named)
 
     KERNELS[name] = call

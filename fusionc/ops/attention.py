@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import warn_once
+from ..errors import fell_back
 from .score import LOG2E, K, Q, S, T, Term, as_float, evaluate, gradient, load, parse
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
@@ -128,8 +128,7 @@ def _on_gpu(name: str, reference: Any) -> Any:
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # noqa: BLE001 - whatever Triton or the driver say
-            warn_once(f"{name}:{type(e).__name__}", f"fusionc's kernel of {name} does not run here ({type(e).__name__}: "
-                      f"{e}); the scores are computed in memory instead. Please report this")  # fmt: skip
+            fell_back(name, e, "the scores are computed in memory instead")
             return reference(*args)
 
     return call

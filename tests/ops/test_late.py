@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fusionc.codegen.program import Call, Program
-from fusionc.errors import CompileError
+from fusionc.errors import CompileError, StrictError
 from fusionc.ops import KERNELS, direct, late, load
+from fusionc.rescue import guarded
 
 
 def test_a_kernel_that_does_not_build_costs_no_answer() -> None:
@@ -23,6 +24,20 @@ def test_a_kernel_that_does_not_build_costs_no_answer() -> None:
     with pytest.warns(UserWarning, match="an_operator does not run here"):
         assert run(1) == 2
     assert run(2) == 3
+
+
+def test_under_strict_it_is_an_error() -> None:
+    """Where the graph that calls the operator was compiled with ``strict``, and only there."""
+
+    def kernel(x: int) -> int:
+        raise CompileError("one_row", None, "out of resource: shared memory")
+
+    run = late(lambda: kernel, "another_operator", lambda x: x + 1)
+    program = Program(("a0",), (), [Call("c0", "op", "a0")], ("c0",), {"op": run})
+    with pytest.raises(StrictError, match="(?s)another_operator does not run here.*shared memory"):
+        guarded(program.compile({}, "t"), strict=True)([1])
+    with pytest.warns(UserWarning, match="another_operator does not run here"):
+        assert guarded(program.compile({}, "t"))([1]) == (2,)
 
 
 def test_memory_is_the_callers_matter() -> None:
