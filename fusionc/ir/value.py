@@ -77,10 +77,13 @@ class Value:
 
 
 def numel(shape: Sequence[Index]) -> Index:
-    n = ONE
+    known, symbolic = 1, ONE
     for s in shape:
-        n = n * s
-    return n
+        if s.is_const:
+            known *= s.value
+        else:
+            symbolic = symbolic * s
+    return symbolic * known
 
 
 def linearize(idx: Sequence[Index], shape: Sequence[Index]) -> Index:
