@@ -73,6 +73,8 @@ def step(case: Case, fn: Callable[..., Any], inputs: tuple[Any, ...]) -> list[Te
 
 def tensors(value: Any) -> list[Tensor]:
     """The tensors inside any nest of lists, dictionaries and model outputs."""
+    if type(value) in (list, tuple) and all(isinstance(t, Tensor) for t in value):
+        return list(value)  # pytree takes 25 µs of a timed call for 64 results
     return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
 
