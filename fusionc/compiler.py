@@ -384,8 +384,8 @@ def _recompute(cx: Context, grouper: Grouper, lowered: list[Lowered]) -> None:
     anew: list[tuple[Lowered, Built | None]] = []
     try:
         for item in lowered:
-            wanted = [n for n in item.built.outputs if n not in inline]
             if item.group in changed:
+                wanted = [n for n in item.built.outputs if n not in inline]
                 anew.append((item, _build_one(cx, grouper, item.group, wanted) if wanted else None))
     except (Unsupported, NotImplementedError):
         grouper.inline = before

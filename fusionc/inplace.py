@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from .graph.facts import packet_name
 from .ir.build import Built
 from .ir.expr import Const, Expr, Load, Rewriter
 from .ir.loop import Kernel, Store
-from .schedule.group import Call, Group, Grouper, Unit, _mutated_args, _mutates, _name
+from .schedule.group import Call, Group, Grouper, Unit, _mutated_args, _mutates
 
 if TYPE_CHECKING:
     from .compiler import Context, Lowered
@@ -56,6 +57,11 @@ def write_in_place(
 
 # library calls whose result is nobody else's memory
 _FRESH = frozenset("mm addmm bmm baddbmm convolution conv_relu conv_add_relu".split())
+
+
+def _fresh(node: Node) -> bool:
+    """A call whose result is memory of its own."""
+    return packet_name(node) in _FRESH and getattr(node.target, "namespace", "") in ("aten", "fusionc")
 
 
 def reuse_operands(
@@ -144,7 +150,7 @@ class _State:
         """The kernel that writes `value` over `operand`, if nobody else ever looks at the operand's memory again."""
         unit = self.grouper.unit.get(operand)
         if isinstance(unit, Call):
-            if _name(operand) not in _FRESH or getattr(operand.target, "namespace", "") not in ("aten", "fusionc"):
+            if not _fresh(operand):
                 return None
         elif unit is None or id(unit) not in self.lowered or operand in done:
             return None
@@ -164,7 +170,7 @@ class _State:
         """Nobody looks at the operand's memory after this call, which reads it once."""
         made = self.grouper.unit.get(operand)
         if isinstance(made, Call):
-            if _name(operand) not in _FRESH or getattr(operand.target, "namespace", "") not in ("aten", "fusionc"):
+            if not _fresh(operand):
                 return False
         elif made is None or id(made) not in self.lowered:
             return False

@@ -94,6 +94,16 @@ def same_strides(sizes: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> bo
     return all(same(x, y) for size, x, y in zip(sizes, a, b, strict=True) if not (isinstance(size, int) and size == 1))
 
 
+def is_dense(x: torch.Tensor) -> bool:
+    """Is it contiguous?  (Asked of the tensor itself, symbolic sizes would add a guard.)"""
+    expected: list[Any] = []
+    step: Any = 1
+    for size in reversed(x.shape):
+        expected.append(step)
+        step = step * size
+    return same_strides(x.shape, x.stride(), expected[::-1])
+
+
 def same_layout(a: Any, b: Any) -> bool:
     """Two tensor values have the same dtype, device, sizes and (meaningful) strides."""
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
@@ -105,13 +115,8 @@ def same_layout(a: Any, b: Any) -> bool:
 
 def packet_name(node: Node) -> str:
     """Operator name without namespace and overload (``add`` of ``aten.add.Tensor``), or "" for other targets."""
-    target = node.target
+    target = node.target  # (looked up by its hash it would take longer)
     return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""
-
-
-@lru_cache(maxsize=None)
-def _packet_name(op: Any) -> str:
-    return op._schema.name.split("::", 1)[1]
 
 
 @lru_cache(maxsize=None)
@@ -125,7 +130,7 @@ def _schema(op: Any) -> tuple[frozenset[str], frozenset[str], tuple[str, ...]]:
             (written if argument.alias_info.is_write else aliased).add(argument.name)
             if argument.alias_info.is_write and op._schema.returns:
                 aliased.add(argument.name)
-    if _packet_name(op) in _HIDDEN_ALIASES and arguments:
+    if op.overloadpacket.__name__ in _HIDDEN_ALIASES and arguments:
         aliased.add(arguments[0].name)
     return frozenset(written), frozenset(aliased), tuple(argument.name for argument in arguments)
 

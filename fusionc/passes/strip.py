@@ -22,7 +22,7 @@ import torch
 from torch.fx import Node
 
 from ..graph import edit
-from ..graph.facts import Facts, aliased_by, dtype, packet_name, same_layout, same_sizes, same_strides, shape, value
+from ..graph.facts import Facts, aliased_by, dtype, is_dense, packet_name, same_layout, same_sizes, shape, value
 from .base import Exact, Match, Pass, Refuse
 
 _VIEWS = {"alias", "detach", "view", "_unsafe_view", "reshape", "expand", "slice", "permute", "transpose", "squeeze",
@@ -131,12 +131,7 @@ def _only_part(node: Node) -> Node | None:
     result = value(node)
     if len(full) != 1 or not isinstance(result, torch.Tensor) or dtype(full[0]) != result.dtype:
         return None
-    dense, step = [], 1
-    for size in reversed(result.shape):
-        dense.append(step)
-        step = step * size
-    straight = same_strides(result.shape, result.stride(), dense[::-1])
-    return full[0] if straight and same_sizes(shape(full[0]), result.shape) else None
+    return full[0] if is_dense(result) and same_sizes(shape(full[0]), result.shape) else None
 
 
 def _root_is_input(node: Node, facts: Facts) -> bool:

@@ -11,7 +11,6 @@ Candidates are plain tuples, so that a choice can be remembered on disk:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ..codegen.templates import depthwise_conv as template
 from ..ops.activation import activate_
-from .templates import Start, interpreting
+from .templates import Start
 from .tune import Wanted, choose
 
 Candidate = tuple[Any, ...]
@@ -178,8 +177,7 @@ def launch(how: Candidate, shape: Shape, x: Tensor, taps: Tensor, bias: Tensor |
     """Run one candidate. x is dense in the layout that ``shape`` names; taps [kh, kw, C] is contiguous."""
     device = None if interpret else x.device
     run, _ = _plan(how, shape, x.shape[0], taps.dtype, None if bias is None else bias.dtype, device)
-    with interpreting() if interpret else contextlib.nullcontext():
-        return run(x, taps, bias)
+    return run(x, taps, bias)
 
 
 def prepare(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | None,
@@ -282,8 +280,7 @@ def _turn(dtype: torch.dtype, images: int, a: int, b: int, device: torch.device 
 
 def turn(x: Tensor, y: Tensor, *, interpret: bool = False) -> None:
     """y[n, b, a] = x[n, a, b], both contiguous."""
-    with interpreting() if interpret else contextlib.nullcontext():
-        _turn(x.dtype, *x.shape, None if interpret else x.device)(x, y)
+    _turn(x.dtype, *x.shape, None if interpret else x.device)(x, y)
 
 
 def _left(shape: Shape, tw: int, kd: int) -> int:
@@ -362,8 +359,7 @@ def launch_weight(how: Candidate, shape: Shape, grad: Tensor, x: Tensor, *, inte
     """The gradient of the taps [kh, kw, C] in float32 by one candidate: ("library",), ("direct", strip, block, rows, warps,
     parts), or ("toeplitz" or "turned", TW, KD, BM, warps, stages, parts)."""
     run, _ = _weight_plan(how, shape, x.shape[0], None if interpret else x.device)
-    with interpreting() if interpret else contextlib.nullcontext():
-        return run(grad, x)
+    return run(grad, x)
 
 
 def prepare_weight(how: Candidate, shape: Shape, images: int, device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..codegen.templates import linear_act as template
 from ..ops.activation import activate_
-from .templates import Start, interpreting
+from .templates import Start
 from .tune import Wanted, choose
 
 Candidate = tuple[Any, ...]
@@ -36,8 +35,7 @@ def launch(how: Candidate, x: Tensor, weight: Tensor, scale: Tensor | None, bias
     start = _start(how, *x.shape, x.stride(0), weight.shape[0], x.dtype, None if scale is None else scale.dtype,
                    None if bias is None else bias.dtype, activation, None if interpret else x.device)  # fmt: skip
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    with interpreting() if interpret else contextlib.nullcontext():
-        start(x, weight, weight if scale is None else scale, weight if bias is None else bias, y)
+    start(x, weight, weight if scale is None else scale, weight if bias is None else bias, y)
     return y
 
 

@@ -121,9 +121,9 @@ def template(text: str, name: str, kinds: tuple[str, ...], constants: Constants,
 class Start:
     """A launch of a template's kernel with everything but its tensors decided: ``start(x, y)`` on the current stream.
 
-    ``kinds`` are the tensors' types and ``numbers`` the int32 arguments after them. ``device`` None: Triton's interpreter,
-    inside of ``interpreting``. Triton's own ``kernel[grid](…)`` takes 15 µs of the host and more with many constants;
-    this takes 4, and leaves the other way to tensors whose addresses are no multiples of 16.
+    ``kinds`` are the tensors' types and ``numbers`` the int32 arguments after them. ``device`` None: Triton's interpreter.
+    Triton's own ``kernel[grid](…)`` takes 15 µs of the host and more with many constants; this takes 4, and leaves the other
+    way to tensors whose addresses are no multiples of 16.
     """
 
     def __init__(self, text: str, name: str, kinds: Sequence[torch.dtype], grid: int, device: torch.device | None, *,
@@ -151,17 +151,18 @@ class Start:
         for address in addresses:
             together |= address
         if self.kernel is None or together & 15:
-            if self._fn is None:
-                self._fn = getattr(load_module(self.text, interpret=self.interpreted), self.name)
-            self._fn[(self.grid,)](*tensors, *self.numbers, **self.constants, **self.options)
+            with _interpreter() if self.interpreted else contextlib.nullcontext():
+                if self._fn is None:
+                    self._fn = getattr(load_module(self.text, interpret=self.interpreted), self.name)
+                self._fn[(self.grid,)](*tensors, *self.numbers, **self.constants, **self.options)
             return
         stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
         self.kernel.launch(self.grid, stream, *addresses, *self.numbers)
 
 
 @contextlib.contextmanager
-def interpreting() -> Iterator[None]:
-    """Around a `Start` without a device: Triton's interpreter has global state."""
+def _interpreter() -> Iterator[None]:
+    """Around a launch in Triton's interpreter, which has global state."""
     from . import interpreter
     from . import launch as launching
 

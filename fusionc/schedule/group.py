@@ -21,7 +21,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from ..graph.facts import aliased_by
+from ..graph.facts import aliased_by, packet_name
 from ..graph.parallel import along_rows, scarce
 from ..ir.alike import Alike
 from ..ir.expr import ONE, ZERO, Index, Var, index, substitute
@@ -203,7 +203,7 @@ class Grouper:
 
     @staticmethod
     def _why_not(node: Node) -> str:
-        name = _name(node) or str(node.target)
+        name = packet_name(node) or str(node.target)
         ours = getattr(node.target, "namespace", "") == "fusionc"
         return "" if ours or name in LIBRARY or node.target is operator.getitem else "no lowering"
 
@@ -1183,14 +1183,9 @@ def _mutated_args(node: Node) -> list[Node]:
     return out
 
 
-def _name(node: Node) -> str:
-    """The operator's name without its overload; empty for what is no ATen operator (``getitem`` of several results)."""
-    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")  # (an overload's hash takes longer)
-
-
 def transcendental(node: Node) -> bool:
     """Does it take many times as long as a multiplication?"""
-    return _name(node) in _SLOW
+    return packet_name(node) in _SLOW
 
 
 _SLOW = frozenset(FLOAT_ONLY - {"div", "sqrt", "rsqrt"}) | {
@@ -1208,7 +1203,7 @@ def _is_cast(node: Node) -> bool:
 
 
 def _one_to_one(view: Node) -> bool:
-    return _name(view) != "expand" or view.meta["val"].shape == view.args[0].meta["val"].shape  # type: ignore[union-attr]
+    return packet_name(view) != "expand" or view.meta["val"].shape == view.args[0].meta["val"].shape  # type: ignore[union-attr]
 
 
 def _broadcasts(node: Node, user: Node) -> bool:

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ..graph.facts import same_sizes, same_strides
+from ..graph.facts import is_dense, same_sizes, same_strides
 from ..ir.build import Built
 from .group import Group, Grouper, numel_hint, tensor_args, transcendental
 
@@ -56,11 +55,10 @@ class _Search:
 
     def consider(self, node: Node) -> None:
         """Have `node` computed by its readers, if that is possible and worth it."""
-        readers = self.readers.get(node, [])
-        if node in self.kept or not readers or not self._cheap(node) or self._read_by_call(node):
+        readers, home = self.readers.get(node, []), self.grouper.unit[node]
+        if node in self.kept or not readers or not self._cheap(node) or not isinstance(home, Group):
             return
-        home = self.grouper.unit[node]
-        if not isinstance(home, Group):
+        if self.grouper.read_outside(node, (home, *readers)):
             return
         found = self._sources(node, home)
         if found is None:
@@ -109,34 +107,12 @@ class _Search:
             return True
         if same_sizes(its.shape, mine.shape):
             return same_strides(its.shape, its.stride(), mine.stride())
-        return numel_hint(view) == numel_hint(node) and _dense(its) and _dense(mine)
+        return numel_hint(view) == numel_hint(node) and is_dense(its) and is_dense(mine)
 
     def _cheap(self, node: Node) -> bool:
         low = self.grouper.lowered[node]
         return low.kind == "pointwise" and node.target is not operator.getitem and not transcendental(node)
 
-    def _read_by_call(self, node: Node) -> bool:
-        """Does a library, or the caller, get the tensor?"""
-        todo = list(node.users)
-        while todo:
-            user = todo.pop()
-            low = self.grouper.lowered.get(user)
-            if low is None:
-                return True
-            if low.kind == "view" or user in self.grouper.inline:
-                todo.extend(user.users)
-        return False
-
 
 def _bytes(node: Node) -> int:
     return numel_hint(node) * int(node.meta["val"].dtype.itemsize)
-
-
-def _dense(x: torch.Tensor) -> bool:
-    """Is it contiguous?  (To ask the tensor of symbolic sizes would add a guard.)"""
-    expected: list[Any] = []
-    step: Any = 1
-    for size in reversed(x.shape):
-        expected.append(step)
-        step = step * size
-    return same_strides(x.shape, x.stride(), expected[::-1])
