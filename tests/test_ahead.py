@@ -86,7 +86,7 @@ def test_depthwise_convolutions_are_compiled_without_data(monkeypatch: pytest.Mo
 
     started: list[templates.Template] = []
     monkeypatch.setattr(templates.Template, "prepare", lambda self: started.append(self))
-    for how in [*depthwise_conv.candidates(shape, 32), ("turned", 2, 0, False, 32, 32, 64, 4, 2)]:
+    for how in [*depthwise_conv.candidates(shape, 32), ("turned", 0, "toeplitz", 2, False, 32, 32, 64, 4, 2)]:
         depthwise_conv.prepare(how, shape, 32, torch.bfloat16, torch.float32, torch.device("cpu"))
     assert [t.name for t in started[-4:]] == ["turn", "pack", "conv", "turn"]
     assert started[0].kinds == ("*bf16", "*bf16", "*fp32", "*bf16", "i32")

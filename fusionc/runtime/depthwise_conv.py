@@ -4,9 +4,10 @@ Candidates are plain tuples, so that a choice can be remembered on disk:
 
     ("library",)                                            ATen or cuDNN, then the activation
     ("direct", strip, block, rows, warps)                   channels-last, any stride and dilation
-    ("toeplitz", group, ahead, held, TW, KD, BM, warps, stages)   contiguous, stride 1, half precision
-    ("turned", group, ahead, held, TW, KD, BM, warps, stages)     the same for channels-last, between two transpositions
-    ("padded", group, ahead, held, TW, KD, BM, warps, stages)     which make lines TW = KD pixels wide
+    ("streamed", P, K, PA, BM, warps, stages, unroll)      contiguous, stride 1, half precision, few lines of the kernel
+    ("toeplitz", group, held, TW, KD, BM, warps, stages)   the same, any number of lines
+    ("turned", wide, "streamed" or "toeplitz", ...)        either for channels-last, between two transpositions, which make
+                                                           lines ``wide`` pixels wide where that is not 0
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ from .tune import Wanted, choose
 
 Candidate = tuple[Any, ...]
 _HALF = (torch.bfloat16, torch.float16)
-_TEXT = 15  # lines of a kernel that may all stand in a text
-_PRODUCTS = 52  # of matrices that may stand in a text: ptxas takes 3.9 s for 52 (0.5 for 26), which 13×13 is worth: H200
-# 32×256×56×56 0.161 ms unrolled, 0.212 in a loop
+_SUMS = 112  # of a thread, in registers: lines of a kernel times its share of a program's pixels
+_PROGRAMS = 8 * 132  # that fill an H200
 _TAPS = 49  # sums of their gradients that fit into a thread's registers
 _LOADS = 150  # of pixels for a strip that may stand in a text (7×7: 140)
 _LARGEST = 1 << 30  # elements of an image: offsets inside of one are 32 bits wide
@@ -66,31 +66,59 @@ class Shape:
 def candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
     """Implementations for a shape, a good default first."""
     found: list[Candidate] = []
-    wide = shape.kernel[0] * shape.kernel[1] > 81
     if shape.times > 1:
         found += _direct(shape, images)
-    elif shape.last:
-        ours = _direct(shape, images)
-        turned = _between_turns(shape, images) if wide else []
-        found += turned if turned and shape.kernel[0] * shape.kernel[1] > 169 else turned + ours
+    elif not shape.last:
+        found += _contiguous(shape, images)
     else:
-        found += [("toeplitz", *c) for c in _toeplitz(shape, images)]
+        taps, ours = shape.kernel[0] * shape.kernel[1], _direct(shape, images)
+        turned = [("turned", _wide(shape, how), *how) for how in _contiguous(shape, images)] if taps > 49 else []
+        found += turned if turned and taps > 169 else turned + ours
     found.append(("library",))
     return tuple(found)
 
 
-def _between_turns(shape: Shape, images: int) -> list[Candidate]:
-    """Toeplitz forms for channels-last: where a tile holds whole lines, the transposed image gets lines of its width.
+def _contiguous(shape: Shape, images: int) -> list[Candidate]:
+    streamed = _streamed(shape, images)
+    return streamed if streamed and shape.kernel[0] <= 15 else streamed + _toeplitz(shape, images)
 
-    They begin at multiples of 128 bytes then, which the loop's asynchronous copies like. H200, ms, padded (not padded):
-    31×31, 32×256×56×56 0.335 (0.376); 13×13 there 0.204 (0.205); at 28 pixels 0.046 (0.057); 11×11, 512 channels, 14 pixels
-    0.030 (0.039). From 13 lines on the loop is as fast as all lines in the text, and compiles in a fifth of the time.
+
+def _wide(shape: Shape, how: Candidate) -> int:
+    """To how many pixels a transposition should lengthen lines, 0 for not at all: asynchronous copies like aligned lines.
+
+    Free where a form's tiles hold that many anyway. H200, 31×31, 32×256×56×56 0.335 ms with lines of 64 pixels, 0.376 not.
     """
-    forms = _toeplitz(shape, images)
-    width, out = shape.size[1], shape.out[1]
-    if not all(width == out < tw == kd for _, _, _, tw, kd, *_ in forms):
-        return [("turned", *c) for c in forms]
-    return [("padded", *c) for c in forms if c[1] == 0 or shape.kernel[0] < 13]
+    width = shape.size[1]
+    wide = -(-width // 8) * 8 if how[0] == "streamed" else how[4] if how[3] == how[4] else 0
+    return wide if width == shape.out[1] < wide else 0
+
+
+def _streamed(shape: Shape, images: int) -> list[Candidate]:
+    """("streamed", P, K, PA, BM, warps, stages, unroll).
+
+    H200, 32×256×56×56 (best tile of the Toeplitz form): 7×7 0.052 ms (0.110), 9×9 0.057 (0.126), 13×13 0.103 (0.155), 17×17
+    0.115, 25×25 0.199. By one line at a step 7×7 takes 0.057, two stages 0.055.
+    """
+    found: list[Candidate] = []
+    for p, k, ahead in _windows(shape):
+        for tall, warps in ((32, 2), (64, 2), (16, 1)) if images * -(-shape.out[1] // p) > 16 else ((16, 1),):
+            if shape.kernel[0] * tall * p // (32 * warps) <= _SUMS:
+                found.append(("streamed", p, k, ahead, tall, warps, 3, 2))
+    return found
+
+
+def _windows(shape: Shape) -> list[tuple[int, int, int]]:
+    """(P, K, PA): windows of K pixels, PA of them before its P results, which must be a multiple of four for wide copies."""
+    if shape.stride != (1, 1) or shape.dtype not in _HALF or shape.kernel[0] < 3:
+        return []
+    found = [(16, 16, 0)] if max(shape.size[1], shape.out[1]) <= 16 else []
+    reach, pad = (shape.kernel[1] - 1) * shape.dilation[1], shape.padding[1]
+    for p, k in ((8, 16), (8, 32), (16, 32)):
+        fitting = [ahead for ahead in (-(-pad // 8) * 8, -(-pad // 4) * 4) if ahead - pad + p + reach <= k]
+        found += [(p, k, ahead) for ahead in fitting[:1]]
+        if fitting and k == 16:
+            break
+    return found
 
 
 def _tiles(shape: Shape) -> list[tuple[int, int]]:
@@ -108,31 +136,22 @@ def _tiles(shape: Shape) -> list[tuple[int, int]]:
 
 
 def _toeplitz(shape: Shape, images: int) -> list[Candidate]:
-    """(group, ahead, held, TW, KD, BM, warps, stages).
+    """("toeplitz", group, held, TW, KD, BM, warps, stages).
 
-    H200, 32×256×56×56: with all lines in the text 7×7 takes 0.103 ms and 13×13 0.152, in a loop 0.115 and 0.166; 31×31
-    0.318 in a loop by two lines, 0.423 by one. Eight warps want 128 registers, so that two programs share a
-    multiprocessor: with 134 it is 0.140 for 7×7. Narrow images like low tiles, and large kernels there groups of four.
+    H200, 32×256×56×56: 31×31 0.318 ms by two lines, 0.423 by one. Eight warps want 128 registers, so that two programs share
+    a multiprocessor. Narrow images like low tiles, and large kernels there groups of four.
     """
     found: list[Candidate] = []
     kernel, many = shape.kernel[0], images * shape.out[0] >= 512
     for tw, kd in _tiles(shape):
         tall = 128 if many and kd <= 64 else 64
-        warps = tall // 16
         if kernel < 3:
-            found.append((1, 0, False, tw, kd, tall, 4, 3))
+            found.append(("toeplitz", 1, False, tw, kd, tall, 4, 3))
             continue
-        if kd >= 64 and kernel <= _TEXT:
-            found.append((2, 3 if kernel < 9 and tall > 64 else 1, False, tw, kd, tall, warps, 1))
-            if tw < kd:
-                found.append((2, 1, True, tw, kd, tall, warps, 1))
-            else:
-                found.append((4, 2, False, tw, kd, 64, 4, 1) if 4 * kernel <= _PRODUCTS else (4, 0, False, tw, kd, 64, 4, 2))
         if kd <= 32:
-            groups = (2, 4) if kernel <= _TEXT else (4, 2)
-            found += [(group, 0, True, tw, kd, 64, 4, 2) for group in groups]
+            found += [("toeplitz", group, True, tw, kd, 64, 4, 2) for group in (4, 2)]
         if kd > 32 or tall > 64:
-            found.append((2, 0, tw < kd, tw, kd, tall, warps, 2))
+            found.append(("toeplitz", 2, tw < kd, tw, kd, tall, tall // 16, 2))
     return found
 
 
@@ -168,6 +187,7 @@ def _activation(shape: Shape) -> str:
 _direct_text = functools.lru_cache(maxsize=256)(template.direct)
 _direct_weight_text = functools.lru_cache(maxsize=256)(template.direct_weight)
 _toeplitz_text = functools.lru_cache(maxsize=256)(template.toeplitz)
+_streamed_text = functools.lru_cache(maxsize=256)(template.streamed)
 
 Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Plan = tuple[Run, tuple[Start, ...]]  # what runs, and the kernels that it starts
@@ -195,13 +215,12 @@ def _plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: to
         return partial(library, shape=shape), ()
     sizes = (images, shape.channels, *shape.out)
     layout = torch.channels_last if shape.last else torch.contiguous_format
-    if how[0] in ("turned", "padded"):
-        (h, w), (oh, ow), c = shape.size, shape.out, shape.channels
-        wide = how[4] if how[0] == "padded" else 0
+    if how[0] == "turned":
+        (h, w), (oh, ow), c, wide = shape.size, shape.out, shape.channels, how[1]
         there = _turn(shape.dtype, images, h * (wide or w), c, device, padded=w if wide else 0, wide=wide)
         back = _turn(shape.dtype, images, c, oh * (wide or ow), device, cut=ow if wide else 0, wide=wide)
-        inner = replace(shape, size=(h, wide), last=False) if wide else shape
-        fill, starts = _toeplitz_plan(how, inner, images, taps, bias, device)
+        inner = replace(shape, size=(h, wide or w), last=False)
+        fill, starts = _FORMS[how[2]](how[2:], inner, images, taps, bias, device)
 
         def turned(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
             flat = torch.empty((images, c, h, wide or w), dtype=x.dtype, device=x.device)
@@ -214,7 +233,7 @@ def _plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: to
             return y
 
         return turned, (there, *starts, back)
-    fill, starts = (_direct_plan if how[0] == "direct" else _toeplitz_plan)(how, shape, images, taps, bias, device)
+    fill, starts = _FORMS[how[0]](how, shape, images, taps, bias, device)
 
     def run(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
         y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -245,30 +264,59 @@ def _direct_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, b
 
 def _toeplitz_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | None,
                    device: torch.device | None) -> tuple[Fill, tuple[Start, ...]]:  # fmt: skip
-    _, group, ahead, held, tw, kd, bm, warps, stages = how
-    (h, w), (oh, ow), (kh, kw), dh = shape.size, shape.out, shape.kernel, shape.dilation[0]
-    c, left, dtype = shape.channels, _left(shape, tw, kd), shape.dtype
-    length, lead = _power(tw + kd), 0 if ahead else group - 1
-    lines = kh if ahead else -(-(kh + group - 1) // group) * group + lead
-    pack = Start(
-        template.PACK, "pack", (taps, dtype), lines * -(-c // 8), device, warps=4, early=True,
-        KH=kh, KW=kw, C=c, DW=shape.dilation[1], FIRST=kd - 1 + shape.padding[1] - left, L=length, LEAD=lead, LINES=lines, BC=8,
-    )  # fmt: skip
+    _, group, held, tw, kd, bm, warps, stages = how
+    (h, w), (oh, ow), kh, dh = shape.size, shape.out, shape.kernel[0], shape.dilation[0]
+    c, left, dtype, lead = shape.channels, _left(shape, tw, kd), shape.dtype, group - 1
+    lines = -(-(kh + lead) // group) * group + lead
+    pack, packed_size, length = _pack(shape, taps, kd, tw, left, lines, lead, device)
     across = -(-oh // (group * dh)) * dh  # rows of an image
     rows, tiles = images * across, -(-ow // tw)
     conv = Start(
-        _toeplitz_text(kh, group, ahead, held and device is not None), "conv", (dtype, dtype, bias or dtype, dtype),
+        _toeplitz_text(kh, group, held and device is not None), "conv", (dtype, dtype, bias or dtype, dtype),
         -(-rows // bm) * tiles * c, device, numbers=(rows,), warps=warps, stages=stages, registers=128 if warps == 8 else None,
         early=True, C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines,
         TILES=tiles, TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape),
     )  # fmt: skip
+    return partial(_packed, pack, conv, packed_size), (pack, conv)
 
-    def fill(x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        packed = torch.empty(c * lines * 8 * length, dtype=x.dtype, device=x.device)
-        pack(taps, packed)
-        conv(x, packed, packed if bias is None else bias, y)
 
-    return fill, (pack, conv)
+def _streamed_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | None,
+                   device: torch.device | None) -> tuple[Fill, tuple[Start, ...]]:  # fmt: skip
+    _, p, k, ahead, bm, warps, stages, unroll = how
+    (h, w), (oh, ow), kh, dh = shape.size, shape.out, shape.kernel[0], shape.dilation[0]
+    c, dtype = shape.channels, shape.dtype
+    pack, packed_size, length = _pack(shape, taps, k, p, ahead, kh, 0, device)
+    tiles = -(-ow // p)
+    programs = -(-images * tiles // bm) * c * dh
+    parts = max(1, min(-(-_PROGRAMS // programs), oh // (dh * kh)))
+    conv = Start(
+        _streamed_text(kh, unroll), "conv", (dtype, dtype, bias or dtype, dtype), programs * parts, device,
+        numbers=(images * tiles,), warps=warps, stages=stages, early=True, C=c, H=h, W=w, OH=oh, OW=ow, DH=dh,
+        PH=shape.padding[0], PA=ahead, L=length, LINES=kh, TILES=tiles, P=p, K=k, BM=bm, PARTS=parts, STAGES=stages,
+        BIAS=bias is not None, ACTIVATION=_activation(shape),
+    )  # fmt: skip
+    return partial(_packed, pack, conv, packed_size), (pack, conv)
+
+
+def _pack(shape: Shape, taps: torch.dtype, wide: int, tall: int, left: int, lines: int, lead: int,
+          device: torch.device | None) -> tuple[Start, int, int]:  # fmt: skip
+    """What lays out the Toeplitz matrices [wide, tall], the number of its elements, and the length of one copy."""
+    (kh, kw), c = shape.kernel, shape.channels
+    length = _power(tall + wide)
+    pack = Start(
+        template.PACK, "pack", (taps, shape.dtype), lines * -(-c // 8), device, warps=4, early=True, KH=kh, KW=kw, C=c,
+        DW=shape.dilation[1], FIRST=wide - 1 + shape.padding[1] - left, L=length, LEAD=lead, LINES=lines, BC=8,
+    )  # fmt: skip
+    return pack, c * lines * 8 * length, length
+
+
+def _packed(pack: Start, conv: Start, size: int, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    packed = torch.empty(size, dtype=x.dtype, device=x.device)
+    pack(taps, packed)
+    conv(x, packed, packed if bias is None else bias, y)
+
+
+_FORMS = {"direct": _direct_plan, "toeplitz": _toeplitz_plan, "streamed": _streamed_plan}
 
 
 @functools.lru_cache(maxsize=1024)

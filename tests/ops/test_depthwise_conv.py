@@ -69,15 +69,41 @@ def test_turned_images_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     shape, x, taps, b, _ = make(last=True)
     monkeypatch.setattr(runtime.torch, "empty", watched)
     monkeypatch.setattr(runtime.Start, "__call__", look)
-    runtime.launch(("turned", 1, 0, True, 16, 16, 16, 4, 2), shape, x, taps, b, interpret=True)
+    runtime.launch(("turned", 0, "toeplitz", 1, True, 16, 16, 16, 4, 2), shape, x, taps, b, interpret=True)
     assert alive == [1, 3, 3, 2]  # (the packed taps are the third)
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(("given", "tile"), TOEPLITZ, ids=str)
-@pytest.mark.parametrize(("last", "form"), [(False, (1, 0)), (False, (2, 0)), (True, (2, 3)), (False, (4, 1))], ids=str)
-def test_toeplitz(given: dict, tile: tuple[int, int], last: bool, form: tuple[int, int]) -> None:
-    check(("turned" if last else "toeplitz", *form, True, *tile, 16, 4, 2), *make(**given, last=last))
+@pytest.mark.parametrize(("last", "group"), [(False, 1), (False, 2), (True, 2), (False, 4)], ids=str)
+def test_toeplitz(given: dict, tile: tuple[int, int], last: bool, group: int) -> None:
+    check((*(("turned", 0) if last else ()), "toeplitz", group, True, *tile, 16, 4, 2), *make(**given, last=last))
+
+
+STREAMED = [
+    ({"kernel": (7, 7), "size": (9, 24)}, (8, 16, 4)),
+    ({"kernel": (7, 7), "size": (9, 14)}, (16, 16, 0)),
+    ({"kernel": (9, 9), "size": (7, 20), "n": 1, "activation": "silu"}, (8, 16, 4)),
+    ({"kernel": (13, 13), "size": (11, 28), "c": 2, "activation": "gelu"}, (16, 32, 8)),
+    ({"kernel": (21, 21), "size": (5, 17), "c": 1}, (8, 32, 12)),
+    ({"kernel": (3, 5), "size": (12, 25), "dilation": (2, 3), "bias": False}, (8, 32, 8)),
+    ({"kernel": (3, 3), "size": (5, 9), "dilation": (4, 1), "padding": (4, 1)}, (8, 16, 4)),
+    ({"kernel": (3, 7), "size": (9, 33), "padding": (0, 1), "activation": "relu", "c": 2}, (8, 32, 8)),
+    ({"kernel": (4, 6), "size": (7, 12), "padding": (3, 5), "activation": "gelu_tanh"}, (8, 16, 8)),
+]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("given", "window"), STREAMED, ids=str)
+@pytest.mark.parametrize(("wide", "unroll", "parts"), [(None, 2, 1), (None, 1, 3), (0, 2, 2), (24, 2, 1)], ids=str)
+def test_streamed(given: dict, window: tuple[int, int, int], wide: int | None, unroll: int, parts: int,
+                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    shape, *rest = make(**given, last=wide is not None)
+    wide = wide if wide is None or shape.size[1] == shape.out[1] < wide else 0
+    monkeypatch.setattr(runtime, "_PROGRAMS", parts if parts == 1 else 10**6)  # as many parts as the lines allow
+    runtime._plan.cache_clear()
+    check((*(() if wide is None else ("turned", wide)), "streamed", *window, 16, 1, 3, unroll), shape, *rest)
+    runtime._plan.cache_clear()
 
 
 DIRECT = [
@@ -132,7 +158,9 @@ def test_candidates_fit_the_shape() -> None:
         shape = make(n=1, **given)[0]
         return [c[0] for c in runtime.candidates(shape, 32)]
 
-    assert set(kinds(size=(8, 56), kernel=(7, 7))) == {"toeplitz", "library"}
+    assert set(kinds(size=(8, 56), kernel=(7, 7))) == {"streamed", "library"}
+    assert set(kinds(size=(8, 56), kernel=(21, 21))) == {"streamed", "toeplitz", "library"}
+    assert set(kinds(size=(8, 56), kernel=(31, 31))) == {"toeplitz", "library"}
     assert set(kinds(size=(8, 56), kernel=(7, 7), last=True)) == {"direct", "library"}
     assert kinds(size=(8, 16), kernel=(31, 31), last=True)[0] == "turned"
     assert kinds(size=(8, 16), kernel=(7, 7), stride=(2, 2)) == ["library"]
@@ -143,16 +171,28 @@ def test_candidates_fit_the_shape() -> None:
             for tw, kd in runtime._tiles(shape):
                 whole = kd >= width and tw >= width
                 assert whole or kd >= -(-(k // 2) // 8) * 8 + tw + k // 2, (width, k, tw, kd)
+            for p, wide, ahead in runtime._windows(shape):
+                assert p == wide >= width and not ahead or wide >= ahead + p + k // 2 and ahead >= k // 2, (width, k, p, wide)
+
+
+def test_transpositions_align_lines() -> None:
+    def widths(size: int, kernel: int) -> list[int]:
+        shape = make(n=1, c=64, size=(4, size), kernel=(kernel, kernel), last=True)[0]
+        return [how[1] for how in runtime.candidates(shape, 32) if how[0] == "turned"]
+
+    assert set(widths(56, 13)) == {0} and set(widths(28, 13)) == {32}
+    assert set(widths(56, 31)) == {64} and set(widths(64, 31)) == {0}
 
 
 def test_candidates_compile_quickly() -> None:
-    """ptxas takes 4 s for a text of 52 products of matrices; a model waits for the slowest candidate."""
+    """A model waits for the slowest candidate."""
     for width in (14, 28, 56, 112, 200):
         for k in range(3, 33, 2):
             for last in (False, True):
                 for how in runtime.candidates(make(n=1, c=64, size=(4, width), kernel=(k, k), last=last)[0], 32):
-                    unrolled = how[0] in ("toeplitz", "turned", "padded") and how[2] > 0
-                    assert not unrolled or how[1] * k <= 52, (width, k, how)
+                    if "streamed" in how:
+                        p, _, _, tall, warps, _, unroll = how[how.index("streamed") + 1 :]
+                        assert k * tall * p // (32 * warps) <= 112 and unroll * k <= 56, (width, k, how)
     texts = (((7, 7), (1, 1)), ((7, 7), (3, 3)), ((7, 7), (1, 20)), ((5, 5), (18, 18)), ((49, 1), (1, 1)), ((3, 3), (1, 1)))
     for kernel, dilation in texts:
         shape = make(n=1, c=96, size=(56, 56), kernel=kernel, dilation=dilation, last=True)[0]
@@ -163,40 +203,30 @@ def test_candidates_compile_quickly() -> None:
 
 
 @pytest.mark.cross
-@pytest.mark.parametrize("how", [("toeplitz", 2, 3, False, 64, 64, 128, 8, 1),
-                                 ("toeplitz", 2, 1, True, 64, 64, 64, 4, 1), ("toeplitz", 4, 2, False, 64, 64, 64, 4, 1),
-                                 ("toeplitz", 2, 0, False, 64, 64, 128, 8, 2), ("toeplitz", 2, 0, True, 64, 64, 64, 4, 2),
-                                 ("toeplitz", 1, 0, False, 64, 64, 128, 4, 3), ("direct", 14, 32, 8, 4)], ids=str)  # fmt: skip
-def test_compiles_for_a_gpu_without_spills(how: tuple) -> None:
-    import triton
+@pytest.mark.parametrize(("kernel", "how"), [
+    (7, ("toeplitz", 2, False, 64, 64, 128, 8, 2)), (7, ("toeplitz", 2, True, 64, 64, 64, 4, 2)),
+    (7, ("toeplitz", 1, False, 64, 64, 128, 4, 3)), (7, ("direct", 14, 32, 8, 4)),
+    (7, ("streamed", 8, 16, 4, 32, 2, 3, 2)), (7, ("streamed", 16, 16, 0, 32, 2, 3, 2)),
+    (13, ("streamed", 8, 32, 8, 64, 2, 3, 2)), (13, ("streamed", 16, 32, 8, 16, 1, 3, 2)),
+    (25, ("streamed", 8, 32, 12, 32, 2, 3, 2)), (25, ("streamed", 8, 32, 12, 16, 1, 3, 2))], ids=str)  # fmt: skip
+def test_compiles_for_a_gpu_without_spills(kernel: int, how: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from fusionc.runtime.launch import _usage, load_module
-
-    constants = {"BIAS": True, "ACTIVATION": "gelu"}
-    if how[0] == "direct":
-        module = load_module(template.direct(256, 56, 56, (7, 7), (1, 1), (3, 3), (1, 1), how[1], how[2]))
-        constants |= {"BR": how[3]}
-    else:
-        _, group, ahead, held, tw, kd, tall, _, stages = how
-        module = load_module(template.toeplitz(7, group, ahead, held))
-        constants |= {"C": 256, "H": 56, "W": 56, "OH": 56, "OW": 56, "G": 56 // group, "DH": 1, "PH": 3, "L": 128}
-        constants |= {"LINES": 10, "PA": 0, "TILES": 1, "TW": tw, "KD": kd, "BM": tall, "STAGES": stages}
-    fn = module.conv
-    kinds = {n: "constexpr" if n in constants else "i32" if n in ("rows", "strips") else "*bf16" for n in fn.arg_names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if kinds[n] == "*bf16"}
-    source = ASTSource(fn=fn, signature=kinds, constexprs=constants, attrs=attrs)
-    warps = how[4] if how[0] == "direct" else how[7]
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    registers, spills = _usage(built)
-    assert spills <= 0 and registers < 255
-    if how[0] == "toeplitz" and warps == 8:
-        assert registers <= 128  # two programs on a multiprocessor
+    side = 14 if how[1:3] == (16, 16) else 56
+    shape = Shape(256, (side, side), (kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), torch.bfloat16,
+                  how[0] == "direct", True, "gelu")  # fmt: skip
+    starts = runtime._FORMS[how[0]](how, shape, 32, torch.float32, torch.bfloat16, torch.device("cuda"))[1]
+    assert starts[-1].kernel is not None
+    built = starts[-1].kernel.build(GPUTarget("cuda", 90, 32), usage=True)
+    ptx = built.asm["ptx"]
+    assert built.spills <= 0 and built.registers <= 255
     if how[0] == "toeplitz":
-        assert "wgmma" in built.asm["ptx"]
-        assert bool(re.search(r"wgmma\.mma_async[^;]*\}, \{", built.asm["ptx"])) == held  # A from registers
-        assert ("cp.async.cg.shared.global [ %r" if not how[2] else "ld.global.v4") in built.asm["ptx"]
+        assert built.registers <= 128 or how[6] == 4  # two programs on a multiprocessor
+        assert "wgmma" in ptx and bool(re.search(r"wgmma\.mma_async[^;]*\}, \{", ptx)) == how[2]  # A from registers
+    if how[0] == "streamed":
+        assert ptx.count("mma.sync") == kernel * how[7] * how[1] // 8 * how[2] // 16 * how[4] // (16 * how[5])
+    if how[0] in ("toeplitz", "streamed"):
+        assert "cp.async" in ptx
 
 
 @pytest.mark.cross

@@ -31,7 +31,9 @@ GRID = [
 
 def shrunk(how: Candidate) -> Candidate:
     """The same form with few lines per program: the interpreter's time is that of the programs' sizes."""
-    return (*how[:6], 16, *how[7:]) if how[0] in ("toeplitz", "turned", "padded") and len(how) == 9 else how
+    if how[0] == "turned":
+        return (*how[:2], *shrunk(how[2:]))
+    return (*how[:5], 16, *how[6:]) if how[0] == "toeplitz" else (*how[:4], 16, *how[5:]) if how[0] == "streamed" else how
 
 
 def forms(candidates: tuple[Candidate, ...]) -> list[Candidate]:
@@ -39,7 +41,8 @@ def forms(candidates: tuple[Candidate, ...]) -> list[Candidate]:
     found: dict[tuple, Candidate] = {}
     for how in candidates:
         if how[0] != "library":
-            found.setdefault((how[0], *how[1:3]) if len(how) == 9 else (how[0],), shrunk(how))
+            inner = how[2:] if how[0] == "turned" else how
+            found.setdefault(inner[:1] if inner[0] == "direct" else inner[:3], shrunk(how))
     return list(found.values())
 
 

@@ -1,4 +1,4 @@
-"""Triton texts of the depthwise convolution: row-Toeplitz on matrix instructions, and direct with register blocking.
+"""Triton texts of the depthwise convolution: Toeplitz matrices on matrix instructions, and direct with register blocking.
 
 Row-Toeplitz (contiguous NCHW, stride 1). For one channel and one kernel row i the rows of the result are a product
 
@@ -10,6 +10,13 @@ small against K. What bounds it is not the products but how often x and T come f
 ``pack`` stores R in eight copies, shifted by 0 … 7 elements, so that every run of eight elements of every T_i is one
 aligned 16-byte load. Columns of the window outside of the kernel are multiplied by zero, hence an infinity or NaN in x
 reaches the whole tile's row of the result, not only the pixels that the kernel touches.
+
+Streamed (the same inputs, kernels of few lines). T_i has only as many diagonals as the kernel has columns, so wide tiles are
+mostly zeros: with windows of P = 8 pixels a kernel of 9 columns needs K = 16, one of 25 K = 32. A program owns BM windows
+of one channel and walks down the image: each line, loaded once, is multiplied by all T_i, and line i of the kernel adds to
+what line i − 1 had summed up one line of the image before, so that the sums of the lines in progress pass from name to name
+(no instruction) and the last one is a finished line of the result. The matrices are so narrow that Triton takes `mma.sync`,
+which issues back to back, for them; `wgmma`, which large tiles get, is waited for after each product outside of a loop.
 
 Direct (channels-last, any stride and dilation). A program owns BR strips of a line for a block of channels; a pixel of
 the input is loaded once per strip and kernel row, and used for all taps that meet it. ``direct_weight`` is the same for
@@ -124,60 +131,95 @@ def conv(x, packed, bias, y, rows, C: tl.constexpr, H: tl.constexpr, W: tl.const
 '''
 
 
-def toeplitz(kernel: int, group: int, ahead: int, held: bool = False) -> str:
+def toeplitz(kernel: int, group: int, held: bool = False) -> str:
     """Text of ``conv``, row-Toeplitz: one channel, BM × ``group`` lines of the result, TW columns.
 
     ``group`` lines that lie DH apart belong to one row of the tiles, so that a line of the input, loaded once, is
-    multiplied by T of as many lines of the kernel. ``ahead`` 0: a loop over the kernel's lines that asynchronous copies
-    feed, STAGES of them ahead; T has ``group`` − 1 lines of zeros before and behind. Else all lines stand in the text and
-    are loaded that many before their use; a line of the kernel is loaded once, too. ``held``: the matrix units get x from
-    registers instead of shared memory, whose bandwidth bounds products of 64 columns. Triton decides that from what made
-    an operand: an instruction that it cannot look into (not for the interpreter, either) keeps x out of shared memory.
+    multiplied by T of as many lines of the kernel. Asynchronous copies feed the loop over the kernel's lines, STAGES of
+    them ahead; T has ``group`` − 1 lines of zeros before and behind. ``held``: the matrix units get x from registers instead
+    of shared memory, whose bandwidth bounds products of 64 columns. Triton decides that from what made an operand: an
+    instruction that it cannot look into (not for the interpreter, either) keeps x out of shared memory.
     """
     rows = range(group)
-    last = kernel + group - 1
+    deep = " " * 8
     lines = [ACTIVATE, _ROWS.replace("GROUP", str(group))]
     lines += [f"    t{r} = tl.full((BM, TW), 0.0, tl.float32)" for r in rows]
-
-    def load(name: str, u: str, indent: str) -> list[str]:
-        line = f"(top + ({u}) * DH >= 0) & (top + ({u}) * DH < H)"
+    lines.append(f"    for i in tl.range(0, {kernel + group - 1}, {group}, num_stages=STAGES):")
+    for s in rows:
+        line = f"(top + (i + {s}) * DH >= 0) & (top + (i + {s}) * DH < H)"
         mask = f"(live & {line})[:, None] & inside[None, :]"
-        return [f"{indent}{name} = tl.load(pixels + ({u}) * (DH * W), mask={mask}, other=0.0)"]
+        lines.append(f"{deep}x{s} = tl.load(pixels + (i + {s}) * (DH * W), mask={mask}, other=0.0)")
+    lines += [f"{deep}w{d} = tl.load(diagonals + (i + {d}) * (8 * L))" for d in range(2 * group - 1)]
+    for s in rows:
+        if held:
+            asm = f"'mov.b32 $0, $1;', '=r,r', [x{s}], dtype=x{s}.dtype, is_pure=True, pack=2"
+            lines.append(f"{deep}x{s} = tl.inline_asm_elementwise({asm})")
+        lines += [f"{deep}t{r} = tl.dot(x{s}, w{s - r + group - 1}, t{r}, input_precision='ieee')" for r in rows]
+    for r in rows:
+        lines += ["    if BIAS:", f"        t{r} += tl.load(bias + c).to(tl.float32)",
+                  f"    tl.store(place + {r} * (DH * OW), activate(t{r}, ACTIVATION).to(y.dtype.element_ty), "
+                  f"mask=(live & (h + {r} * DH < OH))[:, None] & (out < OW)[None, :])"]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
-    def store(r: int) -> list[str]:
-        return ["    if BIAS:", f"        t{r} += tl.load(bias + c).to(tl.float32)",
-                f"    tl.store(place + {r} * (DH * OW), activate(t{r}, ACTIVATION).to(y.dtype.element_ty), "
-                f"mask=(live & (h + {r} * DH < OH))[:, None] & (out < OW)[None, :])"]  # fmt: skip
 
-    def hold(name: str, indent: str) -> list[str]:
-        asm = f"tl.inline_asm_elementwise('mov.b32 $0, $1;', '=r,r', [{name}], dtype={name}.dtype, is_pure=True, pack=2)"
-        return [f"{indent}{name} = {asm}"] if held else []
+_WINDOWS = '''
 
-    def dot(r: int, x: int, w: int, indent: str) -> str:
-        return f"{indent}t{r} = tl.dot(x{x}, w{w}, t{r}, input_precision='ieee')"
+@triton.jit
+def conv(x, packed, bias, y, columns, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
+         DH: tl.constexpr, PH: tl.constexpr, PA: tl.constexpr, L: tl.constexpr, LINES: tl.constexpr, TILES: tl.constexpr,
+         P: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
+         ACTIVATION: tl.constexpr):
+    c = tl.program_id(0) % C
+    pid = tl.num_programs(0) // C - 1 - tl.program_id(0) // C  # the last images were written last and may be in the cache
+    shift = pid // PARTS % DH  # lines that lie DH apart
+    lines = (OH - shift + DH - 1) // DH
+    each = (lines + PARTS - 1) // PARTS
+    first = pid % PARTS * each
+    end = tl.minimum(first + each, lines)
+    window = pid // (PARTS * DH) * BM + tl.arange(0, BM)
+    live = window < columns
+    n = (window // TILES).to(tl.int64)
+    left = window % TILES * P
+    a = tl.arange(0, K)
+    b = tl.arange(0, P)
+    column = (left - PA)[:, None] + a[None, :]
+    inside = live[:, None] & (column >= 0) & (column < W)
+    pixels = x + (n * (C * H * W) + c * (H * W))[:, None] + column
+    q = K - 1 - a
+    diagonals = packed + c.to(tl.int64) * (LINES * 8 * L) + (q % 8 * L + q // 8 * 8)[:, None] + b[None, :]
+    out = left[:, None] + b[None, :]
+    place = y + (n * (C * OH * OW) + c * (OH * OW))[:, None] + out
+    kept = live[:, None] & (out < OW)
+    offset = 0.0
+    if BIAS:
+        offset = tl.load(bias + c).to(tl.float32)
+'''
 
-    if not ahead:
-        deep = " " * 8
-        lines.append(f"    for i in tl.range(0, {last}, {group}, num_stages=STAGES):")
-        for s in rows:
-            lines += load(f"x{s}", f"i + {s}", deep)
-        lines += [f"{deep}w{d} = tl.load(diagonals + (i + {d}) * (8 * L))" for d in range(2 * group - 1)]
-        for s in rows:
-            lines += hold(f"x{s}", deep)
-            lines += [dot(r, s, s - r + group - 1, deep) for r in rows]
-        for r in rows:
-            lines += store(r)
-        return "\n".join(lines) + "\n"
-    for u in range(last + ahead):
-        if u < last:
-            lines += load(f"x{u}", str(u), "    ")
-        if u < kernel:
-            lines.append(f"    w{u} = tl.load(diagonals + {u} * (8 * L))")
-        v = u - ahead
-        lines += hold(f"x{v}", "    ") if v >= 0 else []
-        lines += [dot(r, v, v - r, "    ") for r in rows if 0 <= v - r < kernel]
-        if v - (kernel - 1) in rows:
-            lines += store(v - (kernel - 1))
+
+def streamed(kernel: int, unroll: int) -> str:
+    """Text of ``conv``, streamed: one channel, BM windows of P pixels, ``unroll`` lines of the image at a step.
+
+    ``columns`` windows of all images, TILES to a line; a window begins PA pixels before its results and is K wide. An image's
+    lines are shared out to PARTS programs, each of which reads kernel − 1 lines more than it writes.
+    """
+    deep, steps = " " * 8, range(unroll)
+    lines = [ACTIVATE, _WINDOWS]
+    lines += [f"    w{i} = tl.load(diagonals + {i} * (8 * L))" for i in range(kernel)]
+    lines += [f"    t{i} = tl.full((BM, P), 0.0, tl.float32)" for i in range(kernel - 1)]
+    lines.append(f"    for u in tl.range(first, end + {kernel - 1}, {unroll}, num_stages=STAGES):")
+    for s in steps:
+        lines.append(f"{deep}line{s} = (u + {s}) * DH + shift - PH")
+        mask = f"inside & (line{s} >= 0) & (line{s} < H)"
+        lines.append(f"{deep}x{s} = tl.load(pixels + line{s} * W, mask={mask}, other=0.0)")
+    for s in steps:
+        for i in reversed(range(kernel)):  # the last line of the kernel first: t{i} is used before it is replaced
+            name, before = f"done{s}" if i == kernel - 1 else f"t{i}", f"t{i - 1}" if i else "tl.full((BM, P), 0.0, tl.float32)"
+            lines.append(f"{deep}{name} = tl.dot(x{s}, w{i}, {before}, input_precision='ieee')")
+    for s in steps:
+        lines.append(f"{deep}h{s} = u + {s - kernel + 1}")
+        lines.append(f"{deep}done{s} = activate(done{s} + offset, ACTIVATION).to(y.dtype.element_ty)")
+        mask = f"kept & (h{s} >= first) & (h{s} < end)"
+        lines.append(f"{deep}tl.store(place + (h{s} * DH + shift) * OW, done{s}, mask={mask})")
     return "\n".join(lines) + "\n"
 
 
