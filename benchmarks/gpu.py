@@ -11,9 +11,9 @@
 Each workload runs in a process of its own under a time limit, so that a crash, a hang or a poisoned CUDA context costs
 one row.  Within it eager comes first; each other backend is compiled (timed: first call with cold caches), checked on
 inputs that it was not compiled with against float64 (float32 where float64 does not fit) and then timed with
-``triton.testing.do_bench`` (CUDA events, L2 flushed, median).  A training step of any backend without CUDA graphs of its
-own is timed twice, as it is and recorded as one graph by hand, and the better time counts (``plain_ms`` and
-``step_graph_ms`` in the JSON).  Peak memory is that of the timed steps, weights included.
+``triton.testing.do_bench`` (CUDA events, L2 flushed, median).  Whatever has no CUDA graphs of its own, eager included, is
+timed twice, as it is and recorded as one graph by hand, and the better time counts (``plain_ms`` and ``step_graph_ms`` in
+the JSON).  Peak memory is that of the plain calls, weights included.
 ``--warm`` then starts a fresh process for each backend with the caches that the first one filled, and times its first call.
 
 The JSON is rewritten after each workload; with ``--resume`` what it has is kept, and a row that lacks backends is measured
@@ -107,7 +107,7 @@ def bench(run: Callable[[], Any], reset: Callable[[], None] | None, device: str,
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """A training step, forward and backward, recorded as one CUDA graph by hand, as a trainer would; returns its replay."""
+    """A call, or a training step with its backward, recorded as one CUDA graph by hand; returns its replay."""
     import torch
 
     side = torch.cuda.Stream()
@@ -242,12 +242,12 @@ def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int
                     result["step_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
                     reset()
                 result["ms"] = bench(run, case.reset, device, repeat_ms)
-                if cuda and case.train and not graphs and case.reset is None:
+                if cuda and not graphs and case.reset is None:
                     result["plain_ms"] = result["ms"]
                     try:
                         result["step_graph_ms"] = bench(captured(run), None, device, repeat_ms)
                         result["ms"] = min(result["ms"], result["step_graph_ms"])
-                    except Exception as error:  # noqa: BLE001 - not every step can be captured
+                    except Exception as error:  # noqa: BLE001 - not every call can be captured
                         result["step_graph_error"] = first_line(error)
         except Exception as error:
             traceback.print_exc()
