@@ -249,6 +249,7 @@ def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int
                         result["ms"] = min(result["ms"], result["step_graph_ms"])
                     except Exception as error:  # noqa: BLE001 - not every call can be captured
                         result["step_graph_error"] = first_line(error)
+                    torch._C._cuda_clearCublasWorkspaces()  # the recording's own, which the next backend would be charged for
         except Exception as error:
             traceback.print_exc()
             result["error"] = first_line(error)
