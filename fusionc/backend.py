@@ -56,9 +56,9 @@ def _without_collector() -> Iterator[None]:
 def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch import config as functorch_config
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     from .artifacts import graph_label
+    from .partition import partition
     from .runtime import tune
     from .warm import Warm
 
@@ -85,7 +85,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
             bw_compiler=functools.partial(inner, stage="backward"),
             inference_compiler=functools.partial(inner, stage="inference"),
             decompositions=decompositions(),
-            partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
+            partition_fn=partition,
             keep_inference_input_mutations=True,
         )(gm, example_inputs)
     warm.finish(derived, model_records)

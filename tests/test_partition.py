@@ -1,0 +1,115 @@
+"""The changes to a joint graph before it is cut: what is saved for the backward, and that the numbers stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from fusionc import partition
+
+
+def saved(step) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    found: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        step()
+    return found
+
+
+def test_logits_of_half_precision_are_saved_in_place_of_their_log_softmax() -> None:
+    linear = torch.nn.Linear(8, 300, bias=False, dtype=torch.bfloat16)
+    x, labels = torch.randn(20, 8, dtype=torch.bfloat16, requires_grad=True), torch.randint(300, (20,))
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(linear(x).float(), labels)
+
+    compiled = torch.compile(loss, backend="fusionc")
+    compiled(x, labels)
+    large = [t for t in saved(lambda: compiled(x, labels)) if t.numel() == 20 * 300]
+    assert [t.dtype for t in large] == [torch.bfloat16]
+    got, want = (torch.autograd.grad(f(x, labels), [x, linear.weight]) for f in (compiled, loss))
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("rows", ["plain", "hidden", "all hidden", "nan", "empty"])
+def test_log_softmax_in_parts(dtype: torch.dtype, dim: int, rows: str) -> None:
+    x = torch.randn(5, 0 if rows == "empty" else 7, dtype=torch.float64).to(dtype)
+    if rows == "hidden":
+        x[:, 2:4] = float("-inf")
+    elif rows == "all hidden":
+        x[2] = float("-inf")
+    elif rows == "nan":
+        x[1, 1] = float("nan")
+
+    def step(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.log_softmax(x, dim)
+        return y, torch.ops.aten._log_softmax_backward_data(grad, y, dim, x.dtype)
+
+    grad = torch.randn_like(x)
+    graph = make_fx(step, tracing_mode="fake")(x, grad)
+    partition.prepare(graph)
+    graph.recompile()
+    whole = [n for n in graph.graph.nodes if "_log_softmax" in str(n.target)]
+    assert bool(whole) == (rows == "empty")
+    assert all("val" in n.meta for n in graph.graph.nodes if n.op == "call_function")
+    want = [t.to(dtype) for t in step(x.double(), grad.double())]  # ATen's own gradient of bfloat16 is rounded on the way
+    near = {"rtol": 1e-2, "atol": 1e-2} if dtype.itemsize == 2 else {}
+    torch.testing.assert_close(list(graph(x, grad)), want, equal_nan=True, **near)
+
+
+def test_a_float_result_of_half_precision() -> None:
+    x = torch.randn(3, 9, dtype=torch.float16)
+    wide = partition.log_softmax(x, 1, True)
+    assert wide.dtype == torch.float32 and partition.log_softmax(x, 1, False).dtype == torch.float16
+    torch.testing.assert_close(wide, x.float().log_softmax(1))
+
+
+def test_zeros_take_sizes_and_detach_goes() -> None:
+    def f(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = x.exp()
+        zeros = torch.ops.aten.zeros_like.default(y)
+        turned = torch.ops.aten.zeros_like.default(y.t())
+        return zeros.scatter(1, torch.zeros(3, 1, dtype=torch.int64), 2.0), y.detach().sin(), turned
+
+    x = torch.randn(3, 4)
+    graph = make_fx(f, tracing_mode="fake")(x)
+    partition.prepare(graph)
+    graph.recompile()
+    targets = [str(n.target) for n in graph.graph.nodes]
+    assert "aten.detach.default" not in targets
+    assert targets.count("aten.full.default") >= 1 and targets.count("aten.zeros_like.default") == 1, "a layout of its own stays"
+    for got, want in zip(graph(x), f(x)):
+        torch.testing.assert_close(got, want)
+        assert got.stride() == want.stride()
+
+
+def test_a_detached_result_stays_one() -> None:
+    @torch.compile(backend="fusionc")
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.sin()
+        return y, y.detach()
+
+    y, cut = f(torch.randn(4, requires_grad=True))
+    assert y.requires_grad and not cut.requires_grad
+    torch.testing.assert_close(y.detach(), cut)
+
+
+def test_dynamic_sizes() -> None:
+    def f(x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(x, labels)
+
+    compiled = torch.compile(f, backend="fusionc", dynamic=True)
+    for n in (5, 9):
+        x, labels = torch.randn(n, 11, requires_grad=True), torch.randint(11, (n,))
+        (got,), (want,) = torch.autograd.grad(compiled(x, labels), [x]), torch.autograd.grad(f(x, labels), [x])
+        torch.testing.assert_close(got, want)
