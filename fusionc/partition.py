@@ -1,4 +1,4 @@
-"""AOTAutograd's cut of a training step into forward and backward, after three changes to the joint graph.
+"""AOTAutograd's cut of a training step into forward and backward, after four changes to the joint graph.
 
 The cut saves the fewest bytes between the two graphs (`min_cut_rematerialization_partition`).  It cannot see that
 
@@ -7,6 +7,7 @@ The cut saves the fewest bytes between the two graphs (`min_cut_rematerializatio
   (in training only: for inference the whole operator is one kernel already);
 * zeros that only take another tensor's sizes (those that the gradient of a gather is scattered into) do not need the
   tensor: they get the sizes themselves;
+* the gradient of max pooling reads nothing of the image, and its positions fit into a byte (`ops.max_pool`; on a GPU);
 * `detach` means nothing any more.
 
 Source: min-cut rematerialisation as in functorch (Chen et al. 2016 for recomputation itself); Inductor makes the same
@@ -15,6 +16,7 @@ changes in its joint graph passes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 _aten = torch.ops.aten
+_POOLS = ("cuda",)  # where pooling has kernels of ours
 
 
 def partition(joint: GraphModule, inputs: Sequence[Any], **more: Any) -> tuple[GraphModule, GraphModule]:
@@ -47,6 +50,9 @@ def prepare(joint: GraphModule) -> None:
                 _take_apart(node, parts)
     for node in graph.find_nodes(op="call_function", target=_aten.zeros_like.default):
         _zeros_of_its_own(node)
+    for node in graph.find_nodes(op="call_function", target=_aten.max_pool2d_with_indices.default):
+        if node.meta["val"][0].device.type in _POOLS:
+            _positions_in_bytes(node)
 
 
 def log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
@@ -102,3 +108,54 @@ def _zeros_of_its_own(node: Node) -> None:
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
     node.graph.erase_node(node)
+
+
+def _positions_in_bytes(pool: Node) -> None:
+    """max_pool2d_with_indices and its gradients → max_pool2d_with_places, max_pool2d_gradient.
+
+    One operator has both results: the cut makes places alone anew in the backward, for which it keeps the image.
+    """
+    from .ops import max_pool
+
+    graph, x = pool.graph, pool.args[0]
+    given: list[Any] = [*pool.args[1:], *([], 0, 1, False)[len(pool.args) - 2 :]]
+    kernel, stride, padding, dilation = (_pair(each) for each in (given[0], given[1] or given[0], *given[2:4]))
+    taken = [user for user in pool.users if user.args[1] == 1]
+    gradients = [g for each in taken for g in each.users]
+    value = x.meta["val"]  # type: ignore[union-attr]
+    sizes = (*value.shape, *kernel, *stride, *padding)
+    if (
+        not gradients
+        or any(g.target is not _aten.max_pool2d_with_indices_backward.default or g.args[7] not in taken for g in gradients)
+        or any(type(n) is not int for n in sizes) or dilation != [1, 1] or kernel[0] * kernel[1] > max_pool.LARGEST
+        or value.dtype not in (torch.float32, torch.float16, torch.bfloat16)
+    ):  # fmt: skip
+        return
+    ours = torch.ops.fusionc
+    window = (kernel, stride, padding)
+    with value.fake_mode:
+        both = ours.max_pool2d_with_places(value, *window, bool(given[4]))
+        made = [ours.max_pool2d_gradient(g.args[0].meta["val"], both[1], list(value.shape[-2:]), *window) for g in gradients]
+    if any(new.stride() != g.meta["val"].stride() for new, g in zip(made, gradients)):
+        return
+    with graph.inserting_before(pool):
+        whole = graph.call_function(ours.max_pool2d_with_places.default, (x, *window, bool(given[4])))
+        pooled, places = (graph.call_function(operator.getitem, (whole, k)) for k in (0, 1))
+    for step, val in ((whole, both), (pooled, both[0]), (places, both[1])):
+        step.meta = {**pool.meta, "val": val}
+    for g, new in zip(gradients, made):
+        with graph.inserting_before(g):
+            gradient = graph.call_function(ours.max_pool2d_gradient.default, (g.args[0], places, list(value.shape[-2:]), *window))
+        gradient.meta = {**g.meta, "val": new}
+        g.replace_all_uses_with(gradient)
+        graph.erase_node(g)
+    for user in list(pool.users):
+        if user not in taken:
+            user.replace_all_uses_with(pooled)
+        graph.erase_node(user)
+    graph.erase_node(pool)
+
+
+def _pair(given: Any) -> list[Any]:
+    parts = list(given) if isinstance(given, (list, tuple)) else [given]
+    return parts * 2 if len(parts) == 1 else parts

@@ -113,3 +113,66 @@ def test_dynamic_sizes() -> None:
         x, labels = torch.randn(n, 11, requires_grad=True), torch.randint(11, (n,))
         (got,), (want,) = torch.autograd.grad(compiled(x, labels), [x]), torch.autograd.grad(f(x, labels), [x])
         torch.testing.assert_close(got, want)
+
+
+WINDOWS = [
+    ({"kernel_size": 3, "stride": 2, "padding": 1}, (9, 8)),
+    ({"kernel_size": (2, 3)}, (7, 9)),
+    ({"kernel_size": 3, "stride": 1, "padding": 1}, (5, 6)),
+    ({"kernel_size": (3, 2), "stride": (2, 3), "padding": (1, 0), "ceil_mode": True}, (8, 9)),
+    ({"kernel_size": 2, "stride": 3}, (7, 8)),
+]
+
+
+@pytest.mark.parametrize("target", ["auto", "interpret", "aten"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize(("window", "size"), WINDOWS, ids=str)
+def test_positions_of_max_pooling_take_a_byte(window: dict, size: tuple[int, int], last: bool, target: str,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from fusionc.ir.lowering import pooling
+
+    monkeypatch.setattr(partition, "_POOLS", ("cpu",))
+    monkeypatch.setattr(pooling, "_LEFT_TO_ATEN", ())
+    torch._dynamo.reset()
+
+    def f(x: Tensor) -> Tensor:
+        return F.max_pool2d(x.relu() * 2, **window).sin()
+
+    compiled = torch.compile(f, backend="fusionc", dynamic=False, options={"target": target})
+    x = torch.randn(2, 3, *size).round(decimals=0)  # equal values
+    x[0, 0, 2, 2], x[1, 1], x[1, 2, :4] = float("nan"), -float("inf"), -1.0
+    x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+    compiled(x)
+    kept = saved(lambda: compiled(x))
+    assert torch.int64 not in {t.dtype for t in kept} and torch.int8 in {t.dtype for t in kept}
+    got, want = compiled(x), f(x)
+    torch.testing.assert_close(got, want, equal_nan=True)
+    grad = torch.randn_like(want)
+    (got,), (want,) = torch.autograd.grad(got, [x], grad), torch.autograd.grad(want, [x], grad)
+    torch.testing.assert_close(got, want, equal_nan=True)
+    assert got.stride() == want.stride()
+
+
+def test_positions_that_are_read_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "_POOLS", ("cpu",))
+
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.max_pool2d(x, 2, return_indices=True)
+
+    x = torch.randn(1, 2, 6, 6, requires_grad=True)
+    got, want = torch.compile(f, backend="fusionc")(x), f(x)
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(torch.autograd.grad(got[0].sum(), [x]), torch.autograd.grad(want[0].sum(), [x]))
+
+
+@pytest.mark.parametrize("window", [{"kernel_size": 2, "dilation": 2}, {"kernel_size": 9, "stride": 2}], ids=str)
+def test_pooling_that_stays_with_aten(window: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "_POOLS", ("cpu",))
+
+    def f(x: Tensor) -> Tensor:
+        return F.max_pool2d(x, **window)
+
+    x = torch.randn(1, 2, 20, 20, requires_grad=True)
+    compiled = torch.compile(f, backend="fusionc")
+    assert torch.int64 in {t.dtype for t in saved(lambda: compiled(x))}
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), [x]), torch.autograd.grad(f(x).sum(), [x]))

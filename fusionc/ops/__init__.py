@@ -48,6 +48,8 @@ def load(name: str) -> None:
         from . import linear_act  # noqa: F401
     elif name in ("linear_cross_entropy", "linear_cross_entropy_backward"):
         from . import linear_cross_entropy  # noqa: F401
+    elif name in ("max_pool2d_with_places", "max_pool2d_gradient"):
+        from . import max_pool  # noqa: F401
     elif name == "short_attention":
         from . import short_attention  # noqa: F401
     elif name == "skinny_linear":

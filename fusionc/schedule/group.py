@@ -129,8 +129,9 @@ def hint(n: Index | int | torch.SymInt) -> int:
 
 
 def numel_hint(node: Node) -> int:
-    n = 1
-    for s in node.meta["val"].shape:
+    """Elements of a value; of several results, those of the first."""
+    n, val = 1, node.meta["val"]
+    for s in (val[0] if isinstance(val, (tuple, list)) else val).shape:
         n *= hint(s)
     return n
 
@@ -306,7 +307,7 @@ class Grouper:
                 until[node] = max(read, default=self.position[node])
             if low is None or low.kind not in ("pointwise", "gather", "create") or node.target is operator.getitem:
                 continue
-            if node in self.alone:
+            if node in self.alone or isinstance(node.meta["val"], (tuple, list)):
                 continue
             if low.kind == "create":
                 self.inline.add(node)

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..expr import FLOATS, ZERO, Const, Expr, Index
+from ...ops import max_pool  # noqa: F401  (registers the operators of training)
+from ..expr import FLOATS, ZERO, Const, Expr, Index, floordiv
 from ..ops import cast, compute_dtype, op
-from ..sizes import Unsupported
+from ..sizes import Unsupported, size_index, sizes_index
 from ..value import Context, Idx, Value
 from .pointwise import add, binary, div, fc, mul
 from .registry import dtype_of, register, shape_of
@@ -75,13 +76,74 @@ def _max_pool(ctx: Context, node: Node, x: Value, kernel: Any, stride: Any = (),
     dtype = dtype_of(node)
     work = compute_dtype(dtype)
 
-    def at(idx: Idx) -> Expr:
+    return Value(ctx, shape_of(node), dtype, lambda idx: _largest(ctx, windows, x, idx, work))
+
+
+def _largest(ctx: Context, windows: _Windows, x: Value, idx: Idx, work: str) -> Expr:
+    best: Expr | None = None
+    for inside, where in windows.at(idx):
+        item = ctx.guarded(inside, partial(x.at, where), Const(-float("inf"), work))
+        best = item if best is None else binary("maximum", best, item)
+    assert best is not None
+    return best
+
+
+@register("fusionc.max_pool2d_with_places.default", "gather", loose=(0,))
+def _max_pool_with_places(ctx: Context, node: Node, x: Value, kernel: Any, stride: Any, padding: Any,
+                          ceil_mode: bool) -> tuple[Value, Value]:  # fmt: skip
+    windows = _Windows(node, x, kernel, stride, padding, 1)
+    work = compute_dtype(x.dtype)
+    shape = sizes_index(node.meta["val"][0].shape)
+
+    def largest(idx: Idx) -> Expr:
+        return _largest(ctx, windows, x, idx, work)
+
+    def place(idx: Idx) -> Expr:
+        place: Expr = Const(0, "i32")
         best: Expr | None = None
-        for inside, where in windows.at(idx):
+        for k, (inside, where) in enumerate(windows.at(idx)):
             item = ctx.guarded(inside, partial(x.at, where), Const(-float("inf"), work))
-            best = item if best is None else binary("maximum", best, item)
-        assert best is not None
-        return best
+            if best is None:  # where it lies in the padding, the first that does not is taken even if it is −∞
+                best, seen = item, inside
+                continue
+            larger = op("or", (op("gt", (item, best), "b1"), op("ne", (item, item), "b1")), "b1")
+            taken = op("and", (inside, op("or", (larger, op("not", (seen,), "b1")), "b1")), "b1")
+            place = op("where", (taken, Const(k, "i32"), place), "i32")
+            best = op("where", (taken, item, best), work)
+            seen = op("or", (seen, inside), "b1")
+        return cast(place, "i8")
+
+    return Value(ctx, shape, x.dtype, largest), Value(ctx, shape, "i8", place)
+
+
+@register("fusionc.max_pool2d_gradient.default", "gather", loose=(0, 1))
+def _max_pool_gradient(ctx: Context, node: Node, grad: Value, places: Value, size: Any, kernel: Any, stride: Any,
+                       padding: Any) -> Value:  # fmt: skip
+    """The windows that hold an element are the last ⌈k / s⌉ that begin at or before it."""
+    if node.args[0].meta["val"].device.type in _LEFT_TO_ATEN:  # type: ignore[union-attr]
+        raise Unsupported("")
+    dtype = dtype_of(node)
+    work = compute_dtype(dtype)
+
+    def along(axis: int, i: Index) -> list[tuple[Expr, Index, Index]]:
+        """(inside, window, place in it) of each."""
+        found = []
+        for back in range(-(-kernel[axis] // stride[axis])):
+            window = floordiv(i + padding[axis], size_index(stride[axis])) - back
+            place = i + padding[axis] - window * stride[axis]
+            held = op("and", (op("ge", (window, ZERO), "b1"), op("lt", (window, grad.shape[axis - 2]), "b1")), "b1")
+            found.append((op("and", (held, op("lt", (place, size_index(kernel[axis])), "b1")), "b1"), window, place))
+        return found
+
+    def at(idx: Idx) -> Expr:
+        total: Expr = Const(0, work)
+        for row_held, row, i in along(0, idx[-2]):
+            for column_held, column, j in along(1, idx[-1]):
+                inside, where = op("and", (row_held, column_held), "b1"), (*idx[:-2], row, column)
+                place = ctx.guarded(inside, partial(places.at, where), Const(-1, "i8"))
+                here = op("and", (inside, op("eq", (cast(place, "i64"), cast(i * kernel[1] + j, "i64")), "b1")), "b1")
+                total = add(total, ctx.guarded(here, partial(grad.at, where), Const(0, work)))
+        return total
 
     return Value(ctx, shape_of(node), dtype, at)
 

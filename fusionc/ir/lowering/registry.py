@@ -80,7 +80,9 @@ def lookup(node: Node) -> Lowering | None:
 
 
 def shape_of(node: Node) -> tuple[Index, ...]:
-    return sizes_index(node.meta["val"].shape)
+    """Sizes of a node's value; of several results, those of the first."""
+    val = node.meta["val"]
+    return sizes_index((val[0] if isinstance(val, (tuple, list)) else val).shape)
 
 
 def dtype_of(node: Node) -> str:
