@@ -3,8 +3,8 @@
 Math       f(conv(x, W, b)) = depthwise_cpu(x, W, b, f)
 Exactness  reassociates: float32 sums in the order of the taps, one rounding at the end
 Legality   on the CPU; float32, bfloat16 or float16; one or two dimensions; groups = channels = output channels; not
-           transposed; known kernel sizes of at most 63; not strided and dilated at once; dense input whose layout the result
-           shares; nobody else reads what the activation reads
+           transposed; known kernel sizes of at most 63; not strided and dilated at once; an input that is a part of
+           another tensor is copied to the result's layout; nobody else reads what the activation reads
 Cost       measured on one core of an EPYC (AVX-512) against oneDNN and ATen, by sizes alone (see ``worth``)
 Source     ``codegen/templates/depthwise_cpp.py``
 """
@@ -46,8 +46,8 @@ class DepthwiseCPU(Pass):
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality."""
         conv = match.conv
-        x, like = tensor(conv.args[0]), tensor(conv)
-        assert x is not None and like is not None
+        like = tensor(conv)
+        assert like is not None
         if like.dtype not in (torch.float32, torch.bfloat16, torch.float16) or \
                 any(dtype(a) != like.dtype for a in conv.args[:3] if isinstance(a, Node)):  # fmt: skip
             return Refuse("not of one floating dtype of at most 32 bits", conv)
@@ -58,11 +58,7 @@ class DepthwiseCPU(Pass):
             return Refuse("the filter is too large", conv)
         if max(stride) > 1 and max(dilation) > 1:
             return Refuse("strided and dilated at once", conv)
-        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        layout = torch.channels_last if last else torch.contiguous_format
-        if not x.is_contiguous(memory_format=layout) or not like.is_contiguous(memory_format=layout):
-            return Refuse("input and result are not dense in one layout", conv)
-        if not worth(kernel, stride, like.shape[-1], last):
+        if not worth(kernel, stride, like.shape[-1], _layout(like) is torch.channels_last):
             return Refuse("the library is as fast", conv)
         return None
 
@@ -74,7 +70,10 @@ class DepthwiseCPU(Pass):
         graph, conv, last = facts.gm.graph, match.conv, match.last
         x, weight, bias, stride, padding, dilation = conv.args[:6]
         flat, origin = len(shape(x) or ()) == 3, (conv, last)
+        given, layout = tensor(x), _layout(tensor(conv))
         with graph.inserting_before(last):
+            if given is not None and not given.is_contiguous(memory_format=layout):
+                x = edit.insert(graph, aten.clone.default, (x,), {"memory_format": layout}, origin=origin)
             if flat:
                 x, weight = (edit.insert(graph, aten.unsqueeze.default, (a, 2), origin=origin) for a in (x, weight))
                 stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
@@ -83,6 +82,11 @@ class DepthwiseCPU(Pass):
             if flat:
                 made = edit.insert(graph, aten.squeeze.dim, (made, 2), origin=origin, val=tensor(last))
         edit.replace(last, made)
+
+
+def _layout(t: torch.Tensor | None) -> torch.memory_format:
+    last = t is not None and t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def worth(kernel: tuple[int, ...], stride: tuple[int, ...], columns: int, last: bool) -> bool:

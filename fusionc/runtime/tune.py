@@ -105,6 +105,25 @@ class Outcome:
     ms: list[float | None] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
+    proven: bool = False  # the winner ran, and its results were right if they were looked at
+
+
+def fresh(*tensors: torch.Tensor | None) -> list[Any]:
+    """Normal values laid out as each tensor, for the ``check`` of `choose`: the caller's own may hold NaN or infinities,
+    which no two kernels spread alike, or be all zeros. From a generator of their own: the caller's random numbers stay."""
+    found: list[Any] = []
+    for i, t in enumerate(tensors):
+        if t is not None:
+            generator = torch.Generator(t.device).manual_seed(i)
+            t = torch.empty_like(t).normal_(generator=generator)
+        found.append(t)
+    return found
+
+
+def agree(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Within 2 % of each other (a wrong kernel is far off, rounding far below)."""
+    got, want = got.float(), want.float()
+    return bool((got - want).norm() <= 0.02 * want.norm())
 
 
 def race(
@@ -241,12 +260,13 @@ def choose(
                 must not change its inputs (an update that gives the same state each time is fine)
     seconds     about how long measuring may take in all; after it no further candidate is started. `prepare` is not in it:
                 on a busy machine compiling would use it up, and the untimed default win for good
-    check       is the result of this candidate right?  Asked for the winner (which then has been run), then for the next
+    check       is the result of this candidate right (see `fresh` and `agree`)?  Asked for the winner, then for the next
     prepare     compiles a candidate without launching it; called for all of them side by side, in threads
 
     Returns ``candidates[0]`` without measuring where there is nothing to choose or measuring is impossible: one
     candidate, no CUDA device, a CUDA graph being captured, tracing or fake tensors, tuning switched off.  A candidate
-    that raises loses; if all do, the first is returned and its error is the caller's.  Raises IndexError for no candidates.
+    that raises loses; if all do, the first is returned and its error is the caller's.  If none is right, the first that runs
+    is returned, and forgotten with the process.  Raises IndexError for no candidates.
     """
     known = _memory.get((key, device))
     if known is not None and (known[0] is candidates or known[0] == candidates):
@@ -333,7 +353,7 @@ def _measured(
             return 0
         outcome.seconds = time.monotonic() - start
         _history.append(outcome)
-        if entry_key:
+        if entry_key and outcome.proven:
             with contextlib.suppress(TypeError, ValueError):
                 cache.put(KIND, entry_key, {"index": outcome.winner, "name": names[outcome.winner], "ms": outcome.ms})
         return outcome.winner
@@ -375,14 +395,11 @@ def _run_race(
     launches = [partial(run, c) for c in candidates]
     order, ms = race(alive, sampler(launches, device), deadline=deadline) if len(alive) > 1 else (alive, {})
     outcome.ms = [ms.get(i) for i in range(len(candidates))]
-    for i in order:
-        if check is None:
-            outcome.winner = i
-            return
+    outcome.winner = alive[0] if alive else 0
+    for i in [*order, *(i for i in alive if i not in order)]:
         try:
-            run(candidates[i])
-            if check(candidates[i]):
-                outcome.winner = i
+            if check is None or check(candidates[i]):
+                outcome.winner, outcome.proven = i, True
                 return
             failed[i] = "gives other results"
         except Exception as e:  # noqa: BLE001

@@ -74,7 +74,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "not of one floating dtype of at most 32 bits": {"b": "f64[4]"},
     "the filter is too large": {"w": "f32[4, 1, 65, 1]", "args": "[1, 1], [32, 0], [1, 1]"},
     "strided and dilated at once": {"w": "f32[4, 1, 3, 3]", "y": "f32[2, 4, 4, 9]", "args": "[2, 2], [1, 1], [2, 2]"},
-    "input and result are not dense in one layout": {"x": "f32[2, 4, 9, 20]{1440, 360, 40, 2}"},
     "the library is as fast": {"x": LAST, "y": LAST, "w": "f32[4, 1, 3, 3]", "args": "[1, 1], [1, 1], [1, 1]"},
 }
 
@@ -93,6 +92,19 @@ def test_symbolic_width_is_refused_and_symbolic_batch_is_not() -> None:
             torch.testing.assert_close(torch.compile(layer, backend="fusionc")(x), layer(x), rtol=1e-4, atol=1e-4)
         (record,) = [p for r in records for p in r.passes if p.name == "depthwise_cpu"]
         assert record.fired == count and [r.reason for r in record.refusals] == ["a size is symbolic"] * (1 - count)
+
+
+def test_part_of_another_tensor_is_copied() -> None:
+    text = rewritten(ITEM, graph(x="f32[2, 4, 9, 20]{1440, 180, 20, 1}"))
+    assert "aten.clone(%x, memory_format=" in text and "fusionc.depthwise_cpu(%clone" in text
+
+    layer, x = nn.Conv2d(4, 4, 11, padding=5, groups=4).eval(), torch.randn(2, 8, 9, 20)
+    for part in (lambda t: t[:, 2:6], lambda t: t[:, ::2], lambda t: t[:, :4].flip(3).transpose(2, 3).transpose(2, 3)):
+        torch._dynamo.reset()
+        f = lambda t, part=part: layer(part(t)).sin()  # noqa: E731
+        with torch.no_grad(), collect() as records:
+            torch.testing.assert_close(torch.compile(f, backend="fusionc")(x), f(x), rtol=1e-4, atol=1e-4)
+        assert _calls(records) == ["fusionc.depthwise_cpu.default"]
 
 
 def test_not_depthwise() -> None:

@@ -126,6 +126,26 @@ def test_all_failing_gives_the_first(measurable: None) -> None:
     assert choose("l", ["a", "b"], Planted([1.0, 0.5]), check=lambda c: False) == "a"
 
 
+def test_what_nothing_proves_is_not_kept(measurable: None) -> None:
+    def run(c: str) -> None:
+        if c == "raises":
+            raise RuntimeError(c)
+
+    found = choose("k", ["raises", "a", "b"], Planted([1.0, 1.0, 0.5]), run=run, check=lambda c: False)
+    assert found == "a", "the first that runs"
+    key = tune._entry_key("k", ["'raises'", "'a'", "'b'"], CPU)
+    assert key is not None and tune._cache().get(tune.KIND, key) is None
+
+
+def test_values_to_check_by() -> None:
+    x = torch.full((2, 3, 4, 5), float("nan"), dtype=torch.float16).to(memory_format=torch.channels_last)
+    before = torch.get_rng_state()
+    y, none, z = tune.fresh(x, None, torch.zeros(7))
+    assert y.dtype == x.dtype and y.stride() == x.stride() and none is None and z.std() > 0.1
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(tune.fresh(x)[0], y)
+    assert tune.agree(y, y.float() * 1.01) and not tune.agree(y, y * 1.05) and not tune.agree(x, y)
+
+
 def test_preparation_failures_exclude(measurable: None) -> None:
     def prepare(c: str) -> None:
         if c == "b":

@@ -141,7 +141,7 @@ def _max_pool_gradient(ctx: Context, node: Node, grad: Value, places: Value, siz
             for column_held, column, j in along(1, idx[-1]):
                 inside, where = op("and", (row_held, column_held), "b1"), (*idx[:-2], row, column)
                 place = ctx.guarded(inside, partial(places.at, where), Const(-1, "i8"))
-                here = op("and", (inside, op("eq", (cast(place, "i64"), cast(i * kernel[1] + j, "i64")), "b1")), "b1")
+                here = op("and", (inside, op("eq", (cast(place, "i32"), cast(i * kernel[1] + j, "i32")), "b1")), "b1")
                 total = add(total, ctx.guarded(here, partial(grad.at, where), Const(0, work)))
         return total
 
