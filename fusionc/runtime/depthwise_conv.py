@@ -8,6 +8,7 @@ Candidates are plain tuples, so that a choice can be remembered on disk:
     ("toeplitz", group, held, TW, KD, BM, warps, stages)   the same, any number of lines
     ("turned", wide, "streamed" or "toeplitz", ...)        either for channels-last, between two transpositions, which make
                                                            lines ``wide`` pixels wide where that is not 0
+    ("widened", wide, "streamed" or "toeplitz", ...)       either for contiguous lines of odd widths, of a copy with wider ones
 """
 
 from __future__ import annotations
@@ -52,11 +53,13 @@ class Shape:
     bias: bool
     activation: str
     times: int = 1  # results of one channel of the input
+    columns: int = 0  # of the result, where they are not what the sizes say: lines of the image were lengthened
 
     @property
     def out(self) -> tuple[int, int]:
         """Height and width of the result."""
-        return template.out_sizes(self.size, self.kernel, self.stride, self.padding, self.dilation)
+        height, width = template.out_sizes(self.size, self.kernel, self.stride, self.padding, self.dilation)
+        return height, self.columns or width
 
 
 # -- candidates -------------------------------------------------------------------------------------------------------
@@ -79,8 +82,12 @@ def candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
 
 
 def _contiguous(shape: Shape, images: int) -> list[Candidate]:
+    wide = 0 if shape.last or images * shape.channels * shape.size[0] >= 1 << 31 else _wider(shape, shape.size[1] % 2)
+    if wide:
+        shape = replace(shape, size=(shape.size[0], wide), columns=shape.out[1])
     streamed = _streamed(shape, images)
-    return streamed if streamed and shape.kernel[0] <= 15 else streamed + _toeplitz(shape, images)
+    found = streamed if streamed and shape.kernel[0] <= 15 else streamed + _toeplitz(shape, images)
+    return [("widened", wide, *how) for how in found] if wide else found
 
 
 def _wide(shape: Shape, how: Candidate) -> int:
@@ -88,10 +95,16 @@ def _wide(shape: Shape, how: Candidate) -> int:
 
     Free where a form's tiles hold that many anyway. H200, 31×31, 32×256×56×56 0.335 ms with lines of 64 pixels, 0.376 not.
     """
+    whole = how[0] == "toeplitz" and how[3] == how[4] and shape.size[1] == shape.out[1]
+    return whole and _wider(shape, how[3]) or _wider(shape, shape.size[1] % 8)
+
+
+def _wider(shape: Shape, wanted: int) -> int:
+    """Lines of at least ``wanted`` pixels, a multiple of eight; 0 where they are so, or would be twice as long or too many."""
     width = shape.size[1]
-    wide = -(-width // 8) * 8 if how[0] == "streamed" else how[3] if how[3] == how[4] else 0
-    fits = shape.channels * shape.size[0] * wide <= _LARGEST
-    return wide if width == shape.out[1] < wide < 2 * width and fits else 0
+    wide = -(-max(width, wanted) // 8) * 8 if wanted else 0
+    fits = shape.channels * max(shape.size[0], shape.out[0]) * wide <= _LARGEST
+    return wide if width < wide < 2 * width and fits else 0
 
 
 def _streamed(shape: Shape, images: int) -> list[Candidate]:
@@ -102,7 +115,8 @@ def _streamed(shape: Shape, images: int) -> list[Candidate]:
     """
     found: list[Candidate] = []
     for p, k, ahead in _windows(shape):
-        for tall, warps in ((32, 2), (64, 2), (16, 1)) if images * -(-shape.out[1] // p) > 16 else ((16, 1),):
+        few = images * -(-shape.out[1] // p) <= 16
+        for tall, warps in ((16, 1),) if few else ((32, 2), (64, 2)) if (p, k) == (8, 32) else ((32, 2), (64, 2), (16, 1)):
             if shape.kernel[0] * tall * p // (32 * warps) <= _SUMS:
                 found.append(("streamed", p, k, ahead, tall, warps, 3, 2))
     return found
@@ -114,7 +128,7 @@ def _windows(shape: Shape) -> list[tuple[int, int, int]]:
         return []
     found = [(16, 16, 0)] if max(shape.size[1], shape.out[1]) <= 16 else []
     reach, pad = (shape.kernel[1] - 1) * shape.dilation[1], shape.padding[1]
-    for p, k in ((8, 16), (8, 32), (16, 32)):
+    for p, k in ((16, 32),) if torch.version.hip else ((8, 16), (8, 32), (16, 32)):  # AMD's matrices have no eight columns
         fitting = [ahead for ahead in (-(-pad // 8) * 8, -(-pad // 4) * 4) if ahead - pad + p + reach <= k]
         found += [(p, k, ahead) for ahead in fitting[:1]]
         if fitting and k == 16:
@@ -145,7 +159,7 @@ def _toeplitz(shape: Shape, images: int) -> list[Candidate]:
     found: list[Candidate] = []
     kernel, many = shape.kernel[0], images * shape.out[0] >= 512
     for tw, kd in _tiles(shape):
-        tall = 128 if many and kd <= 64 else 64
+        tall = 128 if many and kd <= 64 and shape.out[1] % 2 == 0 else 64  # each pixel of an odd line has its own address
         if kernel < 3:
             found.append(("toeplitz", 1, False, tw, kd, tall, 4, 3))
             continue
@@ -216,17 +230,32 @@ def _plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: to
         return partial(library, shape=shape), ()
     sizes = (images, shape.channels, *shape.out)
     layout = torch.channels_last if shape.last else torch.contiguous_format
+    (h, w), (oh, ow), c = shape.size, shape.out, shape.channels
+    if how[0] == "widened":
+        longer = _widen(shape.dtype, images * c * h, w, how[1], device)
+        inside = replace(shape, size=(h, how[1]), columns=ow)
+        fill, starts = _FORMS[how[2]](how[2:], inside, images, taps, bias, device)
+
+        def widened(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+            lines = torch.empty((images, c, h, how[1]), dtype=x.dtype, device=x.device)
+            longer(x, lines)
+            y = torch.empty(sizes, dtype=x.dtype, device=x.device)
+            fill(lines, taps, bias, y)
+            return y
+
+        return widened, (longer, *starts)
     if how[0] == "turned":
-        (h, w), (oh, ow), c, wide = shape.size, shape.out, shape.channels, how[1]
+        wide = how[1]
+        cut = wide if w == ow else 0  # then results are as wide as the image's lines
         there = _turn(shape.dtype, images, h * (wide or w), c, device, padded=w if wide else 0, wide=wide)
-        back = _turn(shape.dtype, images, c, oh * (wide or ow), device, cut=ow if wide else 0, wide=wide)
-        inner = replace(shape, size=(h, wide or w), last=False)
+        back = _turn(shape.dtype, images, c, oh * (cut or ow), device, cut=ow if cut else 0, wide=cut)
+        inner = replace(shape, size=(h, wide or w), last=False, columns=cut or ow)
         fill, starts = _FORMS[how[2]](how[2:], inner, images, taps, bias, device)
 
         def turned(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
             flat = torch.empty((images, c, h, wide or w), dtype=x.dtype, device=x.device)
             there(x, flat)
-            result = torch.empty((images, c, oh, wide or ow), dtype=x.dtype, device=x.device)
+            result = torch.empty((images, c, oh, cut or ow), dtype=x.dtype, device=x.device)
             fill(flat, taps, bias, result)
             del flat  # the result takes its place: two images stand beside the given one, not three
             y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -273,7 +302,7 @@ def _toeplitz_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype,
     across = -(-oh // (group * dh)) * dh  # rows of an image
     rows, tiles = images * across, -(-ow // tw)
     conv = Start(
-        _toeplitz_text(kh, group, held and device is not None), "conv", (dtype, dtype, bias or dtype, dtype),
+        _toeplitz_text(kh, group, held and device is not None and not torch.version.hip), "conv", (dtype, dtype, bias or dtype, dtype),
         -(-rows // bm) * tiles * c, device, numbers=(rows,), warps=warps, stages=stages, registers=128 if warps == 8 else None,
         early=True, C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines,
         TILES=tiles, TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape),
@@ -325,6 +354,14 @@ def _turn(dtype: torch.dtype, images: int, a: int, b: int, device: torch.device 
           wide: int = 0) -> Start:  # fmt: skip
     return Start(template.TURN, "turn", (dtype, dtype), images * -(-a // 64) * -(-b // 64), device, warps=4, early=True,
                  A=a, B=b, FROM=padded, TO=cut, WIDE=wide, TA=64, TB=64)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _widen(dtype: torch.dtype, lines: int, width: int, wide: int, device: torch.device | None) -> Start:
+    across = _power(wide)
+    block = max(1, 2048 // across)
+    return Start(template.WIDEN, "widen", (dtype, dtype), -(-lines // block), device, numbers=(lines,), warps=4, early=True,
+                 W=width, WIDE=wide, BL=block, BW=across)  # fmt: skip
 
 
 def turn(x: Tensor, y: Tensor, *, interpret: bool = False) -> None:
@@ -422,6 +459,18 @@ def _weight_plan(how: Candidate, shape: Shape, images: int,
                  device: torch.device | None) -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[Start, ...]]:  # fmt: skip
     if how[0] == "library":
         return partial(_library_weight, shape), ()
+    if how[0] == "widened":
+        (h, w), (oh, _), c, wide = shape.size, shape.out, shape.channels, how[1]
+        inside, starts = _weight_plan(how[2:], replace(shape, size=(h, wide), columns=wide), images, device)
+        longer = [_widen(shape.dtype, images * c * rows, w, wide, device) for rows in (oh, h)]
+
+        def widened(*given: Tensor) -> Tensor:
+            lines = [torch.empty((*t.shape[:3], wide), dtype=t.dtype, device=t.device) for t in given]
+            for start, source, place in zip(longer, given, lines):
+                start(source, place)
+            return inside(*lines)
+
+        return widened, (*longer, *starts)
     (h, w), (oh, ow), (kh, kw), c, dtype = shape.size, shape.out, shape.kernel, shape.channels, shape.dtype
     kinds, parts = (dtype, dtype, torch.float32), how[-1]
     if how[0] == "direct":
@@ -492,11 +541,17 @@ def weight_candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
     found: list[Candidate] = []
     if shape.last:
         found += _direct_weight(shape, images)
+    odd = shape.size[1] % 2
+    many = images * shape.channels * max(shape.size[0], shape.out[0]) >= 1 << 31
+    wide = _wider(shape, odd) if not shape.last and not many and shape.size[1] == shape.out[1] else 0
+    if wide:
+        shape, odd = replace(shape, size=(shape.size[0], wide)), 0
+    form = ("widened", wide, "toeplitz") if wide else ("turned",) if shape.last else ("toeplitz",)
     for tw, kd in _tiles(shape)[:1]:
         steps = -(-images * shape.out[0] // 64) * -(-shape.out[1] // tw)
         parts = max(1, min(steps // 4, 8, 512 // (shape.channels * shape.kernel[0])))
-        for bm, warps in ((64, 4), (128, 4), (128, 8)):
-            found.append(("turned" if shape.last else "toeplitz", tw, kd, bm, warps, 3, parts))
+        for bm, warps in ((64, 4), (128, 8)) if odd else ((64, 4), (128, 4), (128, 8)):  # pixels that are loaded one by one
+            found.append((*form, tw, kd, bm, warps, 3, parts))  # take up registers
     return (*found, ("library",))
 
 

@@ -76,6 +76,8 @@ LIBRARY = frozenset(
     "_scaled_dot_product_fused_attention_overrideable _grouped_mm _fft_c2c _fft_r2c _fft_c2r topk sort "
     # writes into the memory of an input: ATen's kernel is one launch as well
     "copy_ index_copy_ index_put_ index_fill_ scatter_ _foreach_add_ "
+    # no kernel at all
+    "empty empty_like empty_strided new_empty new_empty_strided "
     "skinny_linear short_attention decode_attention decode_attention_update".split()
 )
 

@@ -95,14 +95,18 @@ STREAMED = [
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(("given", "window"), STREAMED, ids=str)
-@pytest.mark.parametrize(("wide", "unroll", "parts"), [(None, 2, 1), (None, 1, 3), (0, 2, 2), (24, 2, 1)], ids=str)
-def test_streamed(given: dict, window: tuple[int, int, int], wide: int | None, unroll: int, parts: int,
+@pytest.mark.parametrize(("around", "unroll", "parts"), [((), 2, 1), ((), 1, 3), (("turned", 0), 2, 2), (("turned", 8), 2, 1),
+                                                         (("widened", 8), 2, 2)], ids=str)  # fmt: skip
+def test_streamed(given: dict, window: tuple[int, int, int], around: tuple, unroll: int, parts: int,
                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    shape, *rest = make(**given, last=wide is not None)
-    wide = wide if wide is None or shape.size[1] == shape.out[1] < wide else 0
+    shape, *rest = make(**given, last="turned" in around)
+    if around and around[1]:
+        around = (around[0], -(-shape.size[1] // 8) * 8)
+        if around[0] == "turned" and around[1] == shape.size[1] or window == (16, 16, 0) and around[1] > 16:
+            return
     monkeypatch.setattr(runtime, "_PROGRAMS", parts if parts == 1 else 10**6)  # as many parts as the lines allow
     runtime._plan.cache_clear()
-    check((*(() if wide is None else ("turned", wide)), "streamed", *window, 16, 1, 3, unroll), shape, *rest)
+    check((*around, "streamed", *window, 16, 1, 3, unroll), shape, *rest)
     runtime._plan.cache_clear()
 
 
@@ -184,6 +188,24 @@ def test_transpositions_align_lines() -> None:
     assert set(widths(56, 31)) == {64} and set(widths(64, 31)) == {0}
 
 
+def test_lines_of_odd_widths_are_lengthened() -> None:
+    """Of such lines each pixel is loaded by itself, which takes time and registers."""
+    for width, kernel in ((57, 7), (57, 31), (7, 7), (13, 21)):
+        shape = make(n=1, c=3, size=(4, width), kernel=(kernel, kernel))[0]
+        wide = -(-width // 8) * 8
+        assert all(how[:2] == ("widened", wide) for how in runtime.candidates(shape, 32)[:-1])
+        assert all(how[:2] == ("widened", wide) for how in runtime.weight_candidates(shape, 32)[:-1])
+
+
+def test_lengthened_lines_keep_32_bit_offsets() -> None:
+    def shape(size: tuple[int, int], c: int = 1024) -> Shape:
+        return Shape(c, size, (51, 1), (1, 1), (25, 0), (1, 1), torch.bfloat16, True, False, "")
+
+    assert all(how[1] == 0 for how in runtime.candidates(shape((200000, 1)), 1) if how[0] == "turned"), "eight times as long"
+    assert all(how[1] == 0 for how in runtime.candidates(shape((149000, 7)), 1) if how[0] == "turned"), "2^30 elements"
+    assert any(how[1] for how in runtime.candidates(shape((1000, 7)), 1) if how[0] == "turned")
+
+
 def test_candidates_compile_quickly() -> None:
     """A model waits for the slowest candidate."""
     for width in (14, 28, 56, 112, 200):
@@ -227,6 +249,44 @@ def test_compiles_for_a_gpu_without_spills(kernel: int, how: tuple, monkeypatch:
         assert ptx.count("mma.sync") == kernel * how[7] * how[1] // 8 * how[2] // 16 * how[4] // (16 * how[5])
     if how[0] in ("toeplitz", "streamed"):
         assert "cp.async" in ptx
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize(("kernel", "side", "last"), [(31, 57, False), (13, 57, False), (7, 7, False), (13, 27, True)], ids=str)
+def test_odd_widths_compile_without_spills(kernel: int, side: int, last: bool) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    pad = kernel // 2
+    shape = Shape(64, (side, side), (kernel, kernel), (1, 1), (pad, pad), (1, 1), torch.bfloat16, last, True, "gelu")
+    how = runtime.candidates(shape, 32)[0]
+    starts = [*runtime._plan(how, shape, 32, torch.float32, torch.bfloat16, torch.device("cuda"))[1]]
+    if kernel == 31:
+        starts += runtime._weight_plan(runtime.weight_candidates(shape, 32)[0], shape, 32, torch.device("cuda"))[1]
+    for start in starts:
+        assert start.kernel is not None
+        built = start.kernel.build(GPUTarget("cuda", 90, 32), usage=True)
+        assert built.spills <= 0 and built.registers <= 255, start.name
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize("kernel", [7, 13, 31])
+def test_compiles_for_amd_without_spills(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    from fusionc.runtime.templates import Template
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    pad, names = kernel // 2, {"pack": ("*fp32", "*bf16"), "conv": ("*bf16", "*bf16", "*bf16", "*bf16", "i32")}
+    shape = Shape(64, (28, 28), (kernel, kernel), (1, 1), (pad, pad), (1, 1), torch.bfloat16, False, True, "gelu")
+    runtime._plan.cache_clear()
+    runtime.candidates.cache_clear()
+    for how in runtime.candidates(shape, 33)[:2]:
+        for start in runtime._plan(how, shape, 33, torch.float32, torch.bfloat16, torch.device("cuda"))[1]:
+            built = Template(start.text, start.name, names[start.name], tuple(start.constants.items()), torch.device("cuda"),
+                             start.options["num_warps"], start.options["num_stages"])  # fmt: skip
+            assert built.build(GPUTarget("hip", "gfx942", 64), usage=True).spills <= 0, how
+    runtime._plan.cache_clear()
+    runtime.candidates.cache_clear()
 
 
 @pytest.mark.cross

@@ -31,7 +31,7 @@ GRID = [
 
 def shrunk(how: Candidate) -> Candidate:
     """The same form with few lines per program: the interpreter's time is that of the programs' sizes."""
-    if how[0] == "turned":
+    if how[0] in ("turned", "widened"):
         return (*how[:2], *shrunk(how[2:]))
     return (*how[:5], 16, *how[6:]) if how[0] == "toeplitz" else (*how[:4], 16, *how[5:]) if how[0] == "streamed" else how
 
@@ -41,7 +41,7 @@ def forms(candidates: tuple[Candidate, ...]) -> list[Candidate]:
     found: dict[tuple, Candidate] = {}
     for how in candidates:
         if how[0] != "library":
-            inner = how[2:] if how[0] == "turned" else how
+            inner = how[2:] if how[0] in ("turned", "widened") else how
             found.setdefault(inner[:1] if inner[0] == "direct" else inner[:3], shrunk(how))
     return list(found.values())
 
@@ -83,7 +83,8 @@ def test_forward_and_gradients(case: tuple) -> None:
     plain = Shape(channels, size, kernel, stride, padding, dilation, dtype, last, False, "")
     ways = {how[0]: how for how in runtime.weight_candidates(plain, images)[:-1]}
     for how in ways.values():
-        how = (*how[:5], min(how[5], 3)) if how[0] == "direct" else (*how[:3], 16, *how[4:])
+        at = 5 if how[0] == "widened" else 3
+        how = (*how[:5], min(how[5], 3)) if how[0] == "direct" else (*how[:at], 16, *how[at + 1 :])
         found = runtime.launch_weight(how, plain, grad, x, interpret=True)
         assert torch.equal(found, runtime.launch_weight(how, plain, grad, x, interpret=True))  # no order left to chance
         assert close(found, weight.grad.squeeze(1).permute(1, 2, 0), 1e-5), how

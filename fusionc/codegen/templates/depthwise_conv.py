@@ -8,8 +8,9 @@ with rows = all (image, line) pairs: K small matrix products per tile, most of w
 small against K. What bounds it is not the products but how often x and T come from the L2 cache, hence groups of lines
 (see ``toeplitz``). T_i is constant along its diagonals, so its rows are windows of one reversed, zero-padded row R of taps;
 ``pack`` stores R in eight copies, shifted by 0 … 7 elements, so that every run of eight elements of every T_i is one
-aligned 16-byte load. Columns of the window outside of the kernel are multiplied by zero, hence an infinity or NaN in x
-reaches the whole tile's row of the result, not only the pixels that the kernel touches.
+aligned 16-byte load. What lies in a window or a group of lines but outside of the kernel is multiplied by zero, hence an
+infinity or NaN in x makes NaN of results next to those that the kernel touches: of a window's P pixels (streamed), of whole
+tiles' lines, and with groups of two to four lines of up to three lines above and below.
 
 Streamed (the same inputs, kernels of few lines). T_i has only as many diagonals as the kernel has columns, so wide tiles are
 mostly zeros: with windows of P = 8 pixels a kernel of 9 columns needs K = 16, one of 25 K = 32. A program owns BM windows
@@ -82,6 +83,20 @@ def turn(x, y, A: tl.constexpr, B: tl.constexpr, FROM: tl.constexpr, TO: tl.cons
     found = tl.load(x + n * (rows * B) + read[:, None] * B + b[None, :], mask=given[:, None] & (b < B)[None, :], other=0.0)
     place = y + n * (A * columns) + written[:, None] * A + a[None, :]
     tl.store(place, tl.trans(found), mask=kept[:, None] & (a < A)[None, :])
+'''
+
+WIDEN = '''
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def widen(x, y, lines, W: tl.constexpr, WIDE: tl.constexpr, BL: tl.constexpr, BW: tl.constexpr):
+    """Lines of W pixels become WIDE wide, with zeros behind them: asynchronous copies and wide loads want aligned lines."""
+    line = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)[:, None]
+    j = tl.arange(0, BW)[None, :]
+    found = tl.load(x + line * W + j, mask=(line < lines) & (j < W), other=0.0)
+    tl.store(y + line * WIDE + j, found, mask=(line < lines) & (j < WIDE))
 '''
 
 PACK = '''
