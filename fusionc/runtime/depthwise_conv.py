@@ -26,7 +26,7 @@ from torch import Tensor
 from ..codegen.templates import depthwise_conv as template
 from ..ops.activation import activate_
 from .templates import Start
-from .tune import Wanted, agree, choose, fresh
+from .tune import Wanted, agree, choose, stand_ins
 
 Candidate = tuple[Any, ...]
 _HALF = (torch.bfloat16, torch.float16)
@@ -301,8 +301,9 @@ def _toeplitz_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype,
     pack, packed_size, length = _pack(shape, taps, kd, tw, left, lines, lead, device)
     across = -(-oh // (group * dh)) * dh  # rows of an image
     rows, tiles = images * across, -(-ow // tw)
+    held = held and device is not None and not torch.version.hip  # an instruction of PTX's
     conv = Start(
-        _toeplitz_text(kh, group, held and device is not None and not torch.version.hip), "conv", (dtype, dtype, bias or dtype, dtype),
+        _toeplitz_text(kh, group, held), "conv", (dtype, dtype, bias or dtype, dtype),
         -(-rows // bm) * tiles * c, device, numbers=(rows,), warps=warps, stages=stages, registers=128 if warps == 8 else None,
         early=True, C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines,
         TILES=tiles, TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape),
@@ -400,8 +401,8 @@ def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequenc
         return library(x, taps, bias, shape)
 
     def right(how: Candidate) -> bool:
-        given = fresh(x, taps, bias)
-        return agree(launch(how, shape, *given), library(*given, shape))
+        image, filters, offset = stand_ins(x, taps, bias)
+        return agree(launch(how, shape, image, filters, offset), library(image, filters, offset, shape))
 
     how = choose(at.key, at.candidates, lambda each: launch(each, shape, x, taps, bias), device=x.device, check=right,
                  prepare=at.prepare)  # fmt: skip
@@ -566,7 +567,7 @@ def depthwise_conv_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], paddin
         return _library_weight(shape, grad, x)
 
     def right(how: Candidate) -> bool:
-        given = fresh(grad, x)
+        given = stand_ins(grad, x)
         return agree(launch_weight(how, shape, *given), _library_weight(shape, *given))
 
     how = choose(at.key, at.candidates, lambda each: launch_weight(each, shape, grad, x), device=x.device, check=right,

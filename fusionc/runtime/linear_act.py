@@ -11,7 +11,7 @@ from torch import Tensor
 from ..codegen.templates import linear_act as template
 from ..ops.activation import activate_
 from .templates import Start
-from .tune import Wanted, agree, choose, fresh
+from .tune import Wanted, agree, choose, stand_ins
 
 Candidate = tuple[Any, ...]
 
@@ -90,8 +90,8 @@ def linear_act(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | N
         return library(x, weight, scale, bias, activation)
 
     def right(how: Candidate) -> bool:
-        given = fresh(x, weight, scale, bias)
-        return agree(launch(how, *given, activation), library(*given, activation))
+        a, w, s, b = stand_ins(x, weight, scale, bias)
+        return agree(launch(how, a, w, s, b, activation), library(a, w, s, b, activation))
 
     at = _call(rows, inner, x.stride(0), out, x.dtype, None if scale is None else scale.dtype,
                None if bias is None else bias.dtype, activation, x.device)  # fmt: skip

@@ -108,7 +108,7 @@ class Outcome:
     proven: bool = False  # the winner ran, and its results were right if they were looked at
 
 
-def fresh(*tensors: torch.Tensor | None) -> list[Any]:
+def stand_ins(*tensors: torch.Tensor | None) -> list[Any]:
     """Normal values laid out as each tensor, for the ``check`` of `choose`: the caller's own may hold NaN or infinities,
     which no two kernels spread alike, or be all zeros. From a generator of their own: the caller's random numbers stay."""
     found: list[Any] = []
@@ -260,7 +260,7 @@ def choose(
                 must not change its inputs (an update that gives the same state each time is fine)
     seconds     about how long measuring may take in all; after it no further candidate is started. `prepare` is not in it:
                 on a busy machine compiling would use it up, and the untimed default win for good
-    check       is the result of this candidate right (see `fresh` and `agree`)?  Asked for the winner, then for the next
+    check       is the result of this candidate right (see `stand_ins` and `agree`)?  Asked for the winner, then for the next
     prepare     compiles a candidate without launching it; called for all of them side by side, in threads
 
     Returns ``candidates[0]`` without measuring where there is nothing to choose or measuring is impossible: one

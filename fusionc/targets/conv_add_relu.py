@@ -12,7 +12,7 @@ from ..codegen.templates import pointwise_conv as texts
 from ..codegen.templates.pointwise_conv import Tile
 from ..ops.conv_add_relu import reference
 from ..runtime.templates import POINTER, Template, template
-from ..runtime.tune import agree, choose, fresh
+from ..runtime.tune import agree, choose, stand_ins
 
 How = Tile | str  # a tile of our kernel, "cudnn" or "library"
 
@@ -46,8 +46,9 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, stride: tuple[int, 
         return call(how, x, weight, bias, z)
 
     def right(how: How) -> bool:
-        given = fresh(x, weight, bias, z)
-        return agree(call(how, *given), reference(*given, stride, padding, dilation))
+        image, filters, offset, more = stand_ins(x, weight, bias, z)
+        want = reference(image, filters, offset, more, stride, padding, dilation)
+        return agree(call(how, image, filters, offset, more), want)
 
     key = f"conv_add_relu {x.dtype} {tuple(x.shape)} {tuple(weight.shape)} {stride} {padding} {dilation} {tiled}"
     how = choose(key, options, run, device=x.device, check=right, prepare=lambda each: _prepare(each, x, weight))

@@ -42,7 +42,7 @@ def run_race(planted: Planted, deadline: float = 1.0) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def fresh(tmp_path: Path) -> Iterator[None]:
+def stand_ins(tmp_path: Path) -> Iterator[None]:
     tune.forget()
     tune.configure("default", str(tmp_path / "cache"))
     yield
@@ -140,9 +140,9 @@ def test_what_nothing_proves_is_not_kept(measurable: None) -> None:
 def test_values_to_check_by() -> None:
     x = torch.full((2, 3, 4, 5), float("nan"), dtype=torch.float16).to(memory_format=torch.channels_last)
     before = torch.get_rng_state()
-    y, none, z = tune.fresh(x, None, torch.zeros(7))
+    y, none, z = tune.stand_ins(x, None, torch.zeros(7))
     assert y.dtype == x.dtype and y.stride() == x.stride() and none is None and z.std() > 0.1
-    assert torch.equal(torch.get_rng_state(), before) and torch.equal(tune.fresh(x)[0], y)
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(tune.stand_ins(x)[0], y)
     assert tune.agree(y, y.float() * 1.01) and not tune.agree(y, y * 1.05) and not tune.agree(x, y)
 
 
