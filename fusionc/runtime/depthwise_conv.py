@@ -322,7 +322,8 @@ def _streamed_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype,
     parts = max(1, min(-(-_PROGRAMS // programs), oh // (dh * kh)))
     conv = Start(
         _streamed_text(kh, unroll), "conv", (dtype, dtype, bias or dtype, dtype), programs * parts, device,
-        numbers=(images * tiles,), warps=warps, stages=stages, early=True, C=c, H=h, W=w, OH=oh, OW=ow, DH=dh,
+        numbers=(images * tiles,), warps=warps, stages=stages, early=True, registers=255 if warps == 1 else None,  # ptxas: 128
+        C=c, H=h, W=w, OH=oh, OW=ow, DH=dh,
         PH=shape.padding[0], PA=ahead, L=length, LINES=kh, TILES=tiles, P=p, K=k, BM=bm, PARTS=parts, STAGES=stages,
         BIAS=bias is not None, ACTIVATION=_activation(shape),
     )  # fmt: skip
