@@ -91,7 +91,7 @@ def _kernel(dtype: torch.dtype, heads: int, groups: int, width: int, length: int
             mask: torch.dtype | None, batch: int, strides: tuple[int, ...], chained: bool,
             device: torch.device) -> tuple[Template, int]:  # fmt: skip
     """The kernel and its number of ranges."""
-    count, rows, step = ranges(batch * groups, length, properties(device).processors)
+    count, rows, step = ranges(batch * groups, length, width, properties(device).processors)
     p = POINTER[dtype]
     kinds = (p, p, p, p, p, p, p, "*i64", p if mask is None else POINTER[mask], p, "*fp32", "*i32")
     names = "QB QH KNB KNH VNB VNH CB KB KH KS VB VH VS MB MH MS".split()

@@ -30,6 +30,37 @@ def test_kernels(part: str) -> None:
     run(part)
 
 
+def test_ranges() -> None:
+    from fusionc.codegen.templates.decode_attention import ranges
+
+    assert ranges(8, 1024, 64, 132) == (8, 128, 128), "Llama 1B"
+    assert ranges(8, 1024, 128, 132) == (16, 64, 64), "keys and values of 128 rows would not fit into registers"
+    assert ranges(8, 100000, 64, 132) == (32, 3136, 64), "a loop"
+    assert ranges(4096, 1000, 64, 132) == (1, 1024, 64) and ranges(1, 1, 16, 8) == (1, 128, 128)
+    for heads in (1, 8, 60, 2000):
+        for length in (1, 63, 64, 65, 128, 4097, 70000):
+            for width in (16, 64, 128, 256):
+                count, rows, step = ranges(heads, length, width, 132)
+                assert count * rows >= length > (count - 1) * rows and rows % step == 0 and count <= 32
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize(("width", "length"), [(64, 1024), (64, 50000), (128, 1024)])
+def test_compiles_for_hopper_without_spills(width: int, length: int) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    from fusionc.targets import decode
+
+    row, device = 8 * width, torch.device("cuda", 0)
+    strides = (3 * row, width) * 3 + (width, *(8 * length * width, length * width, width) * 2, 0, 0, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "properties", lambda _: type("H200", (), {"processors": 132}))
+        kernel, _ = decode._kernel.__wrapped__(torch.bfloat16, 32, 8, width, length, 0.1, True, True, torch.bool, 1, strides,
+                                               True, device)  # fmt: skip
+    built = kernel.build(GPUTarget("cuda", 90, 32), usage=True)
+    assert built.spills <= 0 and built.registers <= 255
+
+
 def test_fake_shapes() -> None:
     fusionc.ops.load("skinny_linear")
     fusionc.ops.load("decode_attention")
@@ -108,7 +139,10 @@ def _attention() -> None:
         (1, 4, 2, 16, 96, True, True, 3, 2, 64, 20),  # nothing is visible, with numbers: the softmax of them counts
         (1, 4, 2, 16, 70, True, True, 2, 2, 64, 70),  # a position outside of the cache is not written
     )
-    for number, (b, h, g, d, s, up, rope, kind, splits, rows, p) in enumerate(cases + cases[:2]):
+    # in one step a range, then in several
+    for number, (step, (b, h, g, d, s, up, rope, kind, splits, rows, p)) in enumerate(
+        [(case[9], case) for case in cases] + [(32, case) for case in cases] + [(64, cases[0]), (32, cases[1])]
+    ):
         qkv = torch.randn(b, 1, (h + 2 * g) * d).to(dtype)
         q, k, v = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in qkv.split([h * d, g * d, g * d], -1))
         key, value = torch.randn(b, g, s, d).to(dtype), torch.randn(b, g, s, d).to(dtype)
@@ -128,7 +162,7 @@ def _attention() -> None:
             module.decode[(b * g * splits, 1, 1)](
                 q, k, v, cos, sin, key, value, index, out if mask is None else mask, out, part, counters, H=h, HKV=g, D=d, S=s,
                 SCALE=scale, UPDATE=up, ROPE=rope, MASK=min(kind, 2), **dict(zip(names, strides)), WIDE=False,
-                PDL=number >= len(cases), SPLITS=splits, PADDED=4, ROWS=rows, BS=64)
+                PDL=number >= 2 * len(cases), SPLITS=splits, PADDED=4, ROWS=rows, BS=step)
         turn = (cos, sin) if rope else (None, None)
         if up and p < s:
             want = update(q, k, v, *turn, key2, value2, index, mask, scale)
