@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sizes", type=int, nargs="+", help="filters; default: 7 13 31 for the block, nine for the grid")
     parser.add_argument("--kinds", nargs="+", default=["block", "conv-train", "block-train"], help="rows of the block")
     parser.add_argument("--peers", nargs="+", default=[OURS, *PEERS], help="compilers of the block")
-    parser.add_argument("--limit", type=float, default=120, help="seconds for each process of a case and compiler")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for each process of a case and compiler")
     parser.add_argument("--budget", type=float, default=1800, help="seconds in all")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile side by side")
     parser.add_argument("--repeat-ms", type=int, default=50, help="how long each is timed")

@@ -74,7 +74,8 @@ class Depthwise(Pass):
             last = is_last(like)
         if not last and like.shape[1] != x.shape[1]:
             return Refuse("no kernel of ours for contiguous images with several results a channel", root)
-        if not last and (max(conv.args[3]) != 1 or like.dtype not in self.dtypes[:2]):
+        large = len(filters) == 4 and filters[2] * filters[3] >= 121 and filters[3] <= 32  # worth a transposition each way
+        if not last and not large and (max(conv.args[3]) != 1 or like.dtype not in self.dtypes[:2]):
             return Refuse("no kernel of ours for contiguous images of this dtype and stride", root)
         if not like.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format):
             return Refuse("the result has another layout than the input", root)

@@ -8,6 +8,7 @@ Candidates are plain tuples, so that a choice can be remembered on disk:
     ("toeplitz", group, held, TW, KD, BM, warps, stages)   the same, any number of lines
     ("turned", wide, "streamed" or "toeplitz", ...)        either for channels-last, between two transpositions, which make
                                                            lines ``wide`` pixels wide where that is not 0
+    ("laid", "direct", ...)                                for contiguous, large filters of float32 or with strides
     ("widened", wide, "streamed" or "toeplitz", ...)       either for contiguous lines of odd widths, of a copy with wider ones
 """
 
@@ -32,6 +33,7 @@ Candidate = tuple[Any, ...]
 _HALF = (torch.bfloat16, torch.float16)
 _SUMS = 112  # of a thread, in registers: lines of a kernel times its share of a program's pixels
 _PROGRAMS = 8 * 132  # that fill an H200
+LARGE = 121  # taps, from which on two transpositions are little beside what the library takes
 _TAPS = 49  # sums of their gradients that fit into a thread's registers
 _LOADS = 150  # of pixels for a strip that may stand in a text (7×7: 140)
 _LARGEST = 1 << 30  # elements of an image: offsets inside of one are 32 bits wide
@@ -73,6 +75,8 @@ def candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
         found += _direct(shape, images)
     elif not shape.last:
         found += _contiguous(shape, images)
+        if not found and shape.kernel[0] * shape.kernel[1] >= LARGE:
+            found += [("laid", *how) for how in _direct(replace(shape, last=True), images)]
     else:
         taps, ours = shape.kernel[0] * shape.kernel[1], _direct(shape, images)
         turned = [("turned", _wide(shape, how), *how) for how in _contiguous(shape, images)] if taps > 49 else []
@@ -82,6 +86,7 @@ def candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
 
 
 def _contiguous(shape: Shape, images: int) -> list[Candidate]:
+    """Forms for contiguous images of half precision without strides."""
     wide = 0 if shape.last or images * shape.channels * shape.size[0] >= 1 << 31 else _wider(shape, shape.size[1] % 2)
     if wide:
         shape = replace(shape, size=(shape.size[0], wide), columns=shape.out[1])
@@ -244,6 +249,21 @@ def _plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: to
             return y
 
         return widened, (longer, *starts)
+    if how[0] == "laid":
+        there, back = _turn(shape.dtype, images, c, h * w, device), _turn(shape.dtype, images, oh * ow, c, device)
+        fill, starts = _FORMS[how[1]](how[1:], replace(shape, last=True), images, taps, bias, device)
+
+        def laid(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+            pixels = torch.empty((images, h, w, c), dtype=x.dtype, device=x.device)
+            there(x, pixels)
+            result = torch.empty((images, oh, ow, c), dtype=x.dtype, device=x.device)
+            fill(pixels, taps, bias, result)
+            del pixels
+            y = torch.empty(sizes, dtype=x.dtype, device=x.device)
+            back(result, y)
+            return y
+
+        return laid, (there, *starts, back)
     if how[0] == "turned":
         wide = how[1]
         cut = wide if w == ow else 0  # then results are as wide as the image's lines

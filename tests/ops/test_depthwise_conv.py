@@ -128,6 +128,19 @@ def test_direct(given: dict, strip: int, block: int) -> None:
     check(("direct", strip, block, 8, 4), *make(**given, last=True))
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("given", [
+    {"kernel": (11, 11), "size": (9, 13), "dtype": torch.float32, "activation": "gelu"},
+    {"kernel": (5, 25), "size": (7, 9), "c": 40, "dtype": torch.float32, "bias": False},
+    {"kernel": (13, 13), "size": (9, 10), "stride": (2, 2), "activation": "silu"},
+], ids=str)  # fmt: skip
+def test_large_filters_of_float32_or_with_strides(given: dict) -> None:
+    shape, *rest = make(**given)
+    forms = runtime.candidates(shape, 2)
+    assert [how[:2] for how in forms[:-1]] == [("laid", "direct")] * (len(forms) - 1) and len(forms) > 1
+    check((*forms[0][:4], 8, *forms[0][5:]), shape, *rest)
+
+
 @pytest.mark.parametrize("given", [*(g for g, _ in TOEPLITZ[:3]), *({**g, "last": True} for g in DIRECT)], ids=str)
 def test_reference_and_library(given: dict) -> None:
     shape, x, taps, b, want = make(**given)

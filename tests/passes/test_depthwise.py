@@ -7,7 +7,7 @@ import torch
 
 from fusionc.passes import recipes
 from fusionc.passes.depthwise import Depthwise
-from tests.passes.helpers import check_values, refusals, rewritten
+from tests.passes.helpers import apply, check_values, refusals, rewritten
 
 
 class OnCpu(Depthwise):
@@ -161,6 +161,19 @@ def test_lines() -> None:
     ]
     check_values(OnCpu(), LINES, fired=1, exact=False)
     check_values(OnCpu(), LINES.replace("  # static", ""), fired=2, exact=False)
+
+
+@pytest.mark.parametrize(("changes", "fires"), [
+    ({"[4, 1, 7, 7]": "[4, 1, 13, 13]", "[3, 3]": "[6, 6]"}, 1),  # float32
+    ({"[4, 1, 7, 7]": "[4, 1, 13, 13]", "9, 8] = aten": "5, 4] = aten", "[1, 1], [3, 3]": "[2, 2], [6, 6]"}, 1),
+    ({"[4, 1, 7, 7]": "[4, 1, 3, 51]", "[3, 3]": "[1, 25]"}, 0),  # too wide for the direct kernel
+    ({}, 0),
+], ids=str)  # fmt: skip
+def test_large_contiguous_filters_of_any_stride_and_float32(changes: dict[str, str], fires: int) -> None:
+    text = ONE.replace("{288, 1, 32, 4}", "").replace("f64", "f32")
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    assert apply(OnCpu(), text)[1].fired == fires
 
 
 @pytest.mark.parametrize(("changes", "reason"), [
