@@ -200,9 +200,9 @@ def padded(x: Tensor) -> Tensor:
 
 
 NEXT_REFUSED: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
-    "padding": ("zeros of the padding are not normalised",
-        lambda: Chain(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)), (1, 4, 5, 5)),
-    "same": ("zeros of the padding are not normalised",
+    "large": ("the zeros of a padding are not normalised, and the image of what they change is large",
+        lambda: Chain(nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, padding=1)), (1, 4, 5, 5)),
+    "same": ("the zeros of a padding are not normalised, and sizes are not known",
         lambda: Chain(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding="same")), (1, 4, 5, 5)),
     "readers": ("the normalised value has another reader", lambda: Twice(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), (1, 4, 5, 5)),
     "batch": ("BatchNorm uses the statistics of the batch",
@@ -217,6 +217,43 @@ NEXT_REFUSED: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = 
     "layout": ("BatchNorm changes the layout",
         lambda: Chain(lambda x: x[..., ::2], nn.BatchNorm1d(4), nn.Conv1d(4, 4, 1)), (2, 4, 6)),
 }  # fmt: skip
+
+
+PADDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "plain": (lambda: nn.Conv2d(4, 4, 3, padding=1), (2, 4, 5, 6)),
+    "no bias, strided": (lambda: nn.Conv2d(4, 9, 5, padding=(2, 1), stride=2, bias=False), (2, 4, 7, 8)),
+    "dilated groups": (lambda: nn.Conv2d(4, 4, 3, padding=(2, 3), dilation=(2, 3), groups=2), (1, 4, 8, 9)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 13, padding=6, groups=4), (3, 4, 6, 5)),
+    "line": (lambda: nn.Conv1d(4, 3, 3, padding=1), (2, 4, 7)),
+    "volume": (lambda: nn.Conv3d(4, 2, 3, padding=1), (1, 4, 3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_zeros_of_a_padding_are_an_image_of_their_own(name: str) -> None:
+    make, size = PADDED[name]
+    norm = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(size)]
+    model = settle(Chain(norm(4), make()))
+    for layout in (torch.contiguous_format, torch.channels_last) if len(size) == 4 else (torch.contiguous_format,):
+        torch._dynamo.reset()
+        x = torch.randn(size, dtype=torch.float64).contiguous(memory_format=layout)
+        assert compare(copy.deepcopy(model), x).fired() == {"bn_conv": 1}
+        with torch.no_grad():
+            for _ in range(2):  # from the cache, too
+                torch._dynamo.reset()
+                found = torch.compile(model.double(), backend="fusionc")(x)
+                torch.testing.assert_close(found, model(x), rtol=1e-12, atol=1e-12)
+                assert found.stride() == model(x).stride()
+
+
+def test_unknown_sizes_keep_a_padded_convolution() -> None:
+    model, backend = settle(Chain(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1))), Backend()
+    torch._dynamo.reset()
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    torch._dynamo.mark_dynamic(x, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model.double(), backend=backend)(x), model(x))
+    assert backend.fired() == {}
 
 
 @pytest.mark.parametrize("name", NEXT_REFUSED)
