@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .graph.facts import same_strides
+
 _aten = torch.ops.aten
 _POOLS = ("cuda",)  # where pooling has kernels of ours
 
@@ -46,8 +48,7 @@ def prepare(joint: GraphModule) -> None:
     for target, parts in ((_aten._log_softmax.default, log_softmax),
                           (_aten._log_softmax_backward_data.default, log_softmax_backward)):  # fmt: skip
         for node in graph.find_nodes(op="call_function", target=target):
-            if node.meta["val"].numel() != 0:
-                _take_apart(node, parts)
+            _take_apart(node, parts)
     for node in graph.find_nodes(op="call_function", target=_aten.zeros_like.default):
         _zeros_of_its_own(node)
     for node in graph.find_nodes(op="call_function", target=_aten.max_pool2d_with_indices.default):
@@ -74,11 +75,16 @@ def _work(x: Tensor) -> torch.dtype:
 
 
 def _take_apart(node: Node, parts: Callable[..., Tensor]) -> None:
-    """Put the operators of ``parts`` in a node's place."""
+    """Put the operators of ``parts`` in a node's place, unless their result lies otherwise in memory: ATen's is contiguous
+    whatever the operand, and what follows may be a view of it. A dimension without elements has no maximum."""
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-    graph, given = node.graph, [a for a in node.args if isinstance(a, Node)]
-    rest = [a for a in node.args if not isinstance(a, Node)]  # they come after the tensors
+    graph, given, value = node.graph, [a for a in node.args if isinstance(a, Node)], node.meta["val"]
+    rest: list[Any] = [a for a in node.args if not isinstance(a, Node)]  # they come after the tensors
+    length = value.shape[rest[0]] if value.dim() else 1
+    if type(length) is not int or length == 0 or free_unbacked_symbols(value):
+        return
 
     def call(*tensors: Tensor) -> Tensor:
         return parts(*tensors, *rest)
@@ -86,21 +92,23 @@ def _take_apart(node: Node, parts: Callable[..., Tensor]) -> None:
     values = [a.meta["val"] for a in given]
     with values[0].fake_mode:
         traced = make_fx(call)(*values)
+    (result,) = traced.graph.find_nodes(op="output")[0].all_input_nodes
+    if not same_strides(value.shape, value.stride(), result.meta["val"].stride()):
+        return
     known = dict(zip(traced.graph.find_nodes(op="placeholder"), given))
-    about = {key: value for key, value in node.meta.items() if key not in ("val", "tensor_meta")}
+    about = {key: part for key, part in node.meta.items() if key not in ("val", "tensor_meta")}
     with graph.inserting_before(node):
         for step in traced.graph.nodes:
             if step.op == "call_function":
                 known[step] = graph.node_copy(step, known.__getitem__)
                 known[step].meta = {**about, "val": step.meta["val"]}
-    (result,) = traced.graph.find_nodes(op="output")[0].all_input_nodes
     node.replace_all_uses_with(known[result])
     graph.erase_node(node)
 
 
 def _zeros_of_its_own(node: Node) -> None:
     value = node.meta["val"]
-    if value.layout is not torch.strided or not value.is_contiguous() or any(type(n) is not int for n in value.shape):
+    if value.layout is not torch.strided or any(type(n) is not int for n in value.shape) or not value.is_contiguous():
         return
     about = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
     with node.graph.inserting_before(node):

@@ -39,7 +39,7 @@ FORMAT = 1
 stats: Counter[str] = Counter()  # "hit", "miss", "stored" and reasons for not storing, of this process
 _IMPORTED = time.time()
 # Top-level modules that decide what a Program does; a test holds the list of the others.
-_SHAPING = "accuracy artifacts backend compiler decompose inplace many program_cache rescue warm warm_training".split()
+_SHAPING = "accuracy artifacts backend compiler decompose inplace many partition program_cache rescue warm warm_training".split()
 _FREE = ("dump", "cache", "progress", "verify")  # options that change no result
 _RECORDS: dict[str, Any] = {"kernels": KernelRecord, "calls": CallRecord, "groups": GroupRecord}
 

@@ -3,7 +3,7 @@
 Math       places: number i · kw + j of the element (i, j) of each window that max_pool2d_with_indices takes; the first of equals,
            the last NaN
            gradient: the sum of grad over the windows that took an element
-Shapes     x [..., C, H, W], results [..., C, H', W'], places in int8 (windows of at most 64 elements), no dilation
+Shapes     x [..., C, H, W], results [..., C, H', W'], places in int8 (windows of at most 49 elements), no dilation
 Why        ATen's positions are int64, four times the image in bfloat16, and its gradient asks for the image itself although it
            reads the sizes only: an activation that is made anew for nothing or kept
 Source     Inductor's `_low_memory_max_pool_with_offsets` is the same thought
@@ -21,7 +21,7 @@ _library.define("max_pool2d_with_places(Tensor x, int[] kernel, int[] stride, in
                 " -> (Tensor, Tensor)")  # fmt: skip
 _library.define("max_pool2d_gradient(Tensor grad, Tensor places, int[] size, int[] kernel, int[] stride, int[] padding)"
                 " -> Tensor")  # fmt: skip
-LARGEST = 64  # elements of a window
+LARGEST = 49  # elements of a window: each is a step of an expression that is walked recursively
 
 
 def _corners(t: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -109,13 +109,15 @@ class Outcome:
 
 
 def stand_ins(*tensors: torch.Tensor | None) -> list[Any]:
-    """Normal values laid out as each tensor, for the ``check`` of `choose`: the caller's own may hold NaN or infinities,
-    which no two kernels spread alike, or be all zeros. From a generator of their own: the caller's random numbers stay."""
+    """Normal values with the sizes and strides of each tensor, for the ``check`` of `choose`: the caller's own may hold NaN or
+    infinities, which no two kernels spread alike, or be all zeros. From a generator of their own: the caller's random numbers
+    stay."""
     found: list[Any] = []
     for i, t in enumerate(tensors):
         if t is not None:
             generator = torch.Generator(t.device).manual_seed(i)
-            t = torch.empty_like(t).normal_(generator=generator)
+            span = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride())) if t.numel() else 0
+            t = torch.empty(span, dtype=t.dtype, device=t.device).normal_(generator=generator).as_strided(t.shape, t.stride())
         found.append(t)
     return found
 
@@ -265,8 +267,9 @@ def choose(
 
     Returns ``candidates[0]`` without measuring where there is nothing to choose or measuring is impossible: one
     candidate, no CUDA device, a CUDA graph being captured, tracing or fake tensors, tuning switched off.  A candidate
-    that raises loses; if all do, the first is returned and its error is the caller's.  If none is right, the first that runs
-    is returned, and forgotten with the process.  Raises IndexError for no candidates.
+    that raises loses; if all do, the first is returned and its error is the caller's.  If none is proven right, the
+    fastest that is not proven wrong is returned, else the first that runs, and it is forgotten with the process.
+    Raises IndexError for no candidates.
     """
     known = _memory.get((key, device))
     if known is not None and (known[0] is candidates or known[0] == candidates):
@@ -395,15 +398,18 @@ def _run_race(
     launches = [partial(run, c) for c in candidates]
     order, ms = race(alive, sampler(launches, device), deadline=deadline) if len(alive) > 1 else (alive, {})
     outcome.ms = [ms.get(i) for i in range(len(candidates))]
-    outcome.winner = alive[0] if alive else 0
-    for i in [*order, *(i for i in alive if i not in order)]:
+    wrong: set[int] = set()
+    best = [*order, *(i for i in alive if i not in order)]
+    for i in best:
         try:
             if check is None or check(candidates[i]):
                 outcome.winner, outcome.proven = i, True
                 return
             failed[i] = "gives other results"
-        except Exception as e:  # noqa: BLE001
+            wrong.add(i)
+        except Exception as e:  # noqa: BLE001 - no memory for another set of tensors, say
             failed[i] = _first_line(e)
+    outcome.winner = next((i for i in best if i not in wrong), alive[0] if alive else 0)
 
 
 def _first_line(e: Exception) -> str:

@@ -336,7 +336,7 @@ class Grouper:
 
     def _worth_inlining(self, node: Node) -> bool:
         reads: list[tuple[Node, bool]] = []  # (consumer, one-to-one)
-        if not self._collect_reads(node, True, reads) or not reads:
+        if self.lowered[node].windowed or not self._collect_reads(node, True, reads) or not reads:
             return False
         if len(reads) <= 4 and self._closed(node) is not None:
             return True  # computed from positions alone: cheaper than any memory

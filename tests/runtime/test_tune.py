@@ -137,11 +137,22 @@ def test_what_nothing_proves_is_not_kept(measurable: None) -> None:
     assert key is not None and tune._cache().get(tune.KIND, key) is None
 
 
+def test_a_check_that_cannot_run_leaves_the_fastest(measurable: None) -> None:
+    def check(c: str) -> bool:
+        if c == "b":
+            return False
+        raise RuntimeError("no memory")
+
+    assert choose("k", ["a", "b", "c"], Planted([1.0, 0.2, 0.5]), check=check) == "c"
+
+
 def test_values_to_check_by() -> None:
     x = torch.full((2, 3, 4, 5), float("nan"), dtype=torch.float16).to(memory_format=torch.channels_last)
     before = torch.get_rng_state()
     y, none, z = tune.stand_ins(x, None, torch.zeros(7))
     assert y.dtype == x.dtype and y.stride() == x.stride() and none is None and z.std() > 0.1
+    for t in (torch.zeros(64, 256)[:, :96], torch.zeros(8, 1, 64).expand(8, 4, 64), torch.zeros(3, 0, 2)):
+        assert tune.stand_ins(t)[0].stride() == t.stride() and tune.stand_ins(t)[0].shape == t.shape
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(tune.stand_ins(x)[0], y)
     assert tune.agree(y, y.float() * 1.01) and not tune.agree(y, y * 1.05) and not tune.agree(x, y)
 

@@ -69,7 +69,7 @@ class _Windows:
         return [self._along(axis, i, k)[0] for k in range(self.size[axis])]
 
 
-@register("aten.max_pool2d.default", "gather", loose=(0,))
+@register("aten.max_pool2d.default", "gather", loose=(0,), windowed=True)
 def _max_pool(ctx: Context, node: Node, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1,
               ceil_mode: bool = False) -> Value:  # fmt: skip
     windows = _Windows(node, x, kernel, stride, padding, dilation)
@@ -88,7 +88,7 @@ def _largest(ctx: Context, windows: _Windows, x: Value, idx: Idx, work: str) -> 
     return best
 
 
-@register("fusionc.max_pool2d_with_places.default", "gather", loose=(0,))
+@register("fusionc.max_pool2d_with_places.default", "gather", loose=(0,), windowed=True)
 def _max_pool_with_places(ctx: Context, node: Node, x: Value, kernel: Any, stride: Any, padding: Any,
                           ceil_mode: bool) -> tuple[Value, Value]:  # fmt: skip
     windows = _Windows(node, x, kernel, stride, padding, 1)
@@ -116,7 +116,7 @@ def _max_pool_with_places(ctx: Context, node: Node, x: Value, kernel: Any, strid
     return Value(ctx, shape, x.dtype, largest), Value(ctx, shape, "i8", place)
 
 
-@register("fusionc.max_pool2d_gradient.default", "gather", loose=(0, 1))
+@register("fusionc.max_pool2d_gradient.default", "gather", loose=(0, 1), windowed=True)
 def _max_pool_gradient(ctx: Context, node: Node, grad: Value, places: Value, size: Any, kernel: Any, stride: Any,
                        padding: Any) -> Value:  # fmt: skip
     """The windows that hold an element are the last ⌈k / s⌉ that begin at or before it."""
@@ -148,7 +148,7 @@ def _max_pool_gradient(ctx: Context, node: Node, grad: Value, places: Value, siz
     return Value(ctx, shape_of(node), dtype, at)
 
 
-@register("aten.avg_pool2d.default", "gather", loose=(0,))
+@register("aten.avg_pool2d.default", "gather", loose=(0,), windowed=True)
 def _avg_pool(ctx: Context, node: Node, x: Value, kernel: Any, stride: Any = (), padding: Any = 0,
               ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: Any = None) -> Value:  # fmt: skip
     windows = _Windows(node, x, kernel, stride, padding, 1)
@@ -182,7 +182,7 @@ def _count(conditions: list[Expr], work: str) -> Expr:
     return total
 
 
-@register("aten._adaptive_avg_pool2d.default", "gather", loose=(0,))
+@register("aten._adaptive_avg_pool2d.default", "gather", loose=(0,), windowed=True)
 def _adaptive_avg_pool(ctx: Context, node: Node, x: Value, size: Any) -> Value:
     wanted, given = node.meta["val"].shape[-2:], node.args[0].meta["val"].shape[-2:]  # type: ignore[union-attr]
     if not all(type(n) is int for n in (*wanted, *given)) or any(g % w for g, w in zip(given, wanted, strict=True)):

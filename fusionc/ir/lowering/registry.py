@@ -42,6 +42,8 @@ class Lowering:
               dimensions that broadcast; or None where the map is not one-to-one
     loose     argument positions that are not read at the node's own (broadcast) index
     domain    for reduce: node -> shape it runs over, where that is not its first tensor argument's
+    windowed  for gather: an element is made of many of the operand's, so that one such operator within another is a text that
+              grows as their windows' product
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Lowering:
     forward: Callable[[Node, tuple], tuple | None] | None = None
     loose: tuple[int, ...] = ()
     domain: Callable[[Node], tuple] | None = None
+    windowed: bool = False
 
     def over(self, node: Node) -> tuple[Index, ...]:
         """Shape that a reducing node runs over: its first operand's, unless it says otherwise."""
