@@ -160,6 +160,8 @@ def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, ti
     from .record import GraphRecord, remember
     from .rescue import guarded
 
+    if stage == "forward":
+        _nothing_donated()
     name = title if stage == "inference" else f"{title}_{stage}"
     with _lock, _without_collector():  # a backward graph comes later than `_compile`
         try:
@@ -187,6 +189,15 @@ def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, ti
 
         write_graph(record, config)
     return run
+
+
+def _nothing_donated() -> None:
+    """Says to the backward's wrapper that no saved tensor's memory is reused: it asks the switch at run time, when ours is off
+    again, and takes the missing list for a reason to forbid a second backward."""
+    context = torch._guards.TracingContext.try_get()
+    about: Any = getattr(context, "fw_metadata", None)
+    if getattr(about, "bw_donated_idxs", ()) is None:
+        about.bw_donated_idxs = []
 
 
 @functools.lru_cache(maxsize=1)

@@ -33,7 +33,7 @@ Candidate = tuple[Any, ...]
 _HALF = (torch.bfloat16, torch.float16)
 _SUMS = 112  # of a thread, in registers: lines of a kernel times its share of a program's pixels
 _PROGRAMS = 8 * 132  # that fill an H200
-LARGE = 121  # taps, from which on two transpositions are little beside what the library takes
+_LARGE = 121  # taps, from which on two transpositions are little beside what the library takes
 _TAPS = 49  # sums of their gradients that fit into a thread's registers
 _LOADS = 150  # of pixels for a strip that may stand in a text (7×7: 140)
 _LARGEST = 1 << 30  # elements of an image: offsets inside of one are 32 bits wide
@@ -75,7 +75,7 @@ def candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
         found += _direct(shape, images)
     elif not shape.last:
         found += _contiguous(shape, images)
-        if not found and shape.kernel[0] * shape.kernel[1] >= LARGE:
+        if not found and shape.kernel[0] * shape.kernel[1] >= _LARGE:
             found += [("laid", *how) for how in _direct(replace(shape, last=True), images)]
     else:
         taps, ours = shape.kernel[0] * shape.kernel[1], _direct(shape, images)
@@ -115,7 +115,7 @@ def _wider(shape: Shape, wanted: int) -> int:
 def _streamed(shape: Shape, images: int) -> list[Candidate]:
     """("streamed", P, K, PA, BM, warps, stages, unroll).
 
-    H200, 32×256×56×56 (best tile of the Toeplitz form): 7×7 0.052 ms (0.110), 9×9 0.057 (0.126), 13×13 0.103 (0.155), 17×17
+    H200, 32×256×56×56 (best tile of the Toeplitz form): 7×7 0.052 ms (0.110), 9×9 0.057 (0.126), 13×13 0.094 (0.155), 17×17
     0.115, 25×25 0.199. By one line at a step 7×7 takes 0.057, two stages 0.055.
     """
     found: list[Candidate] = []

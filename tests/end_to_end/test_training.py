@@ -38,9 +38,11 @@ def test_gradients(model: Block) -> None:
     torch.testing.assert_close(gradients(model, torch.compile(model, backend="fusionc"), x), gradients(model, model, x))
 
 
-def test_backward_twice_with_retained_graph(model: Block) -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_backward_twice_with_retained_graph(model: Block, dynamic: bool) -> None:
+    torch._dynamo.reset()
     x = torch.randn(8, 32)
-    loss = torch.compile(model, backend="fusionc")(x).square().mean()
+    loss = torch.compile(model, backend="fusionc", dynamic=dynamic)(x).square().mean()
     loss.backward(retain_graph=True)
     first = [p.grad.clone() for p in model.parameters()]
     loss.backward()
