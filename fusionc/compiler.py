@@ -178,7 +178,7 @@ def _hints(gm: GraphModule) -> dict[str, int]:
             if isinstance(s, torch.SymInt) and not s.node.is_constant():
                 for sym in s.node.expr.free_symbols:
                     env = s.node.shape_env
-                    table = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+                    table = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else getattr(env, "var_to_val", {})
                     value = table.get(sym)
                     out.setdefault(str(sym), int(value) if value is not None else 64)
     return out

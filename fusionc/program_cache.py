@@ -155,7 +155,7 @@ def number(n: Any, symbols: dict[str, Any]) -> Any:
     if node.is_constant() and isinstance(n, torch.SymInt):
         return int(node.maybe_as_int())
     env = node.shape_env
-    table = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    table = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else getattr(env, "var_to_val", {})
     for s in node.expr.free_symbols:
         hint, bounds = table.get(s), env.var_to_range.get(s)
         # plans look at the magnitude of a size, never at its value
