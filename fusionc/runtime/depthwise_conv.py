@@ -189,7 +189,8 @@ def _direct(shape: Shape, images: int) -> list[Candidate]:
     strips = sorted(fitting, key=lambda s: abs(s - (14 if out >= 56 else 7 if out > 7 else 4)))
     block = 64 if shape.channels % 64 == 0 else min(32, _power(shape.channels))
     found: list[Candidate] = [("direct", s, block, 2 * 128 // block, 4) for s in strips[:2]]
-    return [*found, ("direct", strips[0], min(block, 32), 4 * 128 // min(block, 32), 4)]
+    few = 7 if strips[0] == 8 and 7 in fitting else strips[0]  # four channels a thread: eight sums of each spill at odd widths
+    return [*found, ("direct", few, min(block, 32), 4 * 128 // min(block, 32), 4)]
 
 
 def _power(n: int) -> int:
