@@ -19,16 +19,11 @@ from torch import Tensor
 
 from . import late
 from .activation import activate_
+from .layout import layout_of
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("depthwise_conv(Tensor x, Tensor taps, Tensor? bias, SymInt[] stride, SymInt[] padding, "
                 "SymInt[] dilation, str activation) -> Tensor")  # fmt: skip
-
-
-def layout_of(x: Tensor) -> torch.memory_format:
-    """Channels-last where x is and contiguous where it is not known better."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
 
 
 def _reference(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],

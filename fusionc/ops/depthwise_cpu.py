@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import late
 from .activation import activate_
+from .layout import layout_of
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("depthwise_cpu(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
@@ -28,19 +29,14 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[i
     """The operator in ATen."""
     y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], x.shape[1])
     y = activate_(y, activation)
-    return y.contiguous(memory_format=_layout(x))
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+    return y.contiguous(memory_format=layout_of(x))
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
           dilation: Sequence[int], activation: str) -> Tensor:  # fmt: skip
     sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1
              for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation)]  # fmt: skip
-    return x.new_empty((x.shape[0], x.shape[1], *sizes)).contiguous(memory_format=_layout(x))
+    return x.new_empty((x.shape[0], x.shape[1], *sizes)).contiguous(memory_format=layout_of(x))
 
 
 _LIBRARY.impl("depthwise_cpu", late(lambda: importlib.import_module("fusionc.runtime.depthwise_cpu").depthwise, "depthwise_cpu",

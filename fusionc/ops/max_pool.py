@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .layout import layout_of
+
 _library = torch.library.Library("fusionc", "FRAGMENT")
 _library.define("max_pool2d_with_places(Tensor x, int[] kernel, int[] stride, int[] padding, bool ceil_mode)"
                 " -> (Tensor, Tensor)")  # fmt: skip
@@ -46,7 +48,7 @@ def gradient(grad: Tensor, places: Tensor, size: Sequence[int], kernel: Sequence
     indices = (top + at // kernel[1]) * size[1] + left + at % kernel[1]
     whole = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding)]
     like = _like(grad, size)
-    layout = torch.channels_last if like.dim() == 4 and not like.is_contiguous() else torch.contiguous_format
+    layout = layout_of(like)
     return torch.ops.aten.max_pool2d_with_indices_backward(
         grad.contiguous(memory_format=layout), like, kernel, stride, padding, (1, 1), list(grad.shape[-2:]) != whole,
         indices.contiguous(memory_format=layout))  # fmt: skip
@@ -54,9 +56,7 @@ def gradient(grad: Tensor, places: Tensor, size: Sequence[int], kernel: Sequence
 
 def _like(grad: Tensor, size: Sequence[int]) -> Tensor:
     """An image without values: channels-last as the gradient is."""
-    image = grad.new_empty((*grad.shape[:-2], *size))
-    last = grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last) and not grad.is_contiguous()
-    return image.contiguous(memory_format=torch.channels_last) if last else image
+    return grad.new_empty((*grad.shape[:-2], *size)).contiguous(memory_format=layout_of(grad))
 
 
 def _fake_with_places(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],

@@ -104,16 +104,17 @@ class BatchNormConv(Pass):
             for want, val in ((False, edit.fake_empty(like, like.shape, conv_bn.layout(like))),
                               (border or True, edit.fake_empty(like, map_or_bias)))
         ]  # fmt: skip
-        image = made.pop() if border else None
+        image = made[1] if border else None
+        if border:
+            made[1] = None
         bn.replace_all_uses_with(given["input"])
         start, key = given["input"], edit.value_key(graph)
         for view in match.views:  # of other memory than before
             view.meta[key] = edit.compute_value(view.target, view.args, view.kwargs, view.op)
             start = view
         kwargs = {name: part for name, part in conv.kwargs.items() if name not in _NAMES[:3]}
-        rest = conv.args[3:] if image is None else (None, *conv.args[3:]) if len(conv.args) > 3 else ()
         with graph.inserting_before(conv):
-            folded = edit.insert(graph, conv.target, (start, *made, *rest), kwargs, origin=(bn, conv),
+            folded = edit.insert(graph, conv.target, (start, *made, *conv.args[3:]), kwargs, origin=(bn, conv),
                                  val=value(conv), key=key)  # fmt: skip
             if image is not None:
                 folded = edit.insert(graph, torch.add, (folded, image), origin=(bn, conv), val=value(conv), key=key)

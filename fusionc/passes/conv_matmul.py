@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, dtype, is_view, shape, tensor
+from ..ops.layout import is_last, layout_of
 from .base import Match, Pass, Reassociates, Refuse
 
 aten = torch.ops.aten
@@ -53,8 +54,7 @@ class ConvMatmul(Pass):
             return Refuse("a size is symbolic", conv)
         if any(n % s for n, s in zip(x.shape[2:], stride)) or 0 in x.shape:
             return Refuse("patches do not tile the image", conv)
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        layout = torch.channels_last if last else torch.contiguous_format
+        last, layout = is_last(x), layout_of(x)
         if not x.is_contiguous(memory_format=layout) or not like.is_contiguous(memory_format=layout):
             return Refuse("input and result are not dense in one layout", conv)
         alone = conv.args[2] is not None and _only_libraries_read(conv)

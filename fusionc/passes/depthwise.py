@@ -22,6 +22,7 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, dtype, same_layout, shape, tensor
+from ..ops.layout import is_last
 from .activation import taken_in
 from .base import Match, Pass, Reassociates, Refuse
 
@@ -132,11 +133,6 @@ class Depthwise(Pass):
             if line:
                 made = edit.insert(gm.graph, aten.squeeze.dim, (made, 2), origin=(*convs, last), val=tensor(last))
         edit.replace(last, made)
-
-
-def is_last(x: torch.Tensor) -> bool:
-    """Are these images channels-last and nothing else? Lines (three dimensions) are not."""
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def lifted(values: Any, of_height: int) -> tuple[int, int]:

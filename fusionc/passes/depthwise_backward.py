@@ -21,8 +21,9 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, same_layout, shape, tensor
+from ..ops.layout import is_last
 from .base import Match, Pass, Reassociates, Refuse
-from .depthwise import is_last, lifted
+from .depthwise import lifted
 
 aten = torch.ops.aten
 

@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, dtype, shape, tensor
+from ..ops.layout import is_last, layout_of
 from .activation import taken_in
 from .base import Match, Pass, Reassociates, Refuse
 
@@ -58,7 +59,7 @@ class DepthwiseCPU(Pass):
             return Refuse("the filter is too large", conv)
         if max(stride) > 1 and max(dilation) > 1:
             return Refuse("strided and dilated at once", conv)
-        if not worth(kernel, stride, like.shape[-1], _layout(like) is torch.channels_last):
+        if not worth(kernel, stride, like.shape[-1], is_last(like)):
             return Refuse("the library is as fast", conv)
         return None
 
@@ -70,9 +71,11 @@ class DepthwiseCPU(Pass):
         graph, conv, last = facts.gm.graph, match.conv, match.last
         x, weight, bias, stride, padding, dilation = conv.args[:6]
         flat, origin = len(shape(x) or ()) == 3, (conv, last)
-        given, layout = tensor(x), _layout(tensor(conv))
+        given, like = tensor(x), tensor(conv)
+        assert given is not None and like is not None
+        layout = layout_of(like)
         with graph.inserting_before(last):
-            if given is not None and not given.is_contiguous(memory_format=layout):
+            if not given.is_contiguous(memory_format=layout):
                 x = edit.insert(graph, aten.clone.default, (x,), {"memory_format": layout}, origin=origin)
             if flat:
                 x, weight = (edit.insert(graph, aten.unsqueeze.default, (a, 2), origin=origin) for a in (x, weight))
@@ -82,11 +85,6 @@ class DepthwiseCPU(Pass):
             if flat:
                 made = edit.insert(graph, aten.squeeze.dim, (made, 2), origin=origin, val=tensor(last))
         edit.replace(last, made)
-
-
-def _layout(t: torch.Tensor | None) -> torch.memory_format:
-    last = t is not None and t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
 
 
 def worth(kernel: tuple[int, ...], stride: tuple[int, ...], columns: int, last: bool) -> bool:

@@ -30,6 +30,7 @@ from ..decomposition.forms import METHODS, Form, parse
 from ..graph import edit
 from ..graph.facts import Facts, shape, tensor
 from ..graph.text import where
+from ..ops.layout import is_last
 from .base import Approximate, Match, Pass, Refuse
 
 KIND = "large_kernel"
@@ -129,8 +130,7 @@ class LargeKernel(Pass):
     def _choose(self, site: Site, weight: Tensor) -> Choice | str:
         x, g = tensor(site.given["input"]), site.geometry
         assert x is not None and g is not None
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        machine = costs.machine(self.device or x.device.type, x.element_size() == 2, last, torch.get_num_threads())
+        machine = costs.machine(self.device or x.device.type, x.element_size() == 2, is_last(x), torch.get_num_threads())
         batch, _, *image = (_hint(n) for n in x.shape)
         symbolic = not all(isinstance(n, int) for n in x.shape[2:])
         asked = self.what

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..codegen.templates import depthwise_conv as template
 from ..ops.activation import activate_
+from ..ops.layout import is_last
 from .templates import Start
 from .tune import Wanted, agree, choose, stand_ins
 
@@ -252,46 +253,37 @@ def _plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: to
         return widened, (longer, *starts)
     if how[0] == "laid":
         there, back = _turn(shape.dtype, images, c, h * w, device), _turn(shape.dtype, images, oh * ow, c, device)
-        fill, starts = _FORMS[how[1]](how[1:], replace(shape, last=True), images, taps, bias, device)
-
-        def laid(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-            pixels = torch.empty((images, h, w, c), dtype=x.dtype, device=x.device)
-            there(x, pixels)
-            result = torch.empty((images, oh, ow, c), dtype=x.dtype, device=x.device)
-            fill(pixels, taps, bias, result)
-            del pixels
-            y = torch.empty(sizes, dtype=x.dtype, device=x.device)
-            back(result, y)
-            return y
-
-        return laid, (there, *starts, back)
-    if how[0] == "turned":
+        given, result = (images, h, w, c), (images, oh, ow, c)
+        inner = how[1:], replace(shape, last=True)
+    elif how[0] == "turned":
         wide = how[1]
         cut = wide if w == ow else 0  # then results are as wide as the image's lines
         there = _turn(shape.dtype, images, h * (wide or w), c, device, padded=w if wide else 0, wide=wide)
         back = _turn(shape.dtype, images, c, oh * (cut or ow), device, cut=ow if cut else 0, wide=cut)
-        inner = replace(shape, size=(h, wide or w), last=False, columns=cut or ow)
-        fill, starts = _FORMS[how[2]](how[2:], inner, images, taps, bias, device)
+        given, result = (images, c, h, wide or w), (images, c, oh, cut or ow)
+        inner = how[2:], replace(shape, size=(h, wide or w), last=False, columns=cut or ow)
+    else:
+        fill, starts = _FORMS[how[0]](how, shape, images, taps, bias, device)
 
-        def turned(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-            flat = torch.empty((images, c, h, wide or w), dtype=x.dtype, device=x.device)
-            there(x, flat)
-            result = torch.empty((images, c, oh, cut or ow), dtype=x.dtype, device=x.device)
-            fill(flat, taps, bias, result)
-            del flat  # the result takes its place: two images stand beside the given one, not three
+        def run(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
             y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
-            back(result, y)
+            fill(x, taps, bias, y)
             return y
 
-        return turned, (there, *starts, back)
-    fill, starts = _FORMS[how[0]](how, shape, images, taps, bias, device)
+        return run, starts
+    fill, starts = _FORMS[inner[0][0]](*inner, images, taps, bias, device)
 
-    def run(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+    def turned(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+        before = torch.empty(given, dtype=x.dtype, device=x.device)
+        there(x, before)
+        after = torch.empty(result, dtype=x.dtype, device=x.device)
+        fill(before, taps, bias, after)
+        del before  # the result takes its place: two images stand beside the given one, not three
         y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
-        fill(x, taps, bias, y)
+        back(after, y)
         return y
 
-    return run, starts
+    return turned, (there, *starts, back)
 
 
 Fill = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
@@ -438,12 +430,7 @@ def wanted(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], 
 
 
 def _facts(x: Tensor, taps: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    return x.shape, x.dtype, x.device, _last(x), taps.shape, taps.dtype, None if bias is None else bias.dtype
-
-
-def _last(x: Tensor) -> bool:
-    """Is it channels-last, and not contiguous as well?"""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return x.shape, x.dtype, x.device, is_last(x), taps.shape, taps.dtype, None if bias is None else bias.dtype
 
 
 @functools.lru_cache(maxsize=1024)
@@ -486,14 +473,7 @@ def _weight_plan(how: Candidate, shape: Shape, images: int,
         (h, w), (oh, _), c, wide = shape.size, shape.out, shape.channels, how[1]
         inside, starts = _weight_plan(how[2:], replace(shape, size=(h, wide), columns=wide), images, device)
         longer = [_widen(shape.dtype, images * c * rows, w, wide, device) for rows in (oh, h)]
-
-        def widened(*given: Tensor) -> Tensor:
-            lines = [torch.empty((*t.shape[:3], wide), dtype=t.dtype, device=t.device) for t in given]
-            for start, source, place in zip(longer, given, lines):
-                start(source, place)
-            return inside(*lines)
-
-        return widened, (*longer, *starts)
+        return partial(_of_copies, longer, wide, inside), (*longer, *starts)
     (h, w), (oh, ow), (kh, kw), c, dtype = shape.size, shape.out, shape.kernel, shape.channels, shape.dtype
     kinds, parts = (dtype, dtype, torch.float32), how[-1]
     if how[0] == "direct":
@@ -518,14 +498,15 @@ def _weight_plan(how: Candidate, shape: Shape, images: int,
     if how[0] != "turned":
         return run, (weight,)
     turns = [_turn(dtype, images, size[0] * size[1], c, device) for size in (shape.out, shape.size)]
+    return partial(_of_copies, turns, 0, run), (*turns, weight)
 
-    def turned(*given: Tensor) -> Tensor:
-        flat = [torch.empty(t.shape, dtype=dtype, device=t.device) for t in given]
-        for start, source, place in zip(turns, given, flat):
-            start(source, place)
-        return run(*flat)
 
-    return turned, (*turns, weight)
+def _of_copies(starts: Sequence[Start], wide: int, run: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """``run`` of the contiguous copies that ``starts`` make of its arguments, with lines of ``wide`` pixels (0: as they are)."""
+    copies = [torch.empty((*t.shape[:3], wide or t.shape[3]), dtype=t.dtype, device=t.device) for t in given]
+    for start, source, place in zip(starts, given, copies):
+        start(source, place)
+    return run(*copies)
 
 
 def _library_weight(shape: Shape, grad: Tensor, x: Tensor) -> Tensor:
@@ -581,7 +562,7 @@ def weight_candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
 def depthwise_conv_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int],
                           dilation: Sequence[int]) -> Tensor:  # fmt: skip
     """fusionc::depthwise_conv_weight on a GPU: the fastest candidate for this shape."""
-    shape, at = _weight_call(x.shape, x.dtype, x.device, _last(x), *kernel, *padding, *dilation)
+    shape, at = _weight_call(x.shape, x.dtype, x.device, is_last(x), *kernel, *padding, *dilation)
     grad = grad.to(x.dtype)
     layout = torch.channels_last if shape.last else torch.contiguous_format
     x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
@@ -600,7 +581,7 @@ def depthwise_conv_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], paddin
 def wanted_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int],
                   dilation: Sequence[int]) -> Wanted | None:  # fmt: skip
     """What `depthwise_conv_weight` will choose from, by tensors without data; None where that is ATen."""
-    return _weight_call(x.shape, x.dtype, x.device, _last(x), *kernel, *padding, *dilation)[1]
+    return _weight_call(x.shape, x.dtype, x.device, is_last(x), *kernel, *padding, *dilation)[1]
 
 
 @functools.lru_cache(maxsize=1024)

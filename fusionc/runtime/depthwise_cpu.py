@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..codegen.cpp_prelude import PRELUDE
 from ..codegen.templates.depthwise_cpp import Variant, text
+from ..ops.layout import is_last, layout_of
 from . import tune
 from .compile_cpp import build
 from .environment import environment_key
@@ -34,13 +35,12 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[i
     Raises CompileError where the kernel cannot be built and MemoryError where scratch memory is out.
     """
     n, channels, height, width = x.shape
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    last, layout = is_last(x), layout_of(x)
     x, weight = x if last else x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     kernel = (weight.shape[2], weight.shape[3])
     rows, columns = ((size + 2 * p - d * (k - 1) - 1) // s + 1
                      for size, p, d, k, s in zip((height, width), padding, dilation, kernel, stride))  # fmt: skip
-    layout = torch.channels_last if last else torch.contiguous_format
     out = torch.empty((n, channels, rows, columns), dtype=x.dtype, memory_format=layout)
     if out.numel() == 0:
         return out

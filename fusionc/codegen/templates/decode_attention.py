@@ -31,7 +31,17 @@ def _rotated(at, step, d, cos, sin, D: tl.constexpr, ok, DT: tl.constexpr):
 
 
 @triton.jit
-def _step(qv, kt, vt, bias, n_ok, top, total, acc, SCALE: tl.constexpr):
+def _rows(at_k, at_v, n, n_ok, KS: tl.constexpr, VS: tl.constexpr):
+    kt = tl.load(at_k + n[None, :] * KS, mask=n_ok[None, :], other=0.0)
+    vt = tl.load(at_v + n[:, None] * VS, mask=n_ok[:, None], other=0.0)
+    return kt, vt
+
+
+@triton.jit
+def _step(qv, kt, vt, n, p, k_new, v_new, bias, n_ok, top, total, acc, SCALE: tl.constexpr, UPDATE: tl.constexpr):
+    if UPDATE:
+        kt = tl.where((n == p)[None, :], k_new[:, None], kt)
+        vt = tl.where((n == p)[:, None], v_new[None, :], vt)
     score = tl.where(n_ok[None, :], tl.dot(qv, kt) * SCALE + bias, float("-inf"))
     higher = tl.maximum(top, tl.max(score, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -78,8 +88,7 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
     at_v = vc + b * VB + hk * VH + d[None, :]
     EARLY: tl.constexpr = PDL and UPDATE
     if EARLY:  # nobody in front writes the cache, and the row that this kernel writes is replaced below
-        k_first = tl.load(at_k + n[None, :] * KS, mask=n_ok[None, :], other=0.0)
-        v_first = tl.load(at_v + n[:, None] * VS, mask=n_ok[:, None], other=0.0)
+        k_first, v_first = _rows(at_k, at_v, n, n_ok, KS, VS)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -91,6 +100,9 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
         qv = _rotated(q + b * QB, q_step, d[None, :], c[None, :], s[None, :], D, g_ok, DT)
     else:
         qv = tl.load(q + b * QB + q_step + d[None, :], mask=g_ok, other=0.0)
+    p = 0
+    k_new = 0
+    v_new = 0
     if UPDATE:
         p = tl.load(pos)
         v_new = tl.load(vn + b * VNB + hk * VNH + d)
@@ -109,15 +121,10 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
     if ROWS == BS:
         bias = _bias(at_mask + n[None, :] * MS, g_ok & n_ok[None, :], BS, MASK)
         if EARLY:
-            kt = k_first
-            vt = v_first
+            kt, vt = k_first, v_first
         else:
-            kt = tl.load(at_k + n[None, :] * KS, mask=n_ok[None, :], other=0.0)
-            vt = tl.load(at_v + n[:, None] * VS, mask=n_ok[:, None], other=0.0)
-        if UPDATE:
-            kt = tl.where((n == p)[None, :], k_new[:, None], kt)
-            vt = tl.where((n == p)[:, None], v_new[None, :], vt)
-        top, total, acc = _step(qv, kt, vt, bias, n_ok, top, total, acc, SCALE)
+            kt, vt = _rows(at_k, at_v, n, n_ok, KS, VS)
+        top, total, acc = _step(qv, kt, vt, n, p, k_new, v_new, bias, n_ok, top, total, acc, SCALE, UPDATE)
     else:
         for start in range(split * ROWS, tl.minimum(split * ROWS + ROWS, S), BS):
             n = start + tl.arange(0, BS)
@@ -137,18 +144,12 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
             if read:
                 if EARLY:
                     if start == split * ROWS:
-                        kt = k_first
-                        vt = v_first
+                        kt, vt = k_first, v_first
                     else:
-                        kt = tl.load(at_k + n[None, :] * KS, mask=n_ok[None, :], other=0.0)
-                        vt = tl.load(at_v + n[:, None] * VS, mask=n_ok[:, None], other=0.0)
+                        kt, vt = _rows(at_k, at_v, n, n_ok, KS, VS)
                 else:
-                    kt = tl.load(at_k + n[None, :] * KS, mask=n_ok[None, :], other=0.0)
-                    vt = tl.load(at_v + n[:, None] * VS, mask=n_ok[:, None], other=0.0)
-                if UPDATE:
-                    kt = tl.where((n == p)[None, :], k_new[:, None], kt)
-                    vt = tl.where((n == p)[:, None], v_new[None, :], vt)
-                top, total, acc = _step(qv, kt, vt, bias, n_ok, top, total, acc, SCALE)
+                    kt, vt = _rows(at_k, at_v, n, n_ok, KS, VS)
+                top, total, acc = _step(qv, kt, vt, n, p, k_new, v_new, bias, n_ok, top, total, acc, SCALE, UPDATE)
     to = out + (b * H + hk * G + g)[:, None] * D + d[None, :]
     if SPLITS == 1:
         tl.store(to, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(DT), mask=g_ok)
