@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from . import ahead, artifacts, errors, inplace, many, ops, program_cache, rescue
 from .codegen import program as prog
 from .config import Config
+from .graph.facts import size_hints
 from .ir.alike import Alike
 from .ir.build import Builder, Built
 from .ir.expr import Index, Size, Var
@@ -177,9 +178,7 @@ def _hints(gm: GraphModule) -> dict[str, int]:
         for s in (val,) if isinstance(val, torch.SymInt) else getattr(val, "shape", ()):
             if isinstance(s, torch.SymInt) and not s.node.is_constant():
                 for sym in s.node.expr.free_symbols:
-                    env = s.node.shape_env
-                    table = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else getattr(env, "var_to_val", {})
-                    value = table.get(sym)
+                    value = size_hints(s.node.shape_env).get(sym)
                     out.setdefault(str(sym), int(value) if value is not None else 64)
     return out
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .graph.facts import same_strides
+from .graph.facts import each, same_strides
 
 _aten = torch.ops.aten
 _POOLS = ("cuda",)  # where pooling has kernels of ours
@@ -127,7 +127,7 @@ def _positions_in_bytes(pool: Node) -> None:
 
     graph, x = pool.graph, pool.args[0]
     given: list[Any] = [*pool.args[1:], *([], 0, 1, False)[len(pool.args) - 2 :]]
-    kernel, stride, padding, dilation = (_pair(each) for each in (given[0], given[1] or given[0], *given[2:4]))
+    kernel, stride, padding, dilation = (each(numbers, 2) for numbers in (given[0], given[1] or given[0], *given[2:4]))
     taken = [user for user in pool.users if user.args[1] == 1]
     gradients = [g for each in taken for g in each.users]
     value = x.meta["val"]  # type: ignore[union-attr]
@@ -162,8 +162,3 @@ def _positions_in_bytes(pool: Node) -> None:
             user.replace_all_uses_with(pooled)
         graph.erase_node(user)
     graph.erase_node(pool)
-
-
-def _pair(given: Any) -> list[Any]:
-    parts = list(given) if isinstance(given, (list, tuple)) else [given]
-    return parts * 2 if len(parts) == 1 else parts

@@ -27,6 +27,7 @@ from torch.fx import GraphModule, Node
 from .codegen.program_json import NotCacheable, decode, encode
 from .config import Config
 from .graph.edit import Derived
+from .graph.facts import size_hints
 from .record import CallRecord, GraphRecord, GroupRecord, KernelRecord, PassRecord, Refusal
 from .runtime.cache import PROGRAM, canonical
 
@@ -155,7 +156,7 @@ def number(n: Any, symbols: dict[str, Any]) -> Any:
     if node.is_constant() and isinstance(n, torch.SymInt):
         return int(node.maybe_as_int())
     env = node.shape_env
-    table = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else getattr(env, "var_to_val", {})
+    table = size_hints(env)
     for s in node.expr.free_symbols:
         hint, bounds = table.get(s), env.var_to_range.get(s)
         # plans look at the magnitude of a size, never at its value

@@ -94,6 +94,17 @@ def same_strides(sizes: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> bo
     return all(same(x, y) for size, x, y in zip(sizes, a, b, strict=True) if not (isinstance(size, int) and size == 1))
 
 
+def size_hints(env: Any) -> Any:
+    """By symbol: the value that a size had when the graph was traced (a ShapeEnv's table, by its name in this torch)."""
+    return env.backed_var_to_val if hasattr(env, "backed_var_to_val") else getattr(env, "var_to_val", {})
+
+
+def each(given: Any, count: int) -> list[Any]:
+    """A window's numbers, one for all ``count`` dimensions or one for each, as a list of these."""
+    numbers = list(given) if isinstance(given, (list, tuple)) else [given]
+    return numbers * count if len(numbers) == 1 else numbers
+
+
 def is_dense(x: torch.Tensor) -> bool:
     """Is it contiguous?  (Asked of the tensor itself, symbolic sizes would add a guard.)"""
     expected: list[Any] = []

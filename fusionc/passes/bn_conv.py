@@ -20,7 +20,7 @@ import torch
 from torch.fx import Node
 
 from ..graph import edit
-from ..graph.facts import Facts, dtype, same_layout, shape, tensor, value
+from ..graph.facts import Facts, dtype, each, same_layout, shape, tensor, value
 from . import constants, conv_bn
 from .base import Match, Pass, Reassociates, Refuse
 from .channels import Place, through, views_before, written_between
@@ -68,8 +68,8 @@ class BatchNormConv(Pass):
                     return Refuse("the zeros of a padding are not normalised, and sizes are not known", conv)
                 if len(image) != len(sizes) or math.prod(result[1:]) > math.prod(image[1:]):
                     return Refuse("the zeros of a padding are not normalised, and the image of what they change is large", conv)
-                rank = len(sizes) - 2
-                match.bound["border"] = [list(image[2:]), *(_each(layer[name], rank) for name in _NAMES[3:6])]
+                window = ([int(n) for n in each(layer[name], len(sizes) - 2)] for name in ("stride", "padding", "dilation"))
+                match.bound["border"] = [list(image[2:]), *window]
         place = through(match.views, Place(1, channels)) if isinstance(channels, int) else None
         rank = len(shape(layer["input"]) or ())
         if place is None or (place.axis != rank - 1 if linear else (place.axis, place.outer, place.inner) != (1, 1, 1)) or \
@@ -121,11 +121,6 @@ class BatchNormConv(Pass):
         edit.replace(conv, folded)
         edit.erase_dead([bn])
         constants.drop_unused(facts.gm, parts)
-
-
-def _each(given: Any, rank: int) -> list[int]:
-    parts = [int(n) for n in (given if isinstance(given, (list, tuple)) else [given])]
-    return parts * rank if len(parts) == 1 else parts
 
 
 def blurs(bn: Node, real: Mapping[Node, Any]) -> bool:
