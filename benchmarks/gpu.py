@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import gc
 import json
 import math
 import os
@@ -70,12 +71,26 @@ MARK = "@@result "
 # ------------------------------------------------------------------------------------------------------- child process
 
 
+_holding = False
+
+
 @contextmanager
 def locked(path: str, shared: bool) -> Iterator[None]:
-    """Holds the machine-wide lock: shared while using the GPU for anything but timing, alone while timing."""
+    """Holds the machine-wide lock: shared while using the GPU for anything but timing, alone while timing.
+
+    Inside itself it does nothing (a tuner that measures in a call under a lock).
+    """
+    global _holding
+    if _holding:
+        yield
+        return
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
+        _holding = True
+        try:
+            yield
+        finally:
+            _holding = False
 
 
 class _ResetBetween:
@@ -197,6 +212,7 @@ def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int
     if cuda:
         torch.cuda.empty_cache()
     prime()
+    waits = tune_alone(lock) if cuda and any(b.startswith("fusionc") for b in backends) else lambda: 0.0
     for backend in backends:
         result: dict[str, Any] = {}
         try:
@@ -211,11 +227,11 @@ def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int
                     torch.compiler.cudagraph_mark_step_begin()
                 return step(case, fn, inputs)
 
-            start = time.perf_counter()
+            start, waited = time.perf_counter(), waits()
             run()
             sync()
             if backend != "eager":
-                result["compile_s"] = time.perf_counter() - start
+                result["compile_s"] = time.perf_counter() - start - (waits() - waited)
             with locked(lock, shared=True):
                 for _ in range(2 if graphs else 0):  # warm-up and recording of the graphs
                     reset()
@@ -232,35 +248,73 @@ def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int
                 continue
             say(backend, **result)  # known so far, should the timing fail
             with locked(lock, shared=False):
-                reset()
-                if cuda:
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                    run()
-                    sync()
-                    held = tensors_bytes(ref) + tensors_bytes(eager)  # kept for the checks only
-                    result["peak_gb"] = (torch.cuda.max_memory_allocated() - held) / 1e9
-                    result["step_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
-                    reset()
-                result["ms"] = bench(run, case.reset, device, repeat_ms)
-                if cuda and not graphs and case.reset is None:
-                    result["plain_ms"] = result["ms"]
-                    try:
-                        replay, plain = captured(run), [t.detach().clone() for t in run()]
-                        for mine, other in zip(replay(), plain, strict=True):
-                            if relative_error(mine.detach(), other) > 0.05:
-                                raise RuntimeError("the recording gives other results than the call")
-                        result["step_graph_ms"] = bench(replay, None, device, repeat_ms)
-                        result["ms"] = min(result["ms"], result["step_graph_ms"])
-                    except Exception as error:  # noqa: BLE001 - not every call can be captured
-                        result["step_graph_error"] = first_line(error)
-                    torch._C._cuda_clearCublasWorkspaces()  # the recording's own, which the next backend would be charged for
+                held = tensors_bytes(ref) + tensors_bytes(eager)  # kept for the checks only
+                result |= timings(run, case.reset, device, repeat_ms, held, record=not graphs)
         except Exception as error:
             traceback.print_exc()
             result["error"] = first_line(error)
         say(backend, **result)
+        fn = run = None  # type: ignore[assignment]  # with what they own: the next backend would be charged for it
         torch._dynamo.reset()
+        gc.collect()
+        if cuda:
+            torch._C._cuda_clearCublasWorkspaces()  # the recording's own
+            torch.cuda.empty_cache()
+
+
+def timings(
+    run: Callable[[], list[Any]], reset: Callable[[], None] | None, device: str, repeat_ms: int, held: int, record: bool
+) -> dict[str, Any]:
+    """Peak memory of one call and median milliseconds; where ``record``, also of the call recorded as a CUDA graph.
+
+    ``held``: bytes that are not the call's, left out of the peak.
+    """
+    import torch
+
+    result: dict[str, Any] = {}
+    cuda = device == "cuda"
+    again = reset or (lambda: None)
+    again()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        result["peak_gb"] = (torch.cuda.max_memory_allocated() - held) / 1e9
+        result["step_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        again()
+    result["ms"] = bench(run, reset, device, repeat_ms)
+    if cuda and record and reset is None:
+        result["plain_ms"] = result["ms"]
+        try:
+            replay, plain = captured(run), [t.detach().clone() for t in run()]
+            for mine, other in zip(replay(), plain, strict=True):
+                if relative_error(mine.detach(), other) > 0.05:
+                    raise RuntimeError("the recording gives other results than the call")
+            result["step_graph_ms"] = bench(replay, None, device, repeat_ms)
+            result["ms"] = min(result["ms"], result["step_graph_ms"])
+        except Exception as error:  # noqa: BLE001 - not every call can be captured
+            result["step_graph_error"] = first_line(error)
+    return result
+
+
+def tune_alone(lock: str) -> Callable[[], float]:
+    """Lets fusionc's tuner measure only while nobody else uses the GPU; returns a clock of the seconds it has waited."""
+    from fusionc.runtime import tune
+
+    waited = [0.0]
+    real = tune.race
+
+    def race(*args: Any, deadline: float, **more: Any) -> Any:
+        start = time.monotonic()
+        with locked(lock, shared=False):
+            wait = time.monotonic() - start
+            waited[0] += wait
+            return real(*args, deadline=deadline + wait, **more)
+
+    tune.race = race
+    return lambda: waited[0]
 
 
 def tensors_bytes(values: list[Any]) -> int:
