@@ -13,8 +13,8 @@ chained     launch on a GPU so that reading the weight may start before the kern
             where a kernel of the same Program stands in front and nothing in the Program writes the weight
 turned      the weight is stored [K, N] or [K, 2 N]
 
-Returns [M, N], contiguous, in x's dtype.  Kernels take one row with all of this, and up to 128 rows of 16 bits without a
-norm; the rest, and a CPU, is computed by ATen.
+Returns [M, N], contiguous, in x's dtype.  Kernels take one row with all of this, up to 128 rows of 16 bits without a norm,
+and many rows of 16 bits with sibling weights and a bias; the rest, and a CPU, is computed by ATen.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor
 from . import late
 
 ROWS = 128  # that kernels take at most
+SIBLING_ROWS = 1 << 15  # with sibling weights, which a copy would have to lay side by side for the library
 BLOCK = 64  # sibling weights are multiples of it, if there is more than one row
 
 _library = torch.library.Library("fusionc", "FRAGMENT")

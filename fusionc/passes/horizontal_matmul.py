@@ -9,7 +9,8 @@ Legality   inference; the weights (and biases) are parameters that the graph doe
            GPU only what does not keep it busy by itself: for larger ones an H200 showed no gain (SwiGLU block of 8192
            tokens 0.7 %, Llama 1B prefill -1 %) against 13 to 60 % more memory; nor can there be any for one that
            fills whole waves of tiles (Llama's k and v there, whose copies were 67 MB; BERT's q, k and v, 42 MB)
-Cost       one launch and one read of x instead of several; a copy of the weights, kept up to date at run time
+Cost       one launch and one read of x instead of several; a copy of the weights, kept up to date at run time, unless
+           skinny_linear reads them apart
 Source     the usual QKV and gate/up merge, here without freezing and for unequal widths
 """
 
@@ -46,6 +47,7 @@ _FEW_ROWS = 32  # on a CPU
 _PROCESSORS = 132  # of an H200
 _BUSY_TILES = 2 * _PROCESSORS  # of 128 x 256 elements of the result
 _WHOLE = 0.95  # of its waves of tiles, 256 or 192 wide: a wider product takes as many waves as its parts
+_APART = 3  # weights that skinny_linear reads without a copy
 _BUSY_BYTES = 32 << 20  # of weight, read in 8 us there
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
@@ -102,8 +104,9 @@ class HorizontalMatmul(Pass):
             if len(kinds) > 1 and any(len(members) == 1 for members in kinds):
                 yield Match({"x": x, "members": [kinds[0][0], kinds[1][0]], "group": []}, ())
             for members in kinds:
-                if len(members) > 1:
-                    yield Match({"x": x, "members": members, "group": []}, tuple(members))
+                for some in _together(members):
+                    if len(some) > 1:
+                        yield Match({"x": x, "members": some, "group": []}, tuple(some))
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality. Fills ``match.group`` with the members that may be merged; refuses if fewer than two."""
@@ -190,6 +193,16 @@ class HorizontalMatmul(Pass):
             node.meta["val"] = made
             node.meta.pop("tensor_meta", None)
         edit.erase_dead(origin)
+
+
+def _together(members: list[Node]) -> list[list[Node]]:
+    """The siblings in equal groups; on a GPU at most as many as one kernel reads where they are."""
+    first, found = members[0], []
+    most = _APART if device(first) != _CPU and (dtype(first) or torch.float32).itemsize == 2 else len(members)
+    count = -(-len(members) // most)
+    for i in range(count):
+        found.append(members[i * len(members) // count : (i + 1) * len(members) // count])
+    return found
 
 
 def _rows(x: Node) -> int:

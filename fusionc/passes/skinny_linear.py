@@ -5,7 +5,8 @@ Math       add(r, mm(rmsnorm(x), Wᵀ)),  silu(mm(x, W₁ᵀ)) · mm(x, W₂ᵀ)
 Exactness  reassociates: products are summed in another order; every other rounding stays where it is
 Legality   inference on a GPU; bfloat16 or float16; x [M, K] with M known and small; W a parameter, not written by the
            graph; what lies inside has no other reader; nothing is written between
-Memory     sibling weights that horizontal_matmul laid side by side are read where they are, and the copy is dropped
+Memory     sibling weights that horizontal_matmul laid side by side are read where they are, and the copy is dropped, also
+           with many rows: a kernel of ours that reads them apart, or a product of the library each
 Cost       one launch instead of two to four, which is most of the time of a small layer; a norm only for one row, where
            computing it again in every program is cheap; more than 16 rows only with small weights, or where the width
            is odd: padding GPT-2's head for the library takes a copy of 77 MB, and one of the result
@@ -58,6 +59,7 @@ class Fused:
     bias: Node | None
     last: Node
     turned: bool = False
+    siblings: bool = False
     norm: Norm | None = None
     activation: str = ""
     gated: bool = False
@@ -97,7 +99,9 @@ class SkinnyLinear(Pass):
         if isinstance(base, Refuse):
             return base
         base.norm = self._norm(base, facts)
-        _epilogue(base)
+        rows, inner = shape(base.x)  # type: ignore[misc]
+        if rows <= (FEW if base.siblings and inner * shape(mm)[1] > SMALL else self.rows):  # type: ignore[index]
+            _epilogue(base)  # else the library may be faster, and what follows is a kernel of its own
         if any(mm < writer < base.last for writers in facts.writers.values() for writer in writers):
             return Refuse("memory is written between the product and what follows it", mm)
         match.fused.append(base)
@@ -111,12 +115,13 @@ class SkinnyLinear(Pass):
             return Refuse("training keeps what lies between", mm)
         if mm.kwargs or not isinstance(x, Node) or not isinstance(right, Node) or sizes is None:
             return Refuse("addmm scales its bias or product", mm)
-        if not is_static_shape(x) or not 1 <= sizes[0] <= self.rows:
+        most = op.SIBLING_ROWS if edit.derived(facts.gm, _stored(right)) is not None else self.rows
+        if not is_static_shape(x) or not 1 <= sizes[0] <= most:
             return Refuse(f"it has more than {self.rows} rows", mm)
         if dtype(mm) not in (torch.bfloat16, torch.float16):
             return Refuse("it is neither bfloat16 nor float16", mm)
         turned = right.op == "placeholder"
-        weight = right.args[0] if right.op == "call_function" and right.target in _TRANSPOSES else right
+        weight = _stored(right)
         if not isinstance(weight, Node) or weight.op != "placeholder" or len(shape(weight) or ()) != 2:
             return Refuse("its weight is computed in the graph", mm)
         derived = weight.name.startswith("derived_") and weight not in facts.static
@@ -127,14 +132,19 @@ class SkinnyLinear(Pass):
             return Refuse("its weight is not stored densely", mm)
         if inner % 8 or turned and width % 16 or (stride(x) or (0, 0))[1] != 1 or sizes[0] > 1 and stride(x)[0] % 8:  # type: ignore[index]
             return Refuse("its rows are not multiples of 16 bytes", mm)
-        if sizes[0] > FEW and width * inner > SMALL and (turned or width % ALIGN == 0):
-            return Refuse(f"its weight is large and it has more than {FEW} rows", mm)
         bias = None
         if mm.target is aten.addmm.default:
             bias = mm.args[0]
             if not isinstance(bias, Node) or shape(bias) != (width,) or stride(bias) != (1,) or dtype(bias) is not dtype(mm):
                 return Refuse("its bias is not one vector of its width", mm)
-        return Fused(mm, x, weight, bias, mm, turned)
+        found = Fused(mm, x, weight, bias, mm, turned)
+        found.siblings = len(_parts(found, facts)) > 1
+        if not found.siblings:  # they are worth it at any size: no copy of the weights
+            if sizes[0] > self.rows:
+                return Refuse(f"it has more than {self.rows} rows", mm)
+            if sizes[0] > FEW and width * inner > SMALL and (turned or width % ALIGN == 0):
+                return Refuse(f"its weight is large and it has more than {FEW} rows", mm)
+        return found
 
     def _norm(self, base: Fused, facts: Facts) -> Norm | None:
         """The norm in front, if every reader of it is a product that can take it in."""
@@ -186,6 +196,11 @@ class SkinnyLinear(Pass):
         last.replace_all_uses_with(new)
         edit.erase_dead([last])
         edit.drop_derived(facts.gm, fused.weight)
+
+
+def _stored(right: Node) -> Any:
+    """The weight as it is stored, without a transposition."""
+    return right.args[0] if right.op == "call_function" and right.target in _TRANSPOSES else right
 
 
 def _parts(fused: Fused, facts: Facts) -> list[Node]:

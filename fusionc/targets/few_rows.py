@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..codegen.templates import few_rows as texts
 from ..codegen.templates.few_rows import Tile
-from ..ops.skinny_linear import BLOCK, ROWS, reference
+from ..ops.skinny_linear import BLOCK, ROWS, SIBLING_ROWS, reference
 from ..runtime.counters import zeros
 from ..runtime.depthwise_conv import turn
 from ..runtime.device import properties
@@ -26,6 +27,8 @@ def few_rows(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds:
     """See `ops.skinny_linear`; ATen where the kernel does not apply or is slower."""
 
     def library(out: Tensor | None = None) -> Tensor:
+        if more and not activation and norm is None and residual is None:
+            return apart(x, (weight, *more), bias, out)
         if not turned and not more and norm is None and bias is None and not activation and residual is None and \
                 odd(x.shape[0], weight.shape[0]):
             return by_columns(x, weight, out)
@@ -72,7 +75,8 @@ def _plan_of(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None
              residual: Tensor | None, more: Sequence[Tensor] | None, gated: bool, turned: bool,
              data: bool = True) -> _Plan | None:  # fmt: skip
     """None where the kernel does not apply."""
-    if norm is not None or x.shape[0] > ROWS or not fits(x, weight, norm, bias, residual, more, BLOCK, data):
+    most = SIBLING_ROWS if more and not activation and residual is None else ROWS
+    if norm is not None or x.shape[0] > most or not fits(x, weight, norm, bias, residual, more, BLOCK, data):
         return None
     heights = tuple(part.shape[int(turned)] for part in (weight, *(more or ())))
     width = sum(heights) // (2 if activation and gated else 1)
@@ -97,6 +101,20 @@ def by_columns(x: Tensor, weight: Tensor, out: Tensor | None = None, *, interpre
     return out
 
 
+def apart(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x Wᵀ of weights [Nᵢ, K] beside each other, each by the library into its columns of the result."""
+    heights = [w.shape[0] for w in weights]
+    if out is None:
+        out = torch.empty((x.shape[0], sum(heights)), dtype=x.dtype, device=x.device)
+    biases = [None] * len(heights) if bias is None else bias.split(heights)
+    for w, b, columns in zip(weights, biases, out.split(heights, 1)):
+        if b is None:
+            torch.mm(x, w.t(), out=columns)
+        else:
+            torch.addmm(b, x, w.t(), out=columns)
+    return out
+
+
 class _Plan:
     """Everything about one shape of the operator but the tile."""
 
@@ -110,12 +128,17 @@ class _Plan:
             ("N0", ends[0]), ("N1", ends[1]), ("APART", gated and len(heights) > 1), ("M", rows), ("N", self.width),
             ("K", inner), ("XS", step), ("ACT", activation), ("GATED", gated), ("HAS_BIAS", bias),
             ("HAS_RESIDUAL", residual), ("KN", turned), ("WIDE", sum(heights) * inner >= 1 << 31), ("PDL", self.early),
-            ("FETCH", texts.ahead(self.width, inner, gated)),
+            ("FETCH", texts.ahead(rows, self.width, inner, gated)),
         )  # fmt: skip
         p = POINTER[dtype]
         self.kinds = (p,) * 7 + ("*fp32", "*i32")
         # the last candidate is the library
-        self.tiles = (*texts.tiles(rows, self.width, inner, gated, properties(device).processors), None)
+        processors = properties(device).processors
+        if rows > ROWS:
+            found = texts.sibling_tiles(rows, self.width, inner, math.gcd(*heights), processors)
+        else:
+            found = texts.tiles(rows, self.width, inner, gated, processors)
+        self.tiles = (*found, None)
         what = [dtype, rows, "+".join(map(str, heights)), inner, activation, gated, bias, residual, turned]
         self.key = f"few_rows {' '.join(map(str, what))}"
         self._kernels: dict[Tile, Template] = {}

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fusionc.ops
-from fusionc.codegen.templates.few_rows import tiles
+from fusionc.codegen.templates.few_rows import sibling_tiles, tiles
 from fusionc.ops.skinny_linear import BLOCK, ROWS
 
 HERE = Path(__file__).resolve()
@@ -48,6 +48,43 @@ def test_tiles_fit(rows: int, width: int, inner: int, gated: bool) -> None:
         assert (t.bm + t.bn * (2 if gated else 1)) * t.bk * 2 * t.stages <= 200 << 10  # shared memory
 
 
+@pytest.mark.parametrize("rows, width, inner, block", [(4096, 2304, 768, 768), (129, 192, 64, 64), (2048, 3072, 1024, 128),
+                                                       (512, 6144, 2048, 2048)])  # fmt: skip
+def test_sibling_tiles_fit(rows: int, width: int, inner: int, block: int) -> None:
+    found = sibling_tiles(rows, width, inner, block, 132)
+    assert 1 <= len(found) <= 2 and all(block % t.bn == 0 and t.split == 1 for t in found)
+    assert all((t.bm + t.bn) * t.bk * 2 * t.stages <= 200 << 10 for t in found)
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize("bn", [64, 128, 256])
+def test_sibling_kernel_builds_for_hopper_without_spills(bn: int) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    from fusionc.codegen.templates.few_rows import TEXT, ahead
+    from fusionc.runtime.templates import Template
+
+    for t in sibling_tiles(2048, 3 * bn * 8, 1024, bn, 132):
+        constants = {"N0": bn * 8, "N1": bn * 16, "APART": False, "M": 2048, "N": bn * 24, "K": 1024, "XS": 1024,
+                     "ACT": "", "GATED": False, "HAS_BIAS": True, "HAS_RESIDUAL": False, "KN": False, "SPLIT": 1,
+                     "WIDE": False, "PDL": True, "FETCH": ahead(2048, bn * 24, 1024, False), "BM": t.bm, "BN": t.bn,
+                     "BK": t.bk, "STAGES": t.stages}  # fmt: skip
+        kinds = ("*bf16",) * 7 + ("*fp32", "*i32")
+        kernel = Template(TEXT, "few_rows", kinds, tuple(constants.items()), torch.device("cpu"), t.warps, t.stages)
+        built = kernel.build(GPUTarget("cuda", 90, 32), usage=True)
+        assert built.spills == 0 and "wgmma" in built.asm["ptx"], t
+
+
+def test_siblings_apart_in_the_library() -> None:
+    from fusionc.ops.skinny_linear import reference
+    from fusionc.targets.few_rows import apart
+
+    x, weights, bias = torch.randn(20, 16), [torch.randn(n, 16) for n in (8, 24, 16)], torch.randn(48)
+    for b in (None, bias):
+        want = reference(x, weights[0], None, 0.0, False, b, "", None, False, weights[1:])
+        torch.testing.assert_close(apart(x, weights, b), want)
+
+
 @pytest.mark.cross
 @pytest.mark.parametrize("rows, width, inner, gated, turned", [(128, 768, 3072, False, True), (16, 4096, 14336, False, False),
                                                                (24, 3072, 1024, True, False),
@@ -61,7 +98,7 @@ def test_kernel_builds_for_hopper_without_spills(rows: int, width: int, inner: i
     t = tiles(rows, width, inner, gated, 132)[0]
     constants = {"N0": 0, "N1": 0, "APART": gated, "M": rows, "N": width, "K": inner, "XS": inner,
                  "ACT": "silu" if gated else "", "GATED": gated, "HAS_BIAS": True, "HAS_RESIDUAL": True, "KN": turned,
-                 "SPLIT": t.split, "WIDE": False, "PDL": True, "FETCH": ahead(width, inner, gated),
+                 "SPLIT": t.split, "WIDE": False, "PDL": True, "FETCH": ahead(rows, width, inner, gated),
                  "BM": t.bm, "BN": t.bn, "BK": t.bk, "STAGES": t.stages}  # fmt: skip
     kinds = ("*bf16",) * 7 + ("*fp32", "*i32")
     kernel = Template(TEXT, "few_rows", kinds, tuple(constants.items()), torch.device("cpu"), t.warps, t.stages)
@@ -102,6 +139,7 @@ def _kernel() -> None:
         (16, 40, 104, False, "silu", True, False, True, 1, 16, 16, 16, 1),
         (16, 48, 104, False, "silu", True, False, False, 2, 16, 16, 32, 1),
         (5, 96, 64, False, "", False, True, False, 3, 16, 32, 32, 1),
+        (50, 96, 64, False, "", False, True, False, 3, 16, 32, 32, 1),  # four blocks of rows
         (33, 48, 200, True, "", False, True, True, 1, 16, 32, 32, 3),
         (16, 40, 104, False, "gelu", True, True, True, 1, 16, 16, 16, 2),
         (5, 24, 64, True, "relu", True, True, False, 1, 16, 16, 16, 2),

@@ -296,6 +296,40 @@ def test_sibling_weights_are_read_where_they_are() -> None:
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
+MANY = """
+%x: bf16[20, 16] = input
+%w1: bf16[64, 16] = input  # static
+%w2: bf16[128, 16] = input  # static
+%t1: bf16[16, 64]{1, 16} = aten.t(%w1)
+%y1: bf16[20, 64] = aten.mm(%x, %t1)
+%t2: bf16[16, 128]{1, 16} = aten.t(%w2)
+%y2: bf16[20, 128] = aten.mm(%x, %t2)
+%a: bf16[20, 64] = aten.relu(%y1)
+%b: bf16[20, 128] = aten.sin(%y2)
+return (%a, %b)
+"""
+
+
+def test_siblings_of_many_rows_are_read_where_they_are() -> None:
+    new = _after_merging(MANY)
+    text = graph_text(new)  # the pass takes 16 rows of other weights
+    assert "fusionc.skinny_linear(%x, %w1, None, 0.0, False, None, \"\", None, False, [%w2])" in text and "aten.relu" in text
+    assert not new.meta["fusionc_derived"]
+    inputs = inputs_for(parse(MANY))
+    for got, want in zip(call(new, inputs)[0], call(parse(MANY), inputs)[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+def test_siblings_of_many_rows_that_cannot_be_read_apart_keep_the_copy() -> None:
+    from fusionc.passes.horizontal_matmul import HorizontalMatmul
+    from fusionc.passes.manager import run
+
+    text = MANY.replace("64", "72").replace("128", "56")
+    new, records = run([(1, HorizontalMatmul()), (2, PASS)], parse(text), "graph", None, static=(1, 2))
+    assert [record.fired for record in records] == [1, 0] and len(new.meta["fusionc_derived"]) == 1
+    assert [str(refusal.reason) for refusal in records[1].refusals] == ["it has more than 16 rows"]
+
+
 @pytest.mark.parametrize(
     "why, text",
     [

@@ -1,4 +1,5 @@
-"""A kernel for y = epilogue(x W) with 2 to 128 rows of x, where reading W and starting kernels is the work.
+"""A kernel for y = epilogue(x W) with 2 to 128 rows of x, where reading W and starting kernels is the work; with sibling
+weights also for more rows, where each sibling alone would leave processors idle.
 
 `few_rows` multiplies on the tensor cores.  A program owns BM rows of x and BN columns of the result (twice that with a
 gate), or one of SPLIT ranges of K of them: then the last program of a tile to finish adds the ranges in their order, so
@@ -55,6 +56,7 @@ def few_rows(x, w, w1, w2, bias, residual, out, part, counters,
     TM: tl.constexpr = (M + BM - 1) // BM
     STEPS: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
     WN: tl.constexpr = 2 * N if GATED and not APART else N
+    ONCE: tl.constexpr = "evict_first" if TM <= 2 else ""  # else W is read again for the next rows
     pid = tl.program_id(0)
     pm = pid % TM
     split = (pid // TM) % SPLIT
@@ -114,15 +116,15 @@ def few_rows(x, w, w1, w2, bias, residual, out, part, counters,
         k = first + i * BK + c
         if K % BK == 0 and STEPS * SPLIT * BK == K:
             a = tl.load(x + at_m[:, None] * XS + k[None, :], mask=m_ok[:, None], other=0.0, eviction_policy="evict_last")
-            b = tl.load(at_w, mask=n_ok[None, :], other=0.0, eviction_policy="evict_first")
+            b = tl.load(at_w, mask=n_ok[None, :], other=0.0, eviction_policy=ONCE)
             if GATED:
-                b_up = tl.load(at_u, mask=n_ok[None, :], other=0.0, eviction_policy="evict_first")
+                b_up = tl.load(at_u, mask=n_ok[None, :], other=0.0, eviction_policy=ONCE)
         else:
             a = tl.load(x + at_m[:, None] * XS + k[None, :], mask=m_ok[:, None] & (k < K)[None, :], other=0.0,
                         eviction_policy="evict_last")
-            b = tl.load(at_w, mask=n_ok[None, :] & (k < K)[:, None], other=0.0, eviction_policy="evict_first")
+            b = tl.load(at_w, mask=n_ok[None, :] & (k < K)[:, None], other=0.0, eviction_policy=ONCE)
             if GATED:
-                b_up = tl.load(at_u, mask=n_ok[None, :] & (k < K)[:, None], other=0.0, eviction_policy="evict_first")
+                b_up = tl.load(at_u, mask=n_ok[None, :] & (k < K)[:, None], other=0.0, eviction_policy=ONCE)
         acc = tl.dot(a, b, acc)
         if GATED:
             acc_up = tl.dot(a, b_up, acc_up)
@@ -183,8 +185,10 @@ _MANY = 1 << 22  # elements of a weight that fills the device with large tiles
 _SHARED = 200 << 10  # bytes of shared memory that a program may take
 
 
-def ahead(width: int, inner: int, gated: bool) -> int:
+def ahead(rows: int, width: int, inner: int, gated: bool) -> int:
     """Steps of each program whose part of the weight is asked for before the kernel in front has finished."""
+    if rows > 128:  # it has programs enough to hide its loads
+        return 0
     return 1 << 16 if width * inner * (4 if gated else 2) <= _LARGE else 2
 
 
@@ -213,3 +217,20 @@ def tiles(rows: int, width: int, inner: int, gated: bool, processors: int) -> tu
         found.append((0.0 if kept else abs(math.log2(count * split / wanted)), replace(t, split=split)))
     found.sort(key=lambda each: each[0])
     return tuple(dict.fromkeys(t for _, t in found))[:2]
+
+
+_SHAPES = ((Tile(128, 256, 64, 8, 3), 1, 1.0), (Tile(128, 128, 64, 8, 3), 2, 0.9), (Tile(64, 128, 64, 4, 4), 2, 0.75),
+           (Tile(64, 64, 64, 4, 4), 3, 0.55))  # with programs a processor, and speed where all have work
+
+
+def sibling_tiles(rows: int, width: int, inner: int, block: int, processors: int) -> tuple[Tile, ...]:
+    """Two candidates for many rows, the default first; sibling weights are multiples of ``block``."""
+
+    def cost(shape: tuple[Tile, int, float]) -> float:
+        t, together, speed = shape
+        waves = math.ceil(-(-rows // t.bm) * -(-width // t.bn) / (processors * together))
+        return waves * together * t.bm * t.bn / speed
+
+    fitting = [shape for shape in _SHAPES if block % shape[0].bn == 0]
+    depth = max(16, 1 << (inner - 1).bit_length())
+    return tuple(replace(t, bk=min(t.bk, depth)) for t, _, _ in sorted(fitting, key=cost)[:2])
