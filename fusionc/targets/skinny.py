@@ -86,6 +86,7 @@ class _Plan:
             ("N0", ends[0]), ("N1", ends[1]), ("UP", width if len(heights) == 1 else 0), ("N", width),
             ("K", inner), ("EPS", eps), ("NORM", kind), ("ACT", activation), ("HAS_BIAS", bias),
             ("HAS_RESIDUAL", residual), ("WIDE", wide), ("PDL", chained),
+            ("NEXT", dependent(device)),
         )  # fmt: skip
         p, n = POINTER[dtype], POINTER[norm_dtype]
         self.kinds = (p, p, p, p, n, p, p, p)

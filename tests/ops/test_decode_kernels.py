@@ -112,7 +112,7 @@ def _linear() -> None:
         out = torch.full((m, n), float("nan"), dtype=dtype)
         constants = {"N0": ends[0], "N1": ends[1], "UP": n if len(parts) == 1 else 0, "N": n, "K": k,
                      "EPS": 1e-5, "NORM": norm, "ACT": act, "HAS_BIAS": b is not None,
-                     "HAS_RESIDUAL": residual, "WIDE": False, "PDL": False, "BN": bn, "BK": bk}
+                     "HAS_RESIDUAL": residual, "WIDE": False, "PDL": False, "NEXT": False, "BN": bn, "BK": bk}
         args = [out if t is None else t for t in (x, apart[0], apart[len(parts) // 2], apart[-1], nw, b, r)]
         with interpreter.lock, interpreter.repaired(), launch._interpreting(True):
             module.one_row[(-(-n // (bn * repeat)), 1, 1)](*args, out, REPEAT=repeat, **constants)

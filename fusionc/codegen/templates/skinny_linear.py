@@ -6,8 +6,9 @@ Results are rounded where separate operators would round: after the norm, after 
 the sum.
 
 With PDL a program loads its first tile of W, which no kernel of the chain writes, before it waits for the kernel in
-front of it (programmatic dependent launch).  Every program waits, and only then lets the next kernel start: so
-whatever the next kernel reads before its own wait was complete unless this kernel wrote it.
+front of it (programmatic dependent launch).  Every program waits, and only then (NEXT) lets the next kernel start: so
+whatever the next kernel reads before its own wait was complete unless this kernel wrote it.  The first of a chain starts
+when all in front has finished, and lets the next one start at once.
 
 Source: CUDA programming guide, "Programmatic dependent launch"; tile sizes measured on an H200 (NOTES.md).
 """
@@ -59,7 +60,7 @@ def one_row(x, w, w1, w2, norm, bias, residual, out,
             N0: tl.constexpr, N1: tl.constexpr, UP: tl.constexpr,
             N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
             HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
-            BN: tl.constexpr, BK: tl.constexpr, REPEAT: tl.constexpr):
+            NEXT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, REPEAT: tl.constexpr):
     DT: tl.constexpr = out.dtype.element_ty
     TILES: tl.constexpr = (K + BK - 1) // BK
     cols = tl.arange(0, BK)
@@ -82,6 +83,7 @@ def one_row(x, w, w1, w2, norm, bias, residual, out,
         first_up = tl.load(u + (rows + UP)[:, None] * K + cols[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
     if PDL:
         gdc_wait()
+    if NEXT:
         gdc_launch_dependents()
     xv = tl.load(x + cols, mask=cols < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
     if NORM != 0:
