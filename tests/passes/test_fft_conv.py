@@ -206,6 +206,14 @@ def test_cost_rule(kind: str, x: tuple[int, ...], weight: tuple[int, ...], paddi
     assert (transformed < 0.5 * direct) == cheaper
 
 
+def test_the_threads_of_the_host_say_nothing_about_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    graph = text(x="4, 256, 8192", w="256, 1, 512", padding=256, out="4, 256, 8193", groups=256, dtype="f32")
+    facts = Facts(parse(graph.replace("] =", "]@cuda =")))
+    (match,) = FftConv().find(facts)
+    assert FftConv().check(match, facts) is None
+
+
 @pytest.mark.parametrize("length, taps", [(512, 512), (1024, 100)])
 def test_rounding_in_norm_is_no_worse_than_eagers_doubled(length: int, taps: int) -> None:
     rng = torch.Generator().manual_seed(0)
