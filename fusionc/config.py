@@ -49,7 +49,7 @@ class Config:
     remove_attention attention sublayers to leave out (approximate): a count, fraction, layer numbers, a drop list
                      {"attention": [...], "mlp": [...], "block": [...]} or a Plan
     large_kernel     sums of cheaper filters for large kernels (approximate): {"method": ..., "error": ...} or a Plan
-    fft_conv         True: long convolutions along one axis through the Fourier transform where cheaper (rounds differently)
+    fft_conv         True: long convolutions along one axis, and their gradients, through the Fourier transform where cheaper
     progress         "auto" (after 2 s, on a terminal), True or False
     """
 

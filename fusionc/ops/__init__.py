@@ -40,7 +40,7 @@ def load(name: str) -> None:
         from . import decode_attention  # noqa: F401
     elif name in ("depthwise_conv", "depthwise_conv_weight"):
         from . import depthwise_conv  # noqa: F401
-    elif name == "fft_conv":
+    elif name in ("fft_conv", "fft_conv_backward"):
         from . import fft_conv  # noqa: F401
     elif name == "depthwise_cpu":
         from . import depthwise_cpu  # noqa: F401
