@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from ..graph import edit
-from ..graph.facts import Facts, nodes_of, tensor
+from ..graph.facts import Facts, is_view, nodes_of, tensor
 from .base import Match, Pass, Reassociates, Refuse
 
 aten = torch.ops.aten
@@ -30,6 +30,7 @@ _LAST = torch.channels_last
 _STRIDES = {aten.as_strided.default, aten.as_strided_copy.default, aten.empty_strided.default, aten.new_empty_strided.default,
             aten.as_strided_scatter.default, aten._reshape_alias.default}  # fmt: skip
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
+_COPIES = {aten._to_copy.default, aten.clone.default}
 _OURS = ("aten", "prims", "fusionc")
 
 
@@ -84,7 +85,7 @@ class ChannelsLast(Pass):
         self._convert(facts.gm.graph, weight)
 
     def _convertible(self, node: Node) -> bool:
-        if node.op != "call_function" or node.target is not aten.convolution.default or node.args[6]:
+        if node.op != "call_function" or node.target is not aten.convolution.default or node.args[6] or _of_examples(node):
             return False
         x, w = tensor(node.args[0]), tensor(node.args[1])
         return (
@@ -138,7 +139,7 @@ class ChannelsLast(Pass):
                 continue
             if node.target in _STRIDES:
                 raise _Refused("an operator is told strides", node)
-            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in _OURS:
+            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in _OURS or _of_examples(node):
                 restore(node)
                 continue
             try:
@@ -161,6 +162,18 @@ def _possible(node: Node) -> None:
     if not all(isinstance(n, int) for n in (*like.shape, *like.stride(), *sizes)):  # type: ignore[misc]
         raise ValueError("a size is symbolic")
     torch.empty_strided(like.shape, like.stride(), device="meta").view(sizes)
+
+
+def _of_examples(node: Node) -> bool:
+    """Is it a convolution of one image with groups, whose filters the graph computes? Those are examples with filters of their
+    own, the batch folded into the channels (CondConv), which channels-last would interleave."""
+    if node.target is not aten.convolution.default or node.args[8] == 1:
+        return False
+    x, weight = tensor(node.args[0]), node.args[1]
+    while isinstance(weight, Node) and weight.op == "call_function" and (is_view(weight) or weight.target in _COPIES):
+        weight = weight.args[0]
+    return x is not None and isinstance(x.shape[0], int) and x.shape[0] == 1 and \
+        isinstance(weight, Node) and weight.op == "call_function"  # fmt: skip
 
 
 def _copied(node: Node, user: Node) -> Node:
