@@ -109,7 +109,7 @@ def test_filters_for_each_example(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [j.args[0] for j in jobs] == list(per_example_conv.candidates(shape))  # type: ignore[attr-defined]
     started: list[templates.Template] = []
     monkeypatch.setattr(templates.Template, "prepare", lambda self: started.append(self))
-    for how in (("library",), ("turned", True, 64, 64, 64, 4, 4), ("direct", 64, 64, 64, 4, 3)):
+    for how in (("library",), ("turned", True, 64, 64, 64, 4, 4), ("direct", True, 64, 64, 64, 4, 3)):
         per_example_conv.prepare(how, shape, GPU)
     assert [t.name for t in started] == ["finish", "turn", "turn", "turned", "direct"]
 

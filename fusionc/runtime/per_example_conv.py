@@ -1,8 +1,8 @@
 """Launching convolutions with filters for each example: which kernel, with which tiles, by measurement.
 
-A candidate is ("library",), ("bmm",), ("direct", BO, BP, BK, warps, stages) or ("turned", relaid, BO, BP, BK, warps, stages):
-the last copies the images to [H, W, C] first, and with ``relaid`` the filters to [O, kh kw, C]. The library comes first: it
-stays unless another is clearly faster.
+A candidate is ("library",), ("bmm",), ("direct", ahead, BO, BP, BK, warps, stages) or ("turned", relaid, BO, BP, BK, warps,
+stages): the last copies the images to [H, W, C] first, and with ``relaid`` the filters to [O, kh kw, C]; ``ahead``: patches
+are loaded one step ahead. The library comes first: it stays unless another is clearly faster.
 """
 
 from __future__ import annotations
@@ -77,9 +77,11 @@ def candidates(shape: Shape, bmm: bool = True) -> tuple[Candidate, ...]:
     if taps > _TAPS:
         return tuple(found)
     if not half and shape.precision == "ieee":  # no matrix instructions: small tiles, for all operands are in registers
-        return (*found, ("direct", 64, 64, 16, 4, 2), ("direct", 32, 64, 16, 4, 2))
+        return (*found, ("direct", False, 64, 64, 16, 4, 2), ("direct", False, 32, 64, 16, 4, 2))
     depth = 64 if half and shape.channels * taps > 32 else 32
-    found += [("direct", bo, bp, depth, warps, 3) for bo, bp, warps in _tiles(shape, 64 if shape.product else 160)]
+    for i, (bo, bp, warps) in enumerate(_tiles(shape, 64 if shape.product else 160)):
+        alone = half and not shape.product  # elements of 2 bytes at odd places: no asynchronous copies
+        found += [("direct", ahead, bo, bp, depth, warps, 3) for ahead in ((True, False) if alone and i == 0 else (alone,))]
     if taps > 1 and shape.channels % (8 if half else 4) == 0:
         image, filters = shape.channels * math.prod(shape.size), shape.out_channels * shape.channels * taps
         depth = min(depth, max(16, _power(shape.channels)))
@@ -133,7 +135,7 @@ def _plan(how: Candidate, shape: Shape, device: torch.device | None) -> Plan:
         return partial(_finished, shape, product, finish), () if finish is None else (finish,)
     (oh, ow), dtype = shape.out, shape.dtype
     turns: list[tuple[int, Start]] = []  # which argument, and what copies it
-    constants: dict[str, Any] = {}
+    constants: dict[str, Any] = {"AHEAD": how[1]}
     text, name = template.DIRECT, "direct"
     if how[0] == "turned":
         text, name, relaid = template.TURNED, "turned", how[1]

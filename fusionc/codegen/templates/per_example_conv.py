@@ -51,13 +51,36 @@ def keep(y, bias, total, g, o, p, O: tl.constexpr, P: tl.constexpr, BIAS: tl.con
 DIRECT = ACTIVATE + _TAPS + '''
 
 @triton.jit
+def patches(image, at, bits, n, p, K: tl.constexpr, P: tl.constexpr, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr,
+            KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, BORDERED: tl.constexpr, TAIL: tl.constexpr):
+    """x[k, p] for rows n of k; those from K on are zeros (TAIL: are there any?)."""
+    if KH * KW == 1:
+        right = image + (n * (H * W))[:, None] + at[None, :]
+        inside = ((bits & 1) != 0 if BORDERED else p < P)[None, :]
+        if TAIL:
+            inside = inside & (n < K)[:, None]
+    else:
+        t = n % (KH * KW)
+        right = image + (n // (KH * KW) * (H * W) + t // KW * (DH * W) + t % KW * DW)[:, None] + at[None, :]
+        if BORDERED:
+            if TAIL:
+                t = tl.where(n < K, t, 31)  # no tap has that bit
+            inside = ((bits[None, :] >> t[:, None]) & 1) != 0
+        else:
+            inside = (p < P)[None, :]
+            if TAIL:
+                inside = inside & (n < K)[:, None]
+    return tl.load(right, mask=inside, other=0.0)
+
+
+@triton.jit
 def direct(x, w, bias, y, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, O: tl.constexpr, OH: tl.constexpr,
            OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
-           PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, BO: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-           BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr):
+           PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, AHEAD: tl.constexpr, BO: tl.constexpr, BP: tl.constexpr,
+           BK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr):
+    """AHEAD: a step loads the next step's patches while its product runs, for they are no asynchronous copies."""
     P: tl.constexpr = OH * OW
-    T: tl.constexpr = KH * KW
-    K: tl.constexpr = C * T
+    K: tl.constexpr = C * KH * KW
     high: tl.constexpr = (O + BO - 1) // BO
     wide: tl.constexpr = (P + BP - 1) // BP
     pid = tl.program_id(0)
@@ -72,26 +95,20 @@ def direct(x, w, bias, y, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, O: 
     at = p - (PH * W + PW) if same else (p // OW * SH - PH) * W + p % OW * SW - PW
     bits = taps_inside(p, H, W, P, OW, KH, KW, SH, SW, PH, PW, DH, DW) if bordered else p
     total = tl.full((BO, BP), 0.0, tl.float32)
+    if AHEAD:
+        b = patches(image, at, bits, k, p, K, P, H, W, KH, KW, DH, DW, bordered, K < BK)
     for start in range(0, K, BK):
         if K % BK == 0:
             a = tl.load(left) if O % BO == 0 else tl.load(left, mask=(o < O)[:, None], other=0.0)
         else:
             a = tl.load(left, mask=(o < O)[:, None] & (k < K - start)[None, :], other=0.0)
-        n = start + k
-        if T == 1:
-            right = image + (n * (H * W))[:, None] + at[None, :]
-            inside = ((bits & 1) != 0 if bordered else p < P)[None, :]
-            if K % BK:
-                inside = inside & (n < K)[:, None]
+        if AHEAD:
+            following = patches(image, at, bits, start + BK + k, p, K, P, H, W, KH, KW, DH, DW, bordered, True)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+            b = following
         else:
-            t = n % T
-            right = image + (n // T * (H * W) + t // KW * (DH * W) + t % KW * DW)[:, None] + at[None, :]
-            if bordered:
-                t = tl.where(n < K, t, 31)  # no tap has that bit
-                inside = ((bits[None, :] >> t[:, None]) & 1) != 0
-            else:
-                inside = (p < P)[None, :] & (n < K)[:, None]
-        total = tl.dot(a, tl.load(right, mask=inside, other=0.0), total, input_precision=PRECISION)
+            b = patches(image, at, bits, start + k, p, K, P, H, W, KH, KW, DH, DW, bordered, K % BK != 0)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
         left += BK
     keep(y, bias, total, g, o, p, O, P, BIAS, ACTIVATION)
 '''
