@@ -220,7 +220,7 @@ def test_cond_conv_on_a_gpu(kernel: int, stride: int, groups: int, bias: bool, o
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(5, 4, 7, 6, dtype=torch.float64).contiguous(memory_format=layout)
         with torch.no_grad():
-            found = torch.compile(model, backend="fusionc", options={"cache": False})(x)
+            found = torch.compile(model, backend="fusionc", options={"cache": False, "strict": True})(x)
             torch.testing.assert_close(found, model(x), rtol=1e-12, atol=1e-12)
         calls = [c.op for c in fusionc.report()[-1].calls]
         assert calls.count("fusionc.per_example_conv.default") == 1 and "aten.convolution.default" not in calls
