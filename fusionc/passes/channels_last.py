@@ -4,7 +4,8 @@ Math       the same values, stored with the channels of a pixel side by side
 Exactness  reassociates: the library has other kernels for this layout
 Legality   inference on CUDA, half precision, two dimensions, known sizes. Every value after the first convolution gets the
            layout that ATen's own rules give it; a view that cannot be one any more, an operator of another library, and
-           what leaves the graph get a contiguous copy; operators that are told strides are refused
+           what leaves the graph get a contiguous copy, as do convolutions with filters for each example; operators that are told
+           strides are refused
 Cost       cuDNN's half-precision kernels are channels-last: contiguous images are transposed before and after each call
            (ResNet-like blocks on an H200: 1.3 to 2.3 times as long), a product of matrices takes a 1×1 convolution with its
            activation, and linear layers of permuted images need no copy. Bytes that dense convolutions read and write are
