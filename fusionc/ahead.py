@@ -28,6 +28,7 @@ _WANTED: dict[str, Callable[[], Any]] = {
     "depthwise_conv": lambda: importlib.import_module("fusionc.runtime.depthwise_conv").wanted,
     "depthwise_conv_weight": lambda: importlib.import_module("fusionc.runtime.depthwise_conv").wanted_weight,
     "linear_act": lambda: importlib.import_module("fusionc.runtime.linear_act").wanted,
+    "per_example_conv": lambda: importlib.import_module("fusionc.runtime.per_example_conv").wanted,
 }
 
 

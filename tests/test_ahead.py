@@ -13,10 +13,11 @@ from torch.fx import Graph, GraphModule
 import fusionc.ops.decode_attention
 import fusionc.ops.depthwise_conv
 import fusionc.ops.linear_act
+import fusionc.ops.per_example_conv
 import fusionc.ops.short_attention
 import fusionc.ops.skinny_linear  # noqa: F401
 from fusionc import ahead
-from fusionc.runtime import depthwise_conv, device, linear_act, templates, tune
+from fusionc.runtime import depthwise_conv, device, linear_act, per_example_conv, templates, tune
 from fusionc.targets import decode, few_rows, short_attention, skinny
 
 GPU = torch.device("cuda:0")
@@ -99,6 +100,18 @@ def test_linear_layers_with_an_activation() -> None:
     x, w, b = fake(50176, 96), fake(384, 96), fake(384)
     jobs = ahead.jobs(graph((ops.linear_act.default, (x, w, None, b, "gelu")), (ops.linear_act.default, (x, w, None, b, "gelu"))))
     assert [j.args[0] for j in jobs] == list(linear_act.candidates(50176, 384, 96))  # type: ignore[attr-defined]
+
+
+def test_filters_for_each_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = fake(1, 8 * 64, 28, 28), fake(8 * 128, 64, 3, 3)
+    jobs = ahead.jobs(graph((ops.per_example_conv.default, (x, w, None, [1, 1], [1, 1], [1, 1], 8, "silu"))))
+    shape = per_example_conv.Shape(8, 64, 128, (28, 28), (3, 3), (1, 1), (1, 1), (1, 1), torch.bfloat16, False, "silu")
+    assert [j.args[0] for j in jobs] == list(per_example_conv.candidates(shape))  # type: ignore[attr-defined]
+    started: list[templates.Template] = []
+    monkeypatch.setattr(templates.Template, "prepare", lambda self: started.append(self))
+    for how in (("library",), ("turned", True, 64, 64, 64, 4, 4), ("direct", True, 64, 64, 64, 4, 3)):
+        per_example_conv.prepare(how, shape, GPU)
+    assert [t.name for t in started] == ["finish", "turn", "turn", "turned", "direct"]
 
 
 def test_short_attention_is_known_by_its_strides() -> None:

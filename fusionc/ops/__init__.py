@@ -50,6 +50,8 @@ def load(name: str) -> None:
         from . import linear_cross_entropy  # noqa: F401
     elif name in ("max_pool2d_with_places", "max_pool2d_gradient"):
         from . import max_pool  # noqa: F401
+    elif name == "per_example_conv":
+        from . import per_example_conv  # noqa: F401
     elif name == "short_attention":
         from . import short_attention  # noqa: F401
     elif name == "skinny_linear":

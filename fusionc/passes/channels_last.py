@@ -4,7 +4,8 @@ Math       the same values, stored with the channels of a pixel side by side
 Exactness  reassociates: the library has other kernels for this layout
 Legality   inference on CUDA, half precision, two dimensions, known sizes. Every value after the first convolution gets the
            layout that ATen's own rules give it; a view that cannot be one any more, an operator of another library, and
-           what leaves the graph get a contiguous copy; operators that are told strides are refused
+           what leaves the graph get a contiguous copy, as do convolutions with filters for each example; operators that are told
+           strides are refused
 Cost       cuDNN's half-precision kernels are channels-last: contiguous images are transposed before and after each call
            (ResNet-like blocks on an H200: 1.3 to 2.3 times as long), a product of matrices takes a 1×1 convolution with its
            activation, and linear layers of permuted images need no copy. Bytes that dense convolutions read and write are
@@ -22,7 +23,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from ..graph import edit
-from ..graph.facts import Facts, nodes_of, tensor
+from ..graph.facts import Facts, is_view, nodes_of, tensor
 from .base import Match, Pass, Reassociates, Refuse
 
 aten = torch.ops.aten
@@ -30,6 +31,7 @@ _LAST = torch.channels_last
 _STRIDES = {aten.as_strided.default, aten.as_strided_copy.default, aten.empty_strided.default, aten.new_empty_strided.default,
             aten.as_strided_scatter.default, aten._reshape_alias.default}  # fmt: skip
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
+_COPIES = {aten._to_copy.default, aten.clone.default}
 _OURS = ("aten", "prims", "fusionc")
 
 
@@ -84,7 +86,7 @@ class ChannelsLast(Pass):
         self._convert(facts.gm.graph, weight)
 
     def _convertible(self, node: Node) -> bool:
-        if node.op != "call_function" or node.target is not aten.convolution.default or node.args[6]:
+        if node.op != "call_function" or node.target is not aten.convolution.default or node.args[6] or _of_examples(node):
             return False
         x, w = tensor(node.args[0]), tensor(node.args[1])
         return (
@@ -138,7 +140,7 @@ class ChannelsLast(Pass):
                 continue
             if node.target in _STRIDES:
                 raise _Refused("an operator is told strides", node)
-            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in _OURS:
+            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in _OURS or _of_examples(node):
                 restore(node)
                 continue
             try:
@@ -161,6 +163,18 @@ def _possible(node: Node) -> None:
     if not all(isinstance(n, int) for n in (*like.shape, *like.stride(), *sizes)):  # type: ignore[misc]
         raise ValueError("a size is symbolic")
     torch.empty_strided(like.shape, like.stride(), device="meta").view(sizes)
+
+
+def _of_examples(node: Node) -> bool:
+    """Is it a convolution of one image with groups, whose filters the graph computes? Those are examples with filters of their
+    own, the batch folded into the channels (CondConv), which channels-last would interleave."""
+    if node.target is not aten.convolution.default or node.args[8] == 1:
+        return False
+    x, weight = tensor(node.args[0]), node.args[1]
+    while isinstance(weight, Node) and weight.op == "call_function" and (is_view(weight) or weight.target in _COPIES):
+        weight = weight.args[0]
+    return x is not None and isinstance(x.shape[0], int) and x.shape[0] == 1 and \
+        isinstance(weight, Node) and weight.op == "call_function"  # fmt: skip
 
 
 def _copied(node: Node, user: Node) -> Node:

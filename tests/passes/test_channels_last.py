@@ -140,3 +140,31 @@ def test_recipe() -> None:
         recipes.rebuild(["channels_last"], 2)
     with pytest.raises(ValueError):
         recipes.rebuild(["channels_last"], 1)([weight[0]])
+
+
+EXAMPLES = f"""
+%x: f64[2, 3, 8, 8] = input
+%w: f64[4, 3, 3, 3] = input  # static
+%r: f64[2, 5] = input
+%e: f64[5, 108] = input  # static
+%v: f64[2, 6, 3, 3] = input  # static
+%m: f64[2, 108] = aten.mm(%r, %e)
+%f: f64[12, 2, 3, 3] = aten.view(%m, [12, 2, 3, 3])
+%a: f64[2, 4, 8, 8] = {conv("x", "w")}
+%g: f64[1, 8, 8, 8] = aten.view(%a, [1, 8, 8, 8])
+%b: f64[1, 12, 8, 8] = {conv("g", "f", groups=4)}
+%h: f64[2, 6, 8, 8] = aten.view(%b, [2, 6, 8, 8])
+%c: f64[2, 2, 8, 8] = {conv("h", "v")}
+return (%c)
+"""
+
+
+def test_examples_with_filters_of_their_own_stay_contiguous() -> None:
+    text = rewritten(OnCpu(), EXAMPLES)
+    assert text.count("memory_format=torch.contiguous_format") == 2, "in front of them, and the result"
+    assert "%b: f64[1, 12, 8, 8] = aten.convolution(%g, %f, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 4)" in text
+    assert "aten.clone(%h, memory_format=torch.channels_last)" in text
+    check_values(OnCpu(), EXAMPLES, fired=1, exact=False)
+    alone = EXAMPLES[: EXAMPLES.index("%h")].replace(conv("x", "w"), "aten.cat([%x, %x1], 1)").replace(
+        "%w: f64[4, 3, 3, 3] = input  # static", "%x1: f64[2, 1, 8, 8] = input") + "return (%b)\n"  # fmt: skip
+    check_values(OnCpu(), alone, fired=0)
