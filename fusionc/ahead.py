@@ -27,6 +27,7 @@ _WANTED: dict[str, Callable[[], Any]] = {
     "decode_attention_update": lambda: importlib.import_module("fusionc.targets.decode").wanted_update,
     "depthwise_conv": lambda: importlib.import_module("fusionc.runtime.depthwise_conv").wanted,
     "depthwise_conv_weight": lambda: importlib.import_module("fusionc.runtime.depthwise_conv").wanted_weight,
+    "grouped_conv": lambda: importlib.import_module("fusionc.runtime.grouped_conv").wanted,
     "linear_act": lambda: importlib.import_module("fusionc.runtime.linear_act").wanted,
     "per_example_conv": lambda: importlib.import_module("fusionc.runtime.per_example_conv").wanted,
 }

@@ -44,6 +44,8 @@ def load(name: str) -> None:
         from . import fft_conv  # noqa: F401
     elif name == "depthwise_cpu":
         from . import depthwise_cpu  # noqa: F401
+    elif name == "grouped_conv":
+        from . import grouped_conv  # noqa: F401
     elif name == "linear_act":
         from . import linear_act  # noqa: F401
     elif name in ("linear_cross_entropy", "linear_cross_entropy_backward"):

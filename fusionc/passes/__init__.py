@@ -29,6 +29,7 @@ from .depthwise_affine import DepthwiseAffine
 from .depthwise_backward import DepthwiseBackward
 from .depthwise_cpu import DepthwiseCPU
 from .fft_conv import FftConv
+from .grouped_conv import GroupedConv
 from .grouped_heads import GroupedHeads
 from .horizontal_matmul import HorizontalMatmul
 from .known_numbers import KnownNumbers
@@ -87,7 +88,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(23, StackedSum(), "graph", "once equal stacks are one node, so that all of its readers can go"),
     Step(24, PerExampleConv(), "graph", "takes the bias along, so before it is split off"),
     Step(25, ConvMatmul(), "graph", "with the bias, so before it is split off"),
-    Step(26, OuterProduct(), "graph", "before products are merged: this one is none"),
+    Step(26, GroupedConv(), "graph", "takes the bias along, so before it is split off"),
     Step(27, DepthwiseBackward(), "graph", "what it makes are kernels' calls, which later passes leave alone"),
     Step(28, DepthwiseCPU(), "graph", "like the next one, with a kernel for the CPU"),
     Step(29, TwoStepVariance(), "graph", "after equal nodes are one: its differences are to be made twice, not stored"),
@@ -97,6 +98,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(33, StridedConv(), "graph", "a convolution without bias has fewer spellings"),
     Step(34, ConvRelu(), "graph", "takes back the biases that only relu follows"),
     Step(35, ConvAddRelu(), "graph", "those that relu follows after one more sum"),
+    Step(36, OuterProduct(), "graph", "before products are merged: this one is none"),
     Step(38, DepthwiseAffine(), "graph", "after the convolutions' biases are where they stay"),
     Step(39, SharedBmm(), "graph", "before siblings are merged: what it makes may be some"),
     Step(40, HorizontalMatmul(), "graph", "needs shared inputs; before any write to an input appears"),

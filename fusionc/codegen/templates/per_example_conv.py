@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from .depthwise_conv import ACTIVATE
 
-_TAPS = '''
+TAPS = '''
 
 @triton.jit
 def taps_inside(p, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
@@ -37,7 +37,9 @@ def taps_inside(p, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, OW: tl.con
         v = column + t % KW * DW
         bits |= ((h >= 0) & (h < H) & (v >= 0) & (v < W)).to(tl.int32) << t
     return tl.where(p < P, bits, 0)
+'''
 
+_KEEP = '''
 
 @triton.jit
 def keep(y, bias, total, g, o, p, O: tl.constexpr, P: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
@@ -48,7 +50,7 @@ def keep(y, bias, total, g, o, p, O: tl.constexpr, P: tl.constexpr, BIAS: tl.con
     tl.store(place, activate(total, ACTIVATION).to(y.dtype.element_ty), mask=(o < O)[:, None] & (p < P)[None, :])
 '''
 
-DIRECT = ACTIVATE + _TAPS + '''
+DIRECT = ACTIVATE + TAPS + _KEEP + '''
 
 @triton.jit
 def patches(image, at, bits, n, p, K: tl.constexpr, P: tl.constexpr, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr,
@@ -113,7 +115,7 @@ def direct(x, w, bias, y, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, O: 
     keep(y, bias, total, g, o, p, O, P, BIAS, ACTIVATION)
 '''
 
-TURNED = ACTIVATE + _TAPS + '''
+TURNED = ACTIVATE + TAPS + _KEEP + '''
 
 @triton.jit
 def turned(x, w, bias, y, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, O: tl.constexpr, OH: tl.constexpr,
