@@ -224,9 +224,9 @@ class Reader:
         if node.op not in ("call_function", "call_method"):
             raise Unsupported(f"{node.name} is an input")
         name = name_of(node)
-        if name in _VIEWS:
+        if name in VIEWS:
             source = argument(node, 0, "input")
-            return self.read(self._current(source, node), _VIEWS[name](node, axes), pure)
+            return self.read(self._current(source, node), VIEWS[name](node, axes), pure)
         kind = dtype(node)
         assert kind is not None
         if name == "arange":
@@ -463,7 +463,7 @@ def _by_permute(node: Node, axes: Axes) -> Axes:
     return tuple(out)
 
 
-_VIEWS: dict[str, Callable[[Node, Axes], Axes]] = {
+VIEWS: dict[str, Callable[[Node, Axes], Axes]] = {
     **dict.fromkeys(("unsqueeze", "squeeze", "view", "reshape"), _by_ones),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _by_expand),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "mT", "T", "t"), _by_swap),

@@ -37,7 +37,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias:
 
     def compute(tile: Tile | None, out: Tensor, q: Tensor, k: Tensor, v: Tensor, *ordered: Tensor) -> Tensor:
         if tile is None:
-            return reference(q, k, v, scale, causal, *ordered, *(None,) * (2 - len(ordered)), safe)
+            first, second = (*ordered, None, None)[:2]
+            return reference(q, k, v, scale, causal, first, second, safe)
         plan.kernel(tile).launch(plan.programs(tile), stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
                                  *[x.data_ptr() for x in ordered])  # fmt: skip
         return out.transpose(1, 2)

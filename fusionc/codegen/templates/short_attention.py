@@ -106,7 +106,7 @@ def tiles(heads: int, queries: int, processors: int, repeated: int = 1) -> tuple
     same tensors are added (1: nothing is)."""
     if heads * -(-queries // 64) < processors:
         return (Tile(32, 4), Tile(16, 4))
-    found = (Tile(64, 4), Tile(128, 8)) if queries > 64 else (Tile(64, 4), Tile(32, 4))
+    found: tuple[Tile, ...] = (Tile(64, 4), Tile(128, 8)) if queries > 64 else (Tile(64, 4), Tile(32, 4))
     for each in (2, 4, 8):  # while there are programs enough
         if repeated >= each and heads * -(-queries // 64) >= 4 * processors * each:
             found += (Tile(64, 4, each),)
