@@ -129,8 +129,9 @@ class BiasedAttention(PlainAttention):
     reader = Additive
 
     def __init__(self, devices: Collection[str] = ("cuda",),
-                 dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)) -> None:  # fmt: skip
+                 dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16), small: int = 1 << 19) -> None:  # fmt: skip
         super().__init__(tuple(devices), dtypes, smallest=256)
+        self.small = small  # elements of a tensor that may always be copied: the launch takes longer
 
     def find(self, facts: Facts) -> Iterator[Match]:
         """Products whose left operand is a softmax, and calls with a mask, where the kernel runs."""
@@ -203,9 +204,11 @@ class BiasedAttention(PlainAttention):
         scale, causal, floats, bools = _parts(found, sizes[2] == sizes[3])
         if not floats and not bools and sizes[2] * sizes[3] >= 4096:
             raise Unsupported("nothing is added to the scores: it becomes a call of the library")
+        if any(dtype(x.node) not in (*_FLOATS, *self.dtypes) for x in floats):
+            raise Unsupported("a tensor that is added has a type without a kernel")
         for x in (*floats, *bools):
             x.sizes = _sizes(x, len(found.sizes), found.heads)
-        room = math.prod(sizes[:3]) * width // _SMALL
+        room = max(math.prod(sizes[:3]) * width // _SMALL, self.small)
         total = math.prod(max(n) for n in zip(*(x.sizes for x in floats)))
         summed = len(floats) > 1 and total <= room and len({x.sizes[0] for x in floats} - {1}) < 2
         if len(bools) + (1 if summed else len(floats)) > 2:
@@ -285,8 +288,6 @@ def _parts(found: Found, square: bool) -> tuple[float, bool, list[Added], list[A
         raise Unsupported("the product has no factor that is known")
     if band.bounded and band.fill != -INF and (floats or bools or band.fill > -32752):
         raise Unsupported("a finite number in place of later keys, which counts in a row that has no other")
-    if any(dtype(x.node) not in _FLOATS for x in floats):
-        raise Unsupported("a tensor that is added has a type without a kernel")
     return scale, band.bounded, floats, bools
 
 
