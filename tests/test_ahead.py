@@ -131,7 +131,8 @@ def test_short_attention_with_a_bias_and_a_mask() -> None:
         assert made[-1] is None and repeated == {1, 2, 4, 8}, given
         tile = made[0]
         plan = ahead.jobs(gm)[0].func.__self__  # type: ignore[attr-defined]
-        assert plan.kernel(tile).kinds[4:] == (*["*bf16"] * any(x is bias for x in given), *["*i1"] * any(x is mask for x in given))
+        floats, bools = (any(x is wanted for x in given) for wanted in (bias, mask))
+        assert plan.kernel(tile).kinds[4:] == ("*bf16",) * floats + ("*i1",) * bools
         assert plan.programs(tile) == 2048 * 3
         assert plan.programs(dataclasses.replace(tile, each=4)) == 512 * 3
     for wrong in (fake(3, 3, 49, 49), fake(64, 3, 49, 48), fake(64, 3, 49, 49, dtype=torch.float64), fake(64, 2, 49, 49)):

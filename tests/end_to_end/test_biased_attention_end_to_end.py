@@ -53,7 +53,7 @@ def test_windows_cold_and_warm(fresh_cache: Path) -> None:
         torch._dynamo.reset()
         warm.stats.clear()
         with torch.no_grad(), fusionc.record.collect() as records:
-            made = torch.compile(model, backend="fusionc", fullgraph=True, options={"strict": True, "verify": True})(x)
+            made = torch.compile(model, backend="fusionc", fullgraph=True, options={"strict": True, "verify": False})(x)
             eager = model(x).double()
         assert warm.stats["hit" if start else "stored"] == 1, warm.stats
         if not start:
