@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -118,6 +119,24 @@ def test_short_attention_is_known_by_its_strides() -> None:
     q = fake(1, 12, 128, 64)
     made = prepared(graph((ops.short_attention.default, (q, q, q, 0.125, True))))
     assert made and {kind for kind, _ in made} == {"fusionc.targets.short_attention"}
+
+
+def test_short_attention_with_a_bias_and_a_mask() -> None:
+    qkv = fake(2048, 49, 3, 3, 32).permute(2, 0, 3, 1, 4)
+    bias, mask = fake(64, 3, 49, 56), fake(1, 1, 1, 49, dtype=torch.bool)
+    for given in ((bias,), (bias, mask), (mask, bias), (None, mask)):
+        gm = graph((ops.short_attention.default, (*qkv.unbind(0), 0.125, False, *given)))
+        made = [c for _, c in prepared(gm)]
+        repeated = {tile.each for tile in made if tile is not None}
+        assert made[-1] is None and repeated == {1, 2, 4, 8}, given
+        tile = made[0]
+        plan = ahead.jobs(gm)[0].func.__self__  # type: ignore[attr-defined]
+        floats, bools = (any(x is wanted for x in given) for wanted in (bias, mask))
+        assert plan.kernel(tile).kinds[4:] == ("*bf16",) * floats + ("*i1",) * bools
+        assert plan.programs(tile) == 2048 * 3
+        assert plan.programs(dataclasses.replace(tile, each=4)) == 512 * 3
+    for wrong in (fake(3, 3, 49, 49), fake(64, 3, 49, 48), fake(64, 3, 49, 49, dtype=torch.float64), fake(64, 2, 49, 49)):
+        assert ahead.jobs(graph((ops.short_attention.default, (*qkv.unbind(0), 0.125, False, wrong)))) == []
 
 
 def test_decoding_has_one_kernel() -> None:

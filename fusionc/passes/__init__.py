@@ -10,6 +10,7 @@ from typing import Any
 
 from .attention_inputs import AttentionInputs
 from .base import Approximate, Exact, Exactness, Match, Pass, Reassociates, Refuse
+from .biased_attention import BiasedAttention
 from .bn_conv import BatchNormConv
 from .causal_mask import CausalMask
 from .channels_last import ChannelsLast
@@ -68,16 +69,17 @@ class Step:
 PIPELINE: tuple[Step, ...] = (
     Step(0, RemoveAttention(), "model", "before anything is done to attention that the user wants gone"),
     Step(1, ConvBatchNorm(), "model", "while a convolution and its BatchNorm are still single calls with real weights"),
-    Step(2, PlainAttention(), "model", "before AOTAutograd derives it; library calls that it makes go on to the next two"),
-    Step(3, CausalMask(), "model", "while attention is one call and its mask a few named operators"),
-    Step(4, GroupedHeads(), "model", "kernels that group heads take no mask"),
-    Step(5, LinearCrossEntropy(), "model", "while the loss is one call, before autograd makes its gradient"),
-    Step(6, ConvBranches(), "model", "after each branch took its BatchNorm in; folds the one after the sum itself"),
-    Step(7, BatchNormConv(), "model", "a BatchNorm that a layer before it could take is gone by now"),
-    Step(8, ConvValues(), "model", "looks at the filters as they are after merging; only with frozen weights"),
-    Step(9, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
-    Step(10, AttentionInputs(), "model", "once masks and repeated heads are gone, which decide the kernel that is asked for"),
-    Step(11, None, "model", "the user's model passes see what ours left"),
+    Step(2, BiasedAttention(), "model", "before the next one, whose kernel walks over long sequences"),
+    Step(3, PlainAttention(), "model", "before AOTAutograd derives it; library calls that it makes go on to the next two"),
+    Step(4, CausalMask(), "model", "while attention is one call and its mask a few named operators"),
+    Step(5, GroupedHeads(), "model", "kernels that group heads take no mask"),
+    Step(6, LinearCrossEntropy(), "model", "while the loss is one call, before autograd makes its gradient"),
+    Step(7, ConvBranches(), "model", "after each branch took its BatchNorm in; folds the one after the sum itself"),
+    Step(8, BatchNormConv(), "model", "a BatchNorm that a layer before it could take is gone by now"),
+    Step(9, ConvValues(), "model", "looks at the filters as they are after merging; only with frozen weights"),
+    Step(10, LargeKernel(), "model", "after all that merges or folds kernels exactly: what is left is what runs"),
+    Step(11, AttentionInputs(), "model", "once masks and repeated heads are gone, which decide the kernel that is asked for"),
+    Step(12, None, "model", "the user's model passes see what ours left"),
     Step(16, ChannelsLast(), "graph", "first: every other pass sees its layouts; copies that became none go next"),
     Step(17, Conv1dLayout(), "graph", "before the next one: behind a turned convolution rows are in order"),
     Step(18, RowMajor(), "graph", "before copies that it makes needless are stripped"),

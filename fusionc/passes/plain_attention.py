@@ -26,10 +26,10 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..graph import edit
-from ..graph.facts import Facts, device, dtype, same, same_sizes, shape, stride, tensor
+from ..graph.facts import Facts, device, dtype, same, same_sizes, shape, tensor
 from ..ops.score import S, Term, Unsupported, as_float, const, gradient, live, make
 from .base import Match, Pass, Reassociates, Refuse
-from .plain_scores import MERGED, Reader, argument, name_of, number
+from .plain_scores import INNER, MERGED, OUTER, Reader, argument, name_of, number
 
 _PRODUCTS = ("matmul", "bmm", "einsum")
 _PASSING = ("to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone")
@@ -73,6 +73,7 @@ class PlainAttention(Pass):
     name = "plain_attention"
     level = "model"
     exactness = Reassociates(rtol=1e-3)
+    reader: type[Reader] = Reader
 
     def __init__(self, devices: tuple[str, ...] = ("cuda",), dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
                  smallest: int = 4096) -> None:  # fmt: skip
@@ -91,12 +92,16 @@ class PlainAttention(Pass):
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality."""
         try:
-            match.found.append(self._read(match.second, match.softmax, match.between, facts))
+            found = self.read(match.second, match.softmax, match.between, facts)
+            if any({OUTER, INNER} & set(axes) for _, axes in found.operands):
+                raise Unsupported("a tensor is added by the place of a batch entry, which only short sequences can have")
         except Unsupported as e:
             return Refuse(str(e), match.second.node)
+        match.found.append(found)
         return None
 
-    def _read(self, second: Product, softmax: Node, between: list[Node], facts: Facts) -> Found:
+    def read(self, second: Product, softmax: Node, between: list[Node], facts: Facts) -> Found:
+        """What the products, the softmax and all between them compute. Raises Unsupported."""
         final = second.node
         on = device(final)
         if on is None or on.type not in self.devices:
@@ -112,7 +117,7 @@ class PlainAttention(Pass):
         first = product(_origin(scores))
         if first is None:
             raise Unsupported("the scores are no product of two tensors")
-        reader = Reader(facts, first.node, final)
+        reader = self.reader(facts, first.node, final)
         if not same_sizes(reader.canonical(shape(scores) or ()), reader.canonical(shape(first.node) or ())):
             raise Unsupported("the scores are reshaped")
         if any(p.orders is not None and len(shape(p.node) or ()) != reader.rank for p in (first, second)):
@@ -178,11 +183,16 @@ class PlainAttention(Pass):
         final, graph = match.second.node, facts.gm.graph
         with graph.inserting_before(final):
             new = _emit(graph, found, found.sizes, final)
-        edit.replace(final, new)
-        for node in sorted(set(found.nodes), reverse=True):
-            if not node._erased and not node.users and node.op in ("call_function", "call_method"):
-                graph.erase_node(node)
-        edit.erase_dead(node for node in dict.fromkeys(found.spare) if not node._erased)
+        put(found, final, new)
+
+
+def put(found: Found, final: Node, new: Node) -> None:
+    """The new node in place of the second product, and what that leaves without readers erased."""
+    edit.replace(final, new)
+    for node in sorted(set(found.nodes), reverse=True):
+        if not node._erased and not node.users and node.op in ("call_function", "call_method"):
+            node.graph.erase_node(node)
+    edit.erase_dead(node for node in dict.fromkeys(found.spare) if not node._erased)
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
@@ -392,10 +402,36 @@ def _renumbered(term: Term, numbers: dict[Any, int]) -> Term:
 
 
 def _emit(graph: Graph, found: Found, sizes: tuple[Any, ...], final: Node) -> Node:
-    rank = len(sizes)
+    call = caller(graph, final)
+    plain = _library(found, sizes)
+    q4, k4, v4 = products(call, found, sizes, plain is not None)
+    if plain is not None:
+        scale, causal = plain
+        out = call(torch.nn.functional.scaled_dot_product_attention, q4, k4, v4, is_causal=causal, scale=scale)
+    else:
+        ops.load("attention")
+        operands = [operand(call, node, axes, len(sizes), found.heads) for node, axes in found.operands]
+        both = call(torch.ops.fusionc.attention.default, q4, k4, v4, operands, str(found.term))
+        out = call(operator.getitem, both, 0)
+    out = shaped(call, out, found, sizes, final)
+    value = tensor(final)
+    if value is not None and value.is_contiguous() and not _contiguous(out):
+        out = call(torch.Tensor.contiguous, out)
+    return out
+
+
+def caller(graph: Graph, final: Node) -> Any:
+    """``call(target, *args, **kwargs)``: a new node where the graph's insertion point is."""
 
     def call(target: Any, *args: Any, **kwargs: Any) -> Node:
         return edit.insert(graph, target, args, kwargs, origin=[final], key="example_value")
+
+    return call
+
+
+def products(call: Any, found: Found, sizes: tuple[Any, ...], repeated: bool) -> tuple[Node, Node, Node]:
+    """Queries, keys and values as [B, H, rows, width]; keys and values of fewer heads stay as they are if not ``repeated``."""
+    rank = len(sizes)
 
     def lifted(x: Node, order: tuple[int, ...] | None, keep_heads: bool) -> Node:
         """As [B, H, rows, width], batches as many as the scores have."""
@@ -411,35 +447,28 @@ def _emit(graph: Graph, found: Found, sizes: tuple[Any, ...], final: Node) -> No
         return x if same_sizes(have[:2], want) else call(torch.Tensor.expand, x, *want, -1, -1)
 
     first, second = found.orders
-    plain = _library(found, sizes)
-    k, v = (found.plain or (found.k, found.v)) if plain is not None else (found.k, found.v)
+    k, v = (found.plain or (found.k, found.v)) if repeated else (found.k, found.v)
     q4 = lifted(found.q, first and first[0], True)
-    k4 = lifted(k, first and first[1], plain is not None)
+    k4 = lifted(k, first and first[1], repeated)
     if not found.swapped:
         k4 = call(torch.transpose, k4, -1, -2)
-    v4 = lifted(v, second and second[1], plain is not None)
+    v4 = lifted(v, second and second[1], repeated)
     heads = {(shape(x) or ())[1] for x in (k4, v4)}
     if len(heads) > 1:  # one of them broadcast over heads
         want = max(heads)
         k4, v4 = (x if same((shape(x) or ())[1], want) else call(torch.Tensor.expand, x, -1, want, -1, -1) for x in (k4, v4))
-    if plain is not None:
-        scale, causal = plain
-        out = call(torch.nn.functional.scaled_dot_product_attention, q4, k4, v4, is_causal=causal, scale=scale)
-    else:
-        ops.load("attention")
-        operands = [_operand(call, node, axes, rank, found.heads) for node, axes in found.operands]
-        both = call(torch.ops.fusionc.attention.default, q4, k4, v4, operands, str(found.term))
-        out = call(operator.getitem, both, 0)
+    return q4, k4, v4
+
+
+def shaped(call: Any, out: Node, found: Found, sizes: tuple[Any, ...], final: Node) -> Node:
+    """[B, H, rows, width] in the shape of the second product."""
+    rank, second = len(sizes), found.orders[1]
     for _ in range(4 - rank):
         out = call(torch.squeeze, out, 0)
     if second is not None and second[2] != tuple(range(rank)):
         out = call(torch.permute, out, second[2])
     if len(shape(final) or ()) == 3 and rank == 4:
         out = call(torch.flatten, out, 0, 1)
-    wanted = stride(final)
-    value = tensor(final)
-    if wanted is not None and value is not None and value.is_contiguous() and not _contiguous(out):
-        out = call(torch.Tensor.contiguous, out)
     return out
 
 
@@ -462,7 +491,7 @@ def _library(found: Found, sizes: tuple[Any, ...]) -> tuple[float, bool] | None:
     return (scale, True) if causal else None
 
 
-def _operand(call: Any, node: Node, axes: tuple[int | None, ...], rank: int, heads: tuple[Any, Any] | None) -> Node:
+def operand(call: Any, node: Node, axes: tuple[int | None, ...], rank: int, heads: tuple[Any, Any] | None) -> Node:
     """The tensor as [B|1, H|1, Q|1, K|1]."""
     if MERGED in axes:
         at = axes.index(MERGED)

@@ -70,6 +70,7 @@ def number(x: Any) -> float | int | None:
 
 
 MERGED = -1  # the axis of a dimension that holds batch and head together
+OUTER, INNER = -2, -3  # the axes of two dimensions that hold the batch, b // n and b % n (Swin: image, window of the image)
 
 
 class Reader:
@@ -150,7 +151,7 @@ class Reader:
     def _read(self, node: Node, axes: Axes, pure: bool) -> Term:
         if node in self.tainted:
             if node is self.product:
-                if axes != self.own_axes(node):
+                if any(a != b and not same(n, 1) for a, b, n in zip(axes, self.own_axes(node), shape(node) or (), strict=True)):
                     raise Unsupported("the scores are read transposed or reshaped")
                 self.consumed.append(node)
                 assert self.raw is not None
@@ -223,9 +224,9 @@ class Reader:
         if node.op not in ("call_function", "call_method"):
             raise Unsupported(f"{node.name} is an input")
         name = name_of(node)
-        if name in _VIEWS:
+        if name in VIEWS:
             source = argument(node, 0, "input")
-            return self.read(self._current(source, node), _VIEWS[name](node, axes), pure)
+            return self.read(self._current(source, node), VIEWS[name](node, axes), pure)
         kind = dtype(node)
         assert kind is not None
         if name == "arange":
@@ -387,12 +388,22 @@ def _by_ones(node: Node, axes: Axes) -> Axes:
         return (0, 1, *axes[1:])
     if axes[:2] == (0, 1) and len(before) == len(after) - 1 and same_sizes(before[1:], after[2:]):
         return (MERGED, *axes[2:])
+    if axes[:1] == (0,) and (len(before), len(after)) == (5, 4) and _parts(before, after):
+        return (OUTER, INNER, *(None if same(n, 1) else a for n, a in zip(before[2:], axes[1:])))
+    if axes[:2] == (OUTER, INNER) and (len(before), len(after)) == (4, 5) and _parts(after, before):
+        return (0, *axes[2:])
     kept = [(n, a) for n, a in zip(after, axes) if not same(n, 1)]
     wanted = [n for n in before if not same(n, 1)]
     if len(kept) != len(wanted) or not all(same(n, m) for (n, _), m in zip(kept, wanted)):
         raise Unsupported(f"{node.name} reshapes")
     rest = iter(kept)
     return tuple(None if same(n, 1) else next(rest)[1] for n in before)
+
+
+def _parts(five: tuple[Any, ...], four: tuple[Any, ...]) -> bool:
+    """The first two of five dimensions, neither of size 1, are the first of four."""
+    outer, inner = five[:2]
+    return all(isinstance(n, int) and n > 1 for n in five[:2]) and same(outer * inner, four[0]) and same_sizes(five[2:], four[1:])
 
 
 def _by_index(node: Node, axes: Axes) -> Axes:
@@ -452,7 +463,7 @@ def _by_permute(node: Node, axes: Axes) -> Axes:
     return tuple(out)
 
 
-_VIEWS: dict[str, Callable[[Node, Axes], Axes]] = {
+VIEWS: dict[str, Callable[[Node, Axes], Axes]] = {
     **dict.fromkeys(("unsqueeze", "squeeze", "view", "reshape"), _by_ones),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _by_expand),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "mT", "T", "t"), _by_swap),
