@@ -228,6 +228,9 @@ def program_text(p: Program, gm: GraphModule, kernels: dict[str, Kernel]) -> str
         if name not in used:
             names.append(f"{name} = {constant_text(value, operators)}")
     table = "".join(f"    {s!r}: {arguments!r},\n" for s, arguments in shape.items())
+    called = [operators.get(id(value), value) for value in p.constants.values()]
+    ours = sorted({op._opname for op in called if isinstance(op, torch._ops.OpOverload) and op.namespace == "fusionc"})
+    loaded = ["from fusionc.ops import load", "", *(f"load({name!r})" for name in ours)] if ours else []
     lines = [
         '"""The call sequence of one graph. Run it: random inputs, kernels from the folders beside it, timed."""',
         "",
@@ -241,6 +244,7 @@ def program_text(p: Program, gm: GraphModule, kernels: dict[str, Kernel]) -> str
         "from fusionc.repro import Spec, make_inputs",
         "from fusionc.standalone import allocate, carve, current_stream, device, empty, index_error, load_kernels",
         "from fusionc.standalone import missing, restride, run_program, split, view, wrote",
+        *loaded,
         "",
         "INPUTS = [",
         *inputs,

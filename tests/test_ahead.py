@@ -13,12 +13,15 @@ from torch.fx import Graph, GraphModule
 
 import fusionc.ops.decode_attention
 import fusionc.ops.depthwise_conv
+import fusionc.ops.grouped_conv
 import fusionc.ops.linear_act
 import fusionc.ops.per_example_conv
 import fusionc.ops.short_attention
 import fusionc.ops.skinny_linear  # noqa: F401
 from fusionc import ahead
-from fusionc.runtime import depthwise_conv, device, linear_act, per_example_conv, templates, tune
+from fusionc.codegen.templates.few_rows import sibling_tiles
+from fusionc.ops.skinny_linear import SIBLING_ROWS
+from fusionc.runtime import depthwise_conv, device, grouped_conv, linear_act, per_example_conv, templates, tune
 from fusionc.targets import decode, few_rows, short_attention, skinny
 
 GPU = torch.device("cuda:0")
@@ -113,6 +116,29 @@ def test_filters_for_each_example(monkeypatch: pytest.MonkeyPatch) -> None:
     for how in (("library",), ("turned", True, 64, 64, 64, 4, 4), ("direct", True, 64, 64, 64, 4, 3)):
         per_example_conv.prepare(how, shape, GPU)
     assert [t.name for t in started] == ["finish", "turn", "turn", "turned", "direct"]
+
+
+def test_grouped_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = fake(8, 96, 28, 28, last=True), fake(64, 24, 3, 3)
+    jobs = ahead.jobs(graph((ops.grouped_conv.default, (x, w, fake(64), [2, 2], [1, 1], [1, 1], 4, "relu"))))
+    shape = grouped_conv.Shape(8, 4, 24, 16, (28, 28), (3, 3), (2, 2), (1, 1), (1, 1), (216, 9, 1), torch.bfloat16, True, "relu")
+    assert [j.args[0] for j in jobs] == list(grouped_conv.candidates(shape))  # type: ignore[attr-defined]
+    started: list[templates.Template] = []
+    monkeypatch.setattr(templates.Template, "prepare", lambda self: started.append(self))
+    for how in grouped_conv.candidates(shape)[:2]:
+        grouped_conv.prepare(how, shape, GPU)
+    assert [t.name for t in started] == ["finish", "grouped"]
+
+
+def test_siblings_of_many_rows() -> None:
+    def candidates(rows: int, *heights: int) -> list[Any]:
+        first, *more = (fake(n, 64) for n in heights)
+        found = few_rows.wanted(fake(rows, 64), first, None, None, "", None, more, True, False)
+        return [] if found is None else list(found.candidates)
+
+    assert candidates(300, 128, 128, 64) == [*sibling_tiles(300, 320, 64, 64, 132), None]
+    assert candidates(SIBLING_ROWS, 128, 64) and not candidates(SIBLING_ROWS + 1, 128, 64)
+    assert candidates(1 << 15, 1 << 15, (1 << 15) - 64) and not candidates(1 << 15, 1 << 15, 1 << 15), "places of 32 bits"
 
 
 def test_short_attention_is_known_by_its_strides() -> None:

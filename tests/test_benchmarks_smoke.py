@@ -84,9 +84,11 @@ def test_conv_tables_compare_with_the_best_of_both_layouts():
                                   ("nhwc", "fusionc", 1.0))]  # fmt: skip
     lines = conv.block_table(rows, ["eager", "fusionc"]).splitlines()
     assert [line.split("|")[-2].strip() for line in lines[2:]] == ["4", "2"]
-    rows = [{"point": [7, 64, 14, layout], "ms": {"eager": e, "fusionc": 1.0}, "check": {"ratio": 1.0}}
-            for layout, e in (("nchw", 3.0), ("nhwc", 2.0))]  # fmt: skip
-    assert [cell.strip() for cell in conv.grid_table(rows).splitlines()[2].split("|")[8:10]] == ["2", "2"]
+    for inductor, best in (({}, "2"), ({"inductor": 1.5}, "1.5")):
+        rows = [{"point": [7, 64, 14, layout], "ms": {"eager": e, "fusionc": 1.0} | inductor, "check": {"ratio": 1.0}}
+                for layout, e in (("nchw", 3.0), ("nhwc", 2.0))]  # fmt: skip
+        head, _, line = ([cell.strip() for cell in line.split("|")] for line in conv.grid_table(rows).splitlines())
+        assert [cell for name, cell in zip(head, line, strict=True) if name in ("best / nchw", "/ nhwc")] == [best, best]
 
 
 def test_every_cpu_workload_is_named_once_and_there_are_enough():

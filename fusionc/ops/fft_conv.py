@@ -50,9 +50,14 @@ def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, group
     a, b = torch.fft.rfft(x.to(wide), n), torch.fft.rfft(weight.to(wide).flip(2), n)
     product = a.mul_(b[:, 0]) if groups != 1 else _products(a, b.transpose(0, 1))
     y = torch.fft.irfft(product, n)[:, :, taps - 1 - padding : taps - 1 - padding + out]
-    if bias is not None:
-        y = y + bias.to(wide)[:, None]
-    return y.to(x.dtype).contiguous()
+    if bias is None:
+        return _cut(y, x.dtype)
+    return (y + bias.to(wide)[:, None]).to(x.dtype).contiguous()
+
+
+def _cut(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory of its own for a part of longer rows: of a single row ``contiguous`` would hand out the part itself."""
+    return rows.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
@@ -63,9 +68,12 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, padding: int, groups: int
               output_mask: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
     n = length(x.shape[2], weight.shape[2], padding)
     g = torch.fft.rfft(grad.to(_wide(x.dtype)), n)  # one for both
-    dx = _input_gradient(g, weight, n, groups)[:, :, padding : padding + x.shape[2]].to(x.dtype) if output_mask[0] else None
-    dw = _weight_gradient(g, x, n, groups, padding, weight.shape[2]).to(x.dtype) if output_mask[1] else None
-    return None if dx is None else dx.contiguous(), dw
+    dx = dw = None
+    if output_mask[0]:
+        dx = _cut(_input_gradient(g, weight, n, groups)[:, :, padding : padding + x.shape[2]], x.dtype)
+    if output_mask[1]:
+        dw = _weight_gradient(g, x, n, groups, padding, weight.shape[2]).to(x.dtype)
+    return dx, dw
 
 
 def _input_gradient(g: Tensor, weight: Tensor, n: int, groups: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from ..graph import edit
-from ..graph.facts import Facts, dtype, shape, tensor
+from ..graph.facts import Facts, dtype, same, shape, tensor
 from . import activation
 from .base import Match, Pass, Reassociates, Refuse
 from .linear_act import _taken_in
@@ -42,7 +42,7 @@ class GroupedConv(Pass):
         """Convolutions in groups of several channels."""
         for node in list(facts.gm.graph.find_nodes(op="call_function", target=aten.convolution.default)):
             like, w, groups = tensor(node), shape(node.args[1]), node.args[8]
-            if like is not None and like.device.type in self.devices and groups != 1 and w is not None and w[1] != 1:
+            if like is not None and like.device.type in self.devices and groups != 1 and w is not None and not same(w[1], 1):
                 last, word = activation.taken_in(node)
                 yield Match({"conv": node, "activation": word}, (node, last) if word else (node,))
 

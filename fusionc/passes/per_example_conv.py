@@ -23,7 +23,7 @@ import torch
 from torch.fx import Node
 
 from ..graph import edit
-from ..graph.facts import Facts, dtype, shape, tensor
+from ..graph.facts import Facts, dtype, same, shape, tensor
 from . import activation
 from .base import Match, Pass, Reassociates, Refuse
 from .linear_act import _taken_in
@@ -106,7 +106,7 @@ def _per_example(node: Node) -> bool:
         return False
     if not isinstance(groups, int):
         return True  # a batch of unknown size
-    return groups >= 2 and isinstance(w[1], int) and w[1] >= 2 and w[0] != groups
+    return groups >= 2 and isinstance(w[1], int) and w[1] >= 2 and not same(w[0], groups)
 
 
 def _followed(conv: Node) -> tuple[Node, str, list[Node]]:

@@ -1,7 +1,8 @@
 """Remove operators that do nothing: copies nobody needs, full slices, same-shape views, x·1, casts there and back.
 
 A concatenation of one tensor and empty ones (a key-value cache at its first step) becomes the copy that it is, which a
-kernel can do on the side.
+kernel can do on the side. A convolution whose stride, padding or dilation is one number for all dimensions gets one for each, as
+the passes behind this one read them.
 
 Math       alias(x) = clone(x) = cat([empty, x]) = x;  x[0:n] = x;  view(x, x.shape) = x;  x·1 = x;
            cast(cast(x, wider), t) = cast(x, t)
@@ -31,6 +32,7 @@ _COPIES = {"clone", "lift_fresh_copy", "dropout", "contiguous"}
 _CASTS = {"_to_copy", "convert_element_type"}
 _NEUTRAL = {"mul": (1,), "div": (1,), "sub": (0,), "pow": (1,), "add": ()}
 _LOOKED_AT = {*_VIEWS, *_COPIES, *_CASTS, *_NEUTRAL, "as_strided", "cat"}
+_WINDOWS = {"convolution": (3, 4, 5, 7), "convolution_backward": (4, 5, 6, 8)}  # arguments with a number for each dimension
 # Every value of the key is a value of each type listed: going through it loses nothing.
 _HOLDS: dict[torch.dtype, tuple[torch.dtype, ...]] = {
     torch.float16: (torch.float32, torch.float64),
@@ -58,6 +60,8 @@ class Strip(Pass):
             if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.args:
                 continue
             name, source = packet_name(node), node.args[0]
+            if name in _WINDOWS and _widened(node) != node.args:
+                yield Match({"conv": node}, (node,))
             if name not in _LOOKED_AT:
                 continue
             if name == "cat":
@@ -85,7 +89,7 @@ class Strip(Pass):
             if first != between and between not in _HOLDS.get(first, ()):  # type: ignore[arg-type]
                 return Refuse("the cast between rounds", match.inner)
             return None
-        if "cat" in match.bound:
+        if "cat" in match.bound or "conv" in match.bound:
             return None
         node, source = match.node, match.source
         both_leave = node in facts.escaping and (source in facts.escaping or _root_is_input(source, facts))
@@ -97,6 +101,9 @@ class Strip(Pass):
 
     def replace(self, match: Match, facts: Facts) -> None:
         """Readers read the source; a double cast becomes one cast from the first type."""
+        if "conv" in match.bound:
+            match.conv.args = _widened(match.conv)
+            return
         if "outer" in match.bound:
             outer, inner, source = match.outer, match.inner, match.source
             outer.replace_input_with(inner, source)
@@ -120,6 +127,17 @@ class Strip(Pass):
         edit.provenance(source, [node])
         node.replace_all_uses_with(source)
         facts.gm.graph.erase_node(node)  # not erase_dead: a dropout that does nothing draws nothing
+
+
+def _widened(conv: Node) -> tuple[Any, ...]:
+    """The arguments with as many numbers in each list as the image has dimensions: ATen takes one number for all."""
+    args, places = list(conv.args), _WINDOWS[packet_name(conv)]
+    dimensions = len(shape(args[places[0] - 2]) or ()) - 2  # the filter stands two places before the first list
+    for place in places:
+        given = args[place]
+        if isinstance(given, (list, tuple)) and len(given) == 1 < dimensions:
+            args[place] = [*given] * dimensions
+    return tuple(args)
 
 
 def _only_part(node: Node) -> Node | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.templates import grouped_conv as template
+from ..codegen.templates.depthwise_conv import out_sizes
 from ..ops.activation import activate_
 from .templates import Start
 from .tune import Wanted, agree, choose, stand_ins
@@ -52,9 +53,7 @@ class Shape:
     @property
     def out(self) -> tuple[int, int]:
         """Lines and columns of the result."""
-        h, w = ((n + 2 * p - d * (k - 1) - 1) // s + 1
-                for n, k, s, p, d in zip(self.size, self.kernel, self.stride, self.padding, self.dilation))  # fmt: skip
-        return h, w
+        return out_sizes(self.size, self.kernel, self.stride, self.padding, self.dilation)
 
     @property
     def pixels(self) -> int:

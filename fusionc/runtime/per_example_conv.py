@@ -54,9 +54,7 @@ class Shape:
     @property
     def out(self) -> tuple[int, int]:
         """Lines and columns of the result."""
-        h, w = ((n + 2 * p - d * (k - 1) - 1) // s + 1
-                for n, k, s, p, d in zip(self.size, self.kernel, self.stride, self.padding, self.dilation))  # fmt: skip
-        return h, w
+        return shared.out_sizes(self.size, self.kernel, self.stride, self.padding, self.dilation)
 
     @property
     def product(self) -> bool:

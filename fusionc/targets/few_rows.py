@@ -83,6 +83,8 @@ def _plan_of(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None
     if turned and (more or width % 8):
         return None
     rows, inner = x.shape
+    if rows * width >= 1 << 31:  # places in the result are 32 bits wide
+        return None
     return _plan(rows, heights, inner, x.stride(0), x.dtype, activation, bool(activation) and gated, bias is not None,
                  residual is not None, turned, x.device)  # fmt: skip
 

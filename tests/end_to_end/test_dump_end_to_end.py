@@ -62,6 +62,15 @@ for target in sys.argv[2:]:
         pathlib.Path(sys.argv[1], "records.json").write_text(json.dumps([g.to_json() for g in fusionc.report()]))
 '''
 
+LONG = '''
+import sys
+import torch
+
+x, w = torch.randn(2, 4, 512), torch.randn(4, 1, 512)
+torch.compile(lambda x: torch.nn.functional.conv1d(x, w, None, padding=511, groups=4), backend="fusionc",
+              options={"fft_conv": True, "dump": sys.argv[1]})(x)
+'''
+
 RUN_ALL = """
 import contextlib, io, runpy, sys
 for path in sys.argv[1:]:
@@ -186,6 +195,14 @@ def test_an_edited_kernel_is_what_runs(dumps: list[Path], tmp_path: Path) -> Non
         [sys.executable, str(broken)], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 1 and "WRONG" in done.stdout, done.stdout + done.stderr
+
+
+def test_programs_that_call_operators_of_ours_run(tmp_path: Path) -> None:
+    """``fusionc::*`` is registered operator by operator, in the process that compiles by the pass that inserts the call."""
+    run("-c", LONG, tmp_path / "d")
+    (program,) = (tmp_path / "d").glob("g0_*/program.py")
+    assert "torch.ops.fusionc.fft_conv.default" in program.read_text()
+    assert "all ran" in run("-c", RUN_ALL, program)
 
 
 @pytest.mark.gpu

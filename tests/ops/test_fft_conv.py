@@ -86,7 +86,7 @@ def test_nothing_is_written() -> None:
     assert all(map(torch.equal, given, kept))
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[6], (1, 1, 1, 70, 33, 16, 1)], ids=str)
 def test_schema_and_fake_tensors(case: Case) -> None:
     grad, x, w = operands(case)
     checks = ("test_schema", "test_faketensor")

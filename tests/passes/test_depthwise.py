@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+import fusionc
 from fusionc.passes import recipes
 from fusionc.passes.depthwise import Depthwise
 from tests.passes.helpers import apply, check_values, refusals, rewritten
@@ -253,3 +255,16 @@ def test_kernels_made_by_a_network() -> None:
     gm = check_values(OnCpu(), CONTINUOUS, fired=1, exact=False)
     assert "fusionc_derived" not in gm.meta
     assert "= fusionc.depthwise_conv(%x, %view" in rewritten(OnCpu(), CONTINUOUS).splitlines()[-2]
+
+
+def test_one_number_for_both_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ATen lets (2,) stand for (2, 2), which this pass would read as a line's: the pipeline writes both numbers before it."""
+    monkeypatch.setattr(Depthwise, "devices", OnCpu.devices)
+    monkeypatch.setattr(Depthwise, "dtypes", OnCpu.dtypes)
+    torch._dynamo.reset()
+    x = torch.randn(2, 4, 12, 12, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(4, 1, 7, 7, dtype=torch.float64)
+    with torch.no_grad():
+        found = torch.compile(lambda x: F.conv2d(x, w, None, (2,), (1,), (1,), 4), backend="fusionc", options={"cache": False})(x)
+    torch.testing.assert_close(found, F.conv2d(x, w, None, 2, 1, 1, 4))
+    assert next(p for p in fusionc.report()[-1].passes if p.name == "depthwise").fired == 1

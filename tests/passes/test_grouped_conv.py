@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import fusionc
+from fusionc.graph.facts import Facts
+from fusionc.graph.text import parse
 from fusionc.passes.grouped_conv import GroupedConv
 from tests.passes.helpers import check_values, refusals, rewritten
 
@@ -80,3 +85,31 @@ def test_refusals(text: str, reason: str) -> None:
 ], ids=["dense", "depthwise"])
 def test_others_are_no_candidates(text: str) -> None:
     assert refusals(OnCpu(), text) == [] and "grouped_conv" not in rewritten(OnCpu(), text)
+
+
+@pytest.mark.parametrize("name, sizes", [("x", (-1, 8, 6, 6)), ("w", (8, -1, 3, 3)), ("w", (8, 4, -1, 3))])
+def test_sizes_that_are_not_known(name: str, sizes: tuple[int, ...]) -> None:
+    gm, unknown = parse(CONV), ShapeEnv().create_unbacked_symint()
+    node = next(n for n in gm.graph.nodes if n.name == name)
+    node.meta["val"] = torch.empty([unknown if n < 0 else n for n in sizes], dtype=torch.float64, device="meta")
+    (match,) = OnCpu().find(Facts(gm))
+    refused = OnCpu().check(match, Facts(gm))
+    assert refused is not None and refused.reason == "a size is symbolic"
+
+
+def test_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands in forward graphs, whose backward is ATen's: relu's gradient needs its result, silu's its argument."""
+    monkeypatch.setattr(GroupedConv, "devices", OnCpu.devices)
+    monkeypatch.setattr(GroupedConv, "dtypes", OnCpu.dtypes)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(8, 16, 3, 1, 1, groups=2), nn.Conv2d(16, 8, (1, 3), 2, (0, 1), groups=2)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.SiLU())
+    model = model.double().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 6, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    leaves = [x, *model.parameters()]
+    found = torch.compile(model, backend="fusionc", options={"cache": False})(x)
+    record = next(g for g in reversed(fusionc.report()) if g.stage == "forward")
+    assert next(p for p in record.passes if p.name == "grouped_conv").fired == 2
+    torch.testing.assert_close(found, model(x))
+    torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), leaves), torch.autograd.grad(model(x).sin().sum(), leaves))

@@ -185,6 +185,25 @@ def test_products_that_keep_a_gpu_busy_stay_apart(rows: int, inner: int, width: 
     assert _busy(y) is busy
 
 
+@pytest.mark.parametrize("count, kind, where, groups", [
+    (2, torch.bfloat16, "cuda", [2]), (3, torch.bfloat16, "cuda", [3]), (4, torch.float16, "cuda", [2, 2]),
+    (7, torch.bfloat16, "cuda", [2, 2, 3]), (7, torch.float32, "cuda", [7]), (7, torch.bfloat16, "cpu", [7]),
+])
+def test_groups_of_as_many_siblings_as_a_kernel_reads_apart(count: int, kind: torch.dtype, where: str, groups: list[int]) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    from fusionc.passes.horizontal_matmul import _together
+
+    graph = torch.fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    members = [graph.call_function(torch.ops.aten.mm.default, (x, w)) for _ in range(count)]
+    with FakeTensorMode():
+        for node in members:
+            node.meta["val"] = torch.empty(4, 4, dtype=kind, device=where)
+    found = _together(members)
+    assert [len(each) for each in found] == groups and [node for each in found for node in each] == members
+
+
 def test_refuses_other_dtypes() -> None:
     # not two matmuls of one input in practice, but the check must not depend on that
     from fusionc.passes.horizontal_matmul import Sibling, Weight, _fits

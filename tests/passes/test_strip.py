@@ -192,3 +192,37 @@ def test_random_graphs(steps: list[tuple[str, int]], results: list[int], write: 
         lines.append(f"%w: f64[2, 3] = aten.copy_(%x, %{names[-1]})")
     lines.append(f"return ({', '.join('%' + names[i % len(names)] for i in results)},)")
     check_values(Strip(), "\n".join(lines))
+
+
+def window(stride: str, padding: str, dilation: str, rest: str = "False, [0, 0], 1") -> str:
+    return f"""
+%x: f64[2, 3, 9, 9] = input
+%w: f64[4, 3, 3, 3] = input
+%y: f64[2, 4, 5, 5] = aten.convolution(%x, %w, None, {stride}, {padding}, {dilation}, {rest})
+return (%y)
+"""
+
+
+def test_one_number_for_all_dimensions_of_a_convolution() -> None:
+    """ATen takes it so, and passes would read the window of a line."""
+    text, full = window("[2]", "[1]", "[1]", "False, [0], 1"), window("[2, 2]", "[1, 1]", "[1, 1]")
+    assert rewritten(Strip(), text) == full
+    check_values(Strip(), text, fired=1)
+    check_values(Strip(), full, fired=0)
+    line = full.replace(", 9, 9]", ", 9]").replace("3, 3, 3]", "3, 3]").replace(", 5, 5]", ", 5]")
+    for pair, one in (("2, 2", "2"), ("1, 1", "1"), ("0, 0", "0")):
+        line = line.replace(f"[{pair}]", f"[{one}]")
+    check_values(Strip(), line, fired=0)
+
+
+def test_one_number_for_all_dimensions_of_a_backward() -> None:
+    text = """
+%g: f64[2, 4, 5, 5] = input
+%x: f64[2, 3, 9, 9] = input
+%w: f64[4, 3, 3, 3] = input
+%p: (f64[2, 3, 9, 9], ?, ?) = aten.convolution_backward(%g, %x, %w, [0], [2], [1], [1], False, [0], 1, [True, False, False])
+%a: f64[2, 3, 9, 9] = getitem(%p, 0)
+return (%a)
+"""
+    assert "[0], [2, 2], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])" in rewritten(Strip(), text)
+    check_values(Strip(), text, fired=1)
