@@ -181,7 +181,12 @@ def first_call(name: str, backend: str, device: str, size: str) -> None:
     step(case, compiled(case.fn, backend), inputs)
     if device == "cuda":
         torch.cuda.synchronize()
-    print(MARK + json.dumps({"backend": backend, "warm_s": time.perf_counter() - start}), flush=True)
+    found: dict[str, Any] = {"backend": backend, "warm_s": time.perf_counter() - start}
+    if backend.startswith("fusionc"):  # was it one?
+        from fusionc import program_cache, warm
+
+        found["warm_hits"] = {"programs": dict(program_cache.stats), "graphs": dict(warm.stats)}
+    print(MARK + json.dumps(found), flush=True)
 
 
 def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int, lock: str) -> None:

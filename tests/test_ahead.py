@@ -15,7 +15,6 @@ import fusionc.ops.decode_attention
 import fusionc.ops.depthwise_conv
 import fusionc.ops.grouped_conv
 import fusionc.ops.linear_act
-import fusionc.ops.per_example_conv
 import fusionc.ops.short_attention
 import fusionc.ops.skinny_linear  # noqa: F401
 from fusionc import ahead

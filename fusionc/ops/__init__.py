@@ -44,7 +44,7 @@ def load(name: str) -> None:
         from . import fft_conv  # noqa: F401
     elif name == "depthwise_cpu":
         from . import depthwise_cpu  # noqa: F401
-    elif name == "grouped_conv":
+    elif name in ("grouped_conv", "per_example_conv"):
         from . import grouped_conv  # noqa: F401
     elif name == "linear_act":
         from . import linear_act  # noqa: F401
@@ -52,8 +52,6 @@ def load(name: str) -> None:
         from . import linear_cross_entropy  # noqa: F401
     elif name in ("max_pool2d_with_places", "max_pool2d_gradient"):
         from . import max_pool  # noqa: F401
-    elif name == "per_example_conv":
-        from . import per_example_conv  # noqa: F401
     elif name == "short_attention":
         from . import short_attention  # noqa: F401
     elif name == "skinny_linear":

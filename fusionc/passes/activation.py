@@ -1,9 +1,12 @@
-"""Activations that operators of ours take in: the word that the operator has for one."""
+"""Activations that operators of ours take in: the word that the operator has for one, and where that is worth it."""
 
 from __future__ import annotations
 
 import torch
 from torch.fx import Node
+
+from ..graph.facts import is_view, tensor
+from .conv_matmul import LIBRARY
 
 aten = torch.ops.aten
 
@@ -25,3 +28,23 @@ def taken_in(node: Node) -> tuple[Node, str]:
         if found:
             return user, found
     return node, ""
+
+
+def read_by_arithmetic(node: Node) -> bool:
+    """Is one kernel that does arithmetic place by place all that reads it, through views? It takes in for nothing what an
+    operator of ours would take in."""
+    readers: list[Node] = []
+
+    def walk(found: Node) -> None:
+        for user in found.users:
+            if user.op != "output" and is_view(user):
+                walk(user)
+            else:
+                readers.append(user)
+
+    walk(node)
+    if len(readers) != 1 or readers[0].op == "output":
+        return False
+    target, value, like = readers[0].target, tensor(readers[0]), tensor(node)
+    library = target in LIBRARY or getattr(target, "namespace", "") == "fusionc"
+    return not library and value is not None and like is not None and value.numel() * 4 > like.numel()

@@ -19,10 +19,9 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, dtype, shape, tensor
-from .activation import taken_in
+from .activation import read_by_arithmetic, taken_in
 from .affine import Form, Vectors, form
 from .base import Match, Pass, Reassociates, Refuse
-from .linear_act import _taken_in
 
 aten = torch.ops.aten
 
@@ -57,7 +56,7 @@ class DepthwiseAffine(Pass):
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality."""
-        if not taken_in(match.root)[1] and _taken_in(match.root):
+        if not taken_in(match.root)[1] and read_by_arithmetic(match.root):
             return Refuse("a kernel that follows takes it in", match.root)
         return None
 

@@ -21,11 +21,10 @@ import torch
 from torch.fx import Node
 
 from ..graph import edit
-from ..graph.facts import Facts, dtype, is_view, shape, tensor
+from ..graph.facts import Facts, dtype, shape, tensor
 from . import activation
 from .affine import Vectors, form
 from .base import Match, Pass, Reassociates, Refuse
-from .conv_matmul import LIBRARY
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -90,7 +89,7 @@ class LinearActivation(Pass):
         if like.numel() != made.numel() or like.shape[1 if conv else -1] != out or \
                 bias is not None and tuple(shape(bias) or ()) != (out,):  # fmt: skip
             return Refuse("what is added is not a bias of the columns", product)
-        if _taken_in(act):
+        if activation.read_by_arithmetic(act):
             return Refuse("a kernel that follows takes the activation in", act)
         match.bound.update(x=x, weight=weight, conv=conv)
         return None
@@ -196,22 +195,3 @@ def _vector(node: Node) -> Node | None:
     if len(sizes) != 3 or tuple(sizes[1:]) != (1, 1) or node.target is not aten.view.default:
         return None
     return node.args[0] if isinstance(node.args[0], Node) and len(shape(node.args[0]) or ()) == 1 else None
-
-
-def _taken_in(act: Node) -> bool:
-    """Is one kernel that does arithmetic place by place all that reads it?"""
-    readers: list[Node] = []
-
-    def walk(node: Node) -> None:
-        for user in node.users:
-            if user.op != "output" and is_view(user):
-                walk(user)
-            else:
-                readers.append(user)
-
-    walk(act)
-    if len(readers) != 1 or readers[0].op == "output":
-        return False
-    target, value, like = readers[0].target, tensor(readers[0]), tensor(act)
-    library = target in LIBRARY or getattr(target, "namespace", "") == "fusionc"
-    return not library and value is not None and like is not None and value.numel() * 4 > like.numel()

@@ -8,9 +8,8 @@ Legality   one example (the batch is folded into the channels), groups ≥ 2 wit
            took up to 10 times as long. On CUDA weights that are computed, float16, bfloat16 or float32, any filter; bias and
            activation are taken in where nothing else reads the values between and no kernel that follows takes them in
 Cost       CPU: 8 examples of 40 → 120 channels at 28×28: 0.92 → 0.71 ms on one thread, 32 of 192 → 64 at 14×14: 3.0 → 2.3; the
-           weights' mixture before it stays a product of matrices. CUDA: a grouped convolution of a batch of one is what libraries
-           are slow at; kernels of ours, the product (1×1) and the library are measured at the first call, the library stays
-           unless another is faster
+           weights' mixture before it stays a product of matrices. CUDA: 32 examples, H200, bfloat16: 64 → 64 channels, 3×3 at
+           56² 764 → 37 µs, 256 → 256 at 14² 258 → 70, 240 → 40, 1×1 602 → 7.5; the library stays unless another is faster
 Source     Yang et al., CondConv (arXiv 1904.04971), whose usual form folds the batch into groups
 """
 
@@ -26,7 +25,6 @@ from ..graph import edit
 from ..graph.facts import Facts, dtype, same, shape, tensor
 from . import activation
 from .base import Match, Pass, Reassociates, Refuse
-from .linear_act import _taken_in
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.squeeze.dim, aten.unsqueeze.default)
@@ -134,7 +132,7 @@ def _call(match: Match, facts: Facts) -> None:
     x, weight, bias, stride, padding, dilation, _, _, groups = conv.args
     out, graph = shape(weight)[0], facts.gm.graph  # type: ignore[index]
     outside = None
-    if _taken_in(last):  # bias and activation cost nothing there, and the library would leave them to a kernel of their own
+    if activation.read_by_arithmetic(last):  # for nothing, and the library would leave it to a kernel of its own
         last, word, views, bias, outside = conv, "", [], None, bias
 
     def call(target: object, *args: object) -> Node:

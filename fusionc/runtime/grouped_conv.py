@@ -73,8 +73,8 @@ def candidates(shape: Shape) -> tuple[Candidate, ...]:
         return tuple(found)
     bk, bo = (min(64, max(16, 1 << (n - 1).bit_length())) for n in (shape.channels, shape.out_channels))
     if taps * -(-shape.channels // bk) <= _UNROLLED:
-        found += [("grouped", True, bp, bo, bk, 4, 1) for bp in (128, 64)]
-    return (*found, ("grouped", False, 128, bo, bk, 4, 3), ("grouped", False, 64, bo, bk, 4, 4))
+        found += [("grouped", True, 128, bo, bk, 4, 1), ("grouped", True, 256, bo, bk, 8, 1)]
+    return (*found, ("grouped", False, 128, bo, bk, 4, 3))
 
 
 # -- launches ---------------------------------------------------------------------------------------------------------

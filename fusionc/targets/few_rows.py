@@ -27,7 +27,8 @@ def few_rows(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds:
     """See `ops.skinny_linear`; ATen where the kernel does not apply or is slower."""
 
     def library(out: Tensor | None = None) -> Tensor:
-        if more and not activation and norm is None and residual is None:
+        grad = torch.is_grad_enabled()  # (out= has no gradient)
+        if more and not activation and norm is None and residual is None and not grad:
             return apart(x, (weight, *more), bias, out)
         if not turned and not more and norm is None and bias is None and not activation and residual is None and \
                 odd(x.shape[0], weight.shape[0]):

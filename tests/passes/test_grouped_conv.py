@@ -17,6 +17,7 @@ from tests.passes.helpers import check_values, refusals, rewritten
 class OnCpu(GroupedConv):
     devices = ("cpu",)
     dtypes = (torch.float64,)
+    widths = range(4, 9)
 
 
 CONV = """
@@ -101,6 +102,7 @@ def test_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """It stands in forward graphs, whose backward is ATen's: relu's gradient needs its result, silu's its argument."""
     monkeypatch.setattr(GroupedConv, "devices", OnCpu.devices)
     monkeypatch.setattr(GroupedConv, "dtypes", OnCpu.dtypes)
+    monkeypatch.setattr(GroupedConv, "widths", OnCpu.widths)
     torch._dynamo.reset()
     torch.manual_seed(0)
     first, second = nn.Conv2d(8, 16, 3, 1, 1, groups=2), nn.Conv2d(16, 8, (1, 3), 2, (0, 1), groups=2)
