@@ -8,6 +8,7 @@ arguments at run time, because the text has static sizes as literals and the cal
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -394,6 +395,46 @@ def early_start(source: str, name: str, gpu: Any) -> str:
     return text.replace(first, f"{first}from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n", 1)
 
 
+class _LauncherLater:
+    """Triton's launcher of a kernel, built when somebody launches through it."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def __call__(self, *args: Any) -> Any:
+        handle = self.handle
+        handle.module, handle._run = None, None  # as before loading, which Triton does once more
+        handle._init_handles()
+        return handle._run(*args)
+
+
+def load_binary(handle: Any) -> None:
+    """Load a kernel that Triton compiled onto the current device.
+
+    Up to 3.6, Triton's own way also builds a launcher with the C compiler for each signature, which launches of ours do
+    not use: this leaves it for later.  Where anything is not as expected, Triton does the whole, and says what is wrong.
+    """
+    import triton
+    from triton.runtime import driver
+
+    if handle.module is None and "cubin" in handle.asm and tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6):
+        with contextlib.suppress(Exception):
+            from triton.compiler.compiler import max_shared_mem
+
+            active, meta = driver.active, handle.metadata
+            device = active.get_current_device()
+            found = meta.shared <= max_shared_mem(device) and active.utils.load_binary(
+                handle.name, handle.kernel, meta.shared, device
+            )
+            if found and 32 * int(meta.num_warps) <= found[4]:
+                module, function, registers, spills, threads = found
+                handle.function, handle.n_regs, handle.n_spills, handle.n_max_threads = function, registers, spills, threads
+                handle._run = _LauncherLater(handle)
+                handle.module = module
+                return
+    handle._init_handles()
+
+
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: of a thread that has used no CUDA yet, as autograd's may be
 
 
@@ -543,7 +584,7 @@ class TritonKernel:
                     args = (source, self.name, self.kernel, self.plan, gpu, str(gpu.arch))
                     built = _compile(*args, self.aligned, wide, False)
                     try:
-                        built.handle._init_handles()
+                        load_binary(built.handle)
                     except Exception as e:
                         raise CompileError(self.name, None, f"the binary cannot be loaded: {e}") from e
                 built.registers, built.spills = int(built.handle.n_regs), int(built.handle.n_spills)

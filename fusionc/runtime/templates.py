@@ -21,7 +21,7 @@ import torch
 
 from ..errors import CompileError
 from . import ready
-from .launch import Compiled, _cuda_launcher, _usage, early_start, load_module
+from .launch import Compiled, _cuda_launcher, _usage, early_start, load_binary, load_module
 
 Constants = tuple[tuple[str, Any], ...]
 POINTER = {
@@ -91,7 +91,7 @@ class Template:
                 try:
                     with torch.cuda.device(self.device):
                         built = self.build(driver.active.get_current_target())
-                        built.handle._init_handles()
+                        load_binary(built.handle)
                         launch = _cuda_launcher(built, list(self.kinds), None, self.dependent)
                 except Exception as e:
                     self._failure = f"{type(e).__name__}: {e}"

@@ -19,7 +19,7 @@ from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate
 from ..progress import progress
 from ..runtime import device as devices
-from ..runtime import launch
+from ..runtime import launch, ready
 from ..schedule.columns import stage
 from ..schedule.plan import Plan
 from ..schedule.rules_triton import column_parts, default_plan
@@ -157,6 +157,7 @@ def triton_cache(cx: Context) -> Iterator[None]:
     if folder is None:
         yield
         return
+    ready.wait()  # what is made for every kernel belongs into Triton's own folder, where every process looks for it
     with knobs.cache.scope():
         knobs.cache.dir = str(folder)
         yield

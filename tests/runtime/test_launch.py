@@ -70,3 +70,66 @@ def test_jobs_beside_run_while_the_caller_works_and_keep_their_order() -> None:
     gone_on.set()  # the caller was not held up
     first, second, third = wait()
     assert (first, third) == ("late", "quick") and isinstance(second, ValueError) and len(counted) == 3
+
+
+class Handle(SimpleNamespace):
+    """A kernel as Triton keeps it; its own way of loading counts."""
+
+    def _init_handles(self) -> None:
+        self.whole += 1
+        if self.metadata.shared > 200:
+            raise RuntimeError("out of resource: shared memory")
+        self.module, self.function, self._run = "theirs", "their function", lambda *args: ("launched", *args)
+
+
+@pytest.fixture
+def loading(monkeypatch: pytest.MonkeyPatch) -> Any:
+    import triton
+    from triton.compiler import compiler
+    from triton.runtime import driver
+
+    calls: list[tuple[Any, ...]] = []
+
+    def load_binary(*args: Any) -> tuple[Any, ...]:
+        calls.append(args)
+        return "ours", "our function", 40, 0, 256
+
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(compiler, "max_shared_mem", lambda device: 200)
+    utils = SimpleNamespace(load_binary=load_binary)
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_device=lambda: 3, utils=utils))
+
+    def made(shared: int = 100, warps: int = 4, **asm: bytes) -> Handle:
+        return Handle(name="k", kernel=b"binary", asm=asm or {"cubin": b"binary"}, module=None, function=None, _run=None,
+                      n_regs=None, n_spills=None, metadata=SimpleNamespace(shared=shared, num_warps=warps), whole=0)  # fmt: skip
+
+    return SimpleNamespace(calls=calls, made=made)
+
+
+def test_loading_leaves_tritons_launcher_for_later(loading: Any) -> None:
+    handle = loading.made()
+    launch.load_binary(handle)
+    assert loading.calls == [("k", b"binary", 100, 3)] and handle.whole == 0
+    assert (handle.module, handle.function, handle.n_regs, handle.n_spills) == ("ours", "our function", 40, 0)
+    assert handle._run(1, 2) == ("launched", 1, 2) and handle.whole == 1 and handle.function == "their function"
+
+
+@pytest.mark.parametrize("given", [{"shared": 201}, {"warps": 16}, {"hsaco": b"binary"}], ids=str)
+def test_what_does_not_fit_is_tritons_to_load_or_refuse(loading: Any, given: dict[str, Any]) -> None:
+    handle = loading.made(**given)
+    if "shared" in given:
+        with pytest.raises(RuntimeError, match="shared memory"):
+            launch.load_binary(handle)
+        assert not loading.calls
+    else:
+        launch.load_binary(handle)
+        assert handle.module == "theirs"
+
+
+def test_later_versions_load_themselves(loading: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    handle = loading.made()
+    launch.load_binary(handle)
+    assert not loading.calls and handle.module == "theirs"
