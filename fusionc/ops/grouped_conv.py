@@ -40,9 +40,7 @@ def _fake(layout: torch.memory_format, x: Tensor, weight: Tensor, bias: Tensor |
     return torch.empty((x.shape[0], weight.shape[0], *sizes), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _launcher(name: str) -> Callable[..., Tensor]:
-    found = getattr(importlib.import_module(f"fusionc.runtime.{name}"), name)
-
+def _on_device(found: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def launch(x: Tensor, *args: Any) -> Tensor:
         with torch.cuda.device_of(x):
             return found(x, *args)
@@ -50,10 +48,19 @@ def _launcher(name: str) -> Callable[..., Tensor]:
     return launch
 
 
-for _name, _layout in (("grouped_conv", torch.channels_last), ("per_example_conv", torch.contiguous_format)):
+def _grouped() -> Callable[..., Tensor]:
+    return _on_device(importlib.import_module("fusionc.runtime.grouped_conv").grouped_conv)
+
+
+def _per_example() -> Callable[..., Tensor]:
+    return _on_device(importlib.import_module("fusionc.runtime.per_example_conv").per_example_conv)
+
+
+for _name, _layout, _find in (("grouped_conv", torch.channels_last, _grouped),
+                              ("per_example_conv", torch.contiguous_format, _per_example)):  # fmt: skip
     _LIBRARY.define(f"{_name}(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
                     "SymInt groups, str activation) -> Tensor")  # fmt: skip
     _here = partial(_reference, _layout)
     _LIBRARY.impl(_name, _here, "CPU")
-    _LIBRARY.impl(_name, late(partial(_launcher, _name), _name, _here), "CUDA")
+    _LIBRARY.impl(_name, late(_find, _name, _here), "CUDA")
     torch.library.register_fake(f"fusionc::{_name}", partial(_fake, _layout), lib=_LIBRARY)
