@@ -172,13 +172,16 @@ class BiasedAttention(PlainAttention):
         q, k, v, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
         if given["dropout_p"] != 0 or given["is_causal"] is not False:
             raise Unsupported("dropout, or a causal flag beside a mask")
-        sizes = [shape(x) or () for x in (q, k, v)]
+        sizes, q_kind = [shape(x) or () for x in (q, k, v)], dtype(q)
         if any(len(n) != 4 for n in sizes) or sizes[1] != sizes[2] or sizes[0][0] != sizes[1][0] or \
-                sizes[0][3] != sizes[1][3] or dtype(q) not in self.dtypes:  # fmt: skip
+                sizes[0][3] != sizes[1][3] or q_kind not in self.dtypes:  # fmt: skip
             raise Unsupported("it is no attention of one width over four dimensions in 16 bits")
         scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(sizes[0][3])
         if not isinstance(scale, (int, float)) or not isinstance(sizes[0][1], int) or sizes[0][1] % sizes[1][1]:
             raise Unsupported("its scale or heads are not known")
+        kind = dtype(mask)
+        if kind is not None and kind.is_floating_point and torch.finfo(kind).max > torch.finfo(q_kind).max:
+            raise Unsupported("the mask is wider than the queries: autocast would round its lowest numbers to -inf")
         reader = Additive(facts, node, node)
         added = reader.aligned(mask, node)
         term = make("mul", S, const(float(scale)))

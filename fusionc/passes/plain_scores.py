@@ -126,7 +126,7 @@ class Reader:
     def aligned(self, node: Node, like: Node) -> Term:
         """A tensor that is broadcast against the product."""
         self._path.append(like)
-        return self.read(node, self._axes_of(node, self.own_axes(like)))
+        return self.argument(like, node, self.own_axes(like), False)
 
     # -- values
     def read(self, node: Any, axes: Axes, pure: bool = False) -> Term:
@@ -184,6 +184,9 @@ class Reader:
         known = [a for a in axes if a is not None]
         if len(known) != len(set(known)):
             raise Unsupported(f"{node.name} is read along a diagonal")
+        if self.heads is not None and any(a in (0, 1) and not same(n, self.heads[a])
+                                          for n, a in zip(kind.shape, axes, strict=True)):  # fmt: skip
+            raise Unsupported(f"{node.name} splits batches and heads otherwise than the scores")
         letter = "f" if kind.dtype.is_floating_point else "b" if kind.dtype == torch.bool else "i"
         for i, (known_node, known_axes) in enumerate(self.operands):
             if known_node is node and known_axes == axes and not self.facts.writers:

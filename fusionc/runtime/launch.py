@@ -396,16 +396,22 @@ def early_start(source: str, name: str, gpu: Any) -> str:
 
 
 class _LauncherLater:
-    """Triton's launcher of a kernel, built when somebody launches through it."""
+    """Triton's launcher of a kernel, built when somebody launches through it; who keeps this launches by that one then."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
+        self.lock = threading.Lock()
+        self.built: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        handle = self.handle
-        handle.module, handle._run = None, None  # as before loading, which Triton does once more
-        handle._init_handles()
-        return handle._run(*args)
+        if self.built is None:
+            with self.lock:
+                if self.built is None:
+                    handle = self.handle
+                    handle.module, handle._run = None, None  # as before loading, which Triton does once more
+                    handle._init_handles()
+                    self.built = handle._run
+        return self.built(*args)
 
 
 def load_binary(handle: Any) -> None:

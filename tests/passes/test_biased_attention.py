@@ -296,3 +296,47 @@ def test_error_is_no_larger_than_eagers(kind: torch.dtype, written_out: bool) ->
     assert backend.fired == 1, backend.refusals
     mine, its = ((x.double() - exact).norm() / exact.norm() for x in (made, eager))
     assert mine <= 2 * its + 1e-6
+
+
+def test_a_mask_that_was_written_is_read_as_it_is() -> None:
+    """It began as zeros."""
+
+    def called(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.zeros(N, N, dtype=q.dtype)
+        mask[:, 3:] = -INF
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    def added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        mask = torch.zeros(1, N, N, dtype=q.dtype)
+        mask[:, :, 3:] = -INF
+        return torch.bmm(torch.baddbmm(mask, q, k.mT).softmax(-1), v)
+
+    found(called, *qkv())
+    found(added, *qkv())
+
+
+def test_a_tensor_with_other_heads_than_the_scores() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        scores = (torch.bmm(q, k.mT).view(4, 4, N, N) + mask).view(16, N, N)
+        return torch.bmm((scores + bias.view(16, N, N)).softmax(-1), v)
+
+    found(f, *qkv(8, 2), data(4, 1, 1, N), data(2, 8, N, N))  # its view is read
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_refuses_a_mask_that_autocast_rounds_to_minus_infinity(kind: torch.dtype) -> None:
+    """A row without any key is then 0, not a mean."""
+    mask = torch.zeros(B, 1, N, N)
+    mask[:, :, 1] = torch.finfo(torch.float32).min
+    backend = Backend(BiasedAttention(devices=("cpu",), dtypes=(kind,), small=3200))
+
+    def f(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        with torch.autocast("cpu", kind):
+            return F.scaled_dot_product_attention(q, k, v, mask)
+
+    inputs = [x.to(kind) for x in qkv()]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(f, backend=backend, dynamic=False)(*inputs, mask), f(*inputs, mask))
+    assert backend.fired == 0 and "autocast" in backend.refusals[0]

@@ -111,7 +111,9 @@ def test_loading_leaves_tritons_launcher_for_later(loading: Any) -> None:
     launch.load_binary(handle)
     assert loading.calls == [("k", b"binary", 100, 3)] and handle.whole == 0
     assert (handle.module, handle.function, handle.n_regs, handle.n_spills) == ("ours", "our function", 40, 0)
-    assert handle._run(1, 2) == ("launched", 1, 2) and handle.whole == 1 and handle.function == "their function"
+    kept = handle._run
+    assert kept(1, 2) == ("launched", 1, 2) and handle.whole == 1 and handle.function == "their function"
+    assert kept(3) == ("launched", 3) and handle.whole == 1, "the binary is loaded again at each launch"
 
 
 @pytest.mark.parametrize("given", [{"shared": 201}, {"warps": 16}, {"hsaco": b"binary"}], ids=str)
