@@ -60,6 +60,17 @@ def load(name: str) -> None:
         from . import tiled_mlp  # noqa: F401
 
 
+def on_device(found: Callable[..., Any]) -> Callable[..., Any]:
+    """``found``, run with the GPU of its first tensor as the current one, which launches through the driver take."""
+    import torch
+
+    def launch(x: Any, *args: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return found(x, *args)
+
+    return launch
+
+
 def late(find: Callable[[], Callable[..., Any]], name: str, instead: Callable[..., Any]) -> Callable[..., Any]:
     """The function that ``find`` returns, found at the first call: kernels are launched by packages to the right of this one.
 

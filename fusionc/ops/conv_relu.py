@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .layout import out_sizes
+
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("conv_relu(Tensor x, Tensor weight, Tensor bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation)"
                 " -> Tensor")  # fmt: skip
@@ -36,8 +38,7 @@ def _cuda(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], paddin
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int],
           dilation: Sequence[int]) -> Tensor:  # fmt: skip
-    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1
-             for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation)]  # fmt: skip
+    sizes = out_sizes(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return x.new_empty((x.shape[0], weight.shape[0], *sizes)).contiguous(memory_format=torch.channels_last)
 
 

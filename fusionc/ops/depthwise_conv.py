@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import late
+from . import late, on_device
 from .activation import activate_
-from .layout import layout_of
+from .layout import layout_of, out_sizes
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("depthwise_conv(Tensor x, Tensor taps, Tensor? bias, SymInt[] stride, SymInt[] padding, "
@@ -37,19 +36,12 @@ def _reference(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[in
 
 
 def _launcher(name: str) -> Callable[..., Tensor]:
-    found = getattr(importlib.import_module("fusionc.runtime.depthwise_conv"), name)
-
-    def launch(x: Tensor, *args: Any) -> Tensor:
-        with torch.cuda.device_of(x):
-            return found(x, *args)
-
-    return launch
+    return on_device(getattr(importlib.import_module("fusionc.runtime.depthwise_conv"), name))
 
 
 def _fake(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
           dilation: Sequence[int], activation: str) -> Tensor:  # fmt: skip
-    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1
-             for n, k, s, p, d in zip(x.shape[2:], taps.shape[:2], stride, padding, dilation)]  # fmt: skip
+    sizes = out_sizes(x.shape[2:], taps.shape[:2], stride, padding, dilation)
     return x.new_empty((x.shape[0], taps.shape[2], *sizes)).contiguous(memory_format=layout_of(x))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import late
 from .activation import activate_
-from .layout import layout_of
+from .layout import layout_of, out_sizes
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("depthwise_cpu(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
@@ -34,8 +34,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[i
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
           dilation: Sequence[int], activation: str) -> Tensor:  # fmt: skip
-    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1
-             for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation)]  # fmt: skip
+    sizes = out_sizes(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return x.new_empty((x.shape[0], x.shape[1], *sizes)).contiguous(memory_format=layout_of(x))
 
 

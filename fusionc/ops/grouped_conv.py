@@ -14,13 +14,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import late
+from . import late, on_device
 from .activation import activate_
+from .layout import out_sizes
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 
@@ -35,25 +35,16 @@ def _reference(layout: torch.memory_format, x: Tensor, weight: Tensor, bias: Ten
 
 def _fake(layout: torch.memory_format, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int],
           padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str) -> Tensor:  # fmt: skip
-    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1
-             for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation)]  # fmt: skip
+    sizes = out_sizes(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return torch.empty((x.shape[0], weight.shape[0], *sizes), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _on_device(found: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def launch(x: Tensor, *args: Any) -> Tensor:
-        with torch.cuda.device_of(x):
-            return found(x, *args)
-
-    return launch
-
-
 def _grouped() -> Callable[..., Tensor]:
-    return _on_device(importlib.import_module("fusionc.runtime.grouped_conv").grouped_conv)
+    return on_device(importlib.import_module("fusionc.runtime.grouped_conv").grouped_conv)
 
 
 def _per_example() -> Callable[..., Tensor]:
-    return _on_device(importlib.import_module("fusionc.runtime.per_example_conv").per_example_conv)
+    return on_device(importlib.import_module("fusionc.runtime.per_example_conv").per_example_conv)
 
 
 for _name, _layout, _find in (("grouped_conv", torch.channels_last, _grouped),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import late
+from . import late, on_device
 from .activation import activate_
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
@@ -32,13 +32,7 @@ def _reference(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | N
 
 
 def _launcher() -> Callable[..., Tensor]:
-    found = importlib.import_module("fusionc.runtime.linear_act").linear_act
-
-    def launch(x: Tensor, *args: object) -> Tensor:
-        with torch.cuda.device_of(x):
-            return found(x, *args)
-
-    return launch
+    return on_device(importlib.import_module("fusionc.runtime.linear_act").linear_act)
 
 
 def _fake(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str) -> Tensor:

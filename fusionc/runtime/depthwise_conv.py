@@ -26,9 +26,9 @@ from torch import Tensor
 
 from ..codegen.templates import depthwise_conv as template
 from ..ops.activation import activate_
-from ..ops.layout import is_last
+from ..ops.layout import is_last, out_sizes
 from .templates import Start
-from .tune import Wanted, agree, choose, stand_ins
+from .tune import Wanted, fastest
 
 Candidate = tuple[Any, ...]
 _HALF = (torch.bfloat16, torch.float16)
@@ -61,7 +61,7 @@ class Shape:
     @property
     def out(self) -> tuple[int, int]:
         """Height and width of the result."""
-        height, width = template.out_sizes(self.size, self.kernel, self.stride, self.padding, self.dilation)
+        height, width = out_sizes(self.size, self.kernel, self.stride, self.padding, self.dilation)
         return height, self.columns or width
 
 
@@ -414,13 +414,7 @@ def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequenc
     if at is None:
         return library(x, taps, bias, shape)
 
-    def right(how: Candidate) -> bool:
-        image, filters, offset = stand_ins(x, taps, bias)
-        return agree(launch(how, shape, image, filters, offset), library(image, filters, offset, shape))
-
-    how = choose(at.key, at.candidates, lambda each: launch(each, shape, x, taps, bias), device=x.device, check=right,
-                 prepare=at.prepare)  # fmt: skip
-    return launch(how, shape, x, taps, bias)
+    return fastest(at, lambda how, *given: launch(how, shape, *given), partial(library, shape=shape), x, taps, bias)
 
 
 def wanted(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
@@ -569,13 +563,7 @@ def depthwise_conv_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], paddin
     if at is None:
         return _library_weight(shape, grad, x)
 
-    def right(how: Candidate) -> bool:
-        given = stand_ins(grad, x)
-        return agree(launch_weight(how, shape, *given), _library_weight(shape, *given))
-
-    how = choose(at.key, at.candidates, lambda each: launch_weight(each, shape, grad, x), device=x.device, check=right,
-                 prepare=at.prepare)  # fmt: skip
-    return launch_weight(how, shape, grad, x)
+    return fastest(at, lambda how, *given: launch_weight(how, shape, *given), partial(_library_weight, shape), grad, x)
 
 
 def wanted_weight(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..codegen.cpp_prelude import PRELUDE
 from ..codegen.templates.depthwise_cpp import Variant, text
-from ..ops.layout import is_last, layout_of
+from ..ops.layout import is_last, layout_of, out_sizes
 from . import tune
 from .compile_cpp import build
 from .environment import environment_key
@@ -39,8 +39,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[i
     x, weight = x if last else x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     kernel = (weight.shape[2], weight.shape[3])
-    rows, columns = ((size + 2 * p - d * (k - 1) - 1) // s + 1
-                     for size, p, d, k, s in zip((height, width), padding, dilation, kernel, stride))  # fmt: skip
+    rows, columns = out_sizes((height, width), kernel, stride, padding, dilation)
     out = torch.empty((n, channels, rows, columns), dtype=x.dtype, memory_format=layout)
     if out.numel() == 0:
         return out

@@ -20,8 +20,9 @@ from torch import Tensor
 from ..codegen.templates import depthwise_conv as shared
 from ..codegen.templates import per_example_conv as template
 from ..ops.activation import activate_
+from ..ops.layout import out_sizes
 from .templates import Start
-from .tune import Wanted, agree, choose, stand_ins
+from .tune import Wanted, fastest
 
 Candidate = tuple[Any, ...]
 Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -54,7 +55,8 @@ class Shape:
     @property
     def out(self) -> tuple[int, int]:
         """Lines and columns of the result."""
-        return shared.out_sizes(self.size, self.kernel, self.stride, self.padding, self.dilation)
+        height, width = out_sizes(self.size, self.kernel, self.stride, self.padding, self.dilation)
+        return height, width
 
     @property
     def product(self) -> bool:
@@ -226,13 +228,7 @@ def per_example_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Seq
     if at is None or weight.dtype != x.dtype or bias is not None and bias.dtype != x.dtype:
         return library(x, weight, bias, shape)
 
-    def right(how: Candidate) -> bool:
-        image, filters, offset = stand_ins(x, weight, bias)
-        return agree(launch(how, shape, image, filters, offset), library(image, filters, offset, shape))
-
-    how = choose(at.key, at.candidates, lambda each: launch(each, shape, x, weight, bias), device=x.device, check=right,
-                 prepare=at.prepare)  # fmt: skip
-    return launch(how, shape, x, weight, bias)
+    return fastest(at, lambda how, *given: launch(how, shape, *given), partial(library, shape=shape), x, weight, bias)
 
 
 def wanted(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],

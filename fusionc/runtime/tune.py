@@ -35,7 +35,8 @@ from fusionc.errors import warn_once
 from .cache import Cache, open_cache
 from .environment import environment_key, source_fingerprint
 
-__all__ = ["Outcome", "Sampler", "Wanted", "choose", "configure", "cuda_sampler", "forget", "history", "level", "likely", "race"]
+__all__ = ["Outcome", "Sampler", "Wanted", "choose", "configure", "cuda_sampler", "fastest", "forget", "history", "level",
+           "likely", "race"]  # fmt: skip
 
 T = TypeVar("T")
 Sampler = Callable[[Sequence[int], int], dict[int, list[float]]]
@@ -298,6 +299,24 @@ class Wanted:
     key: str
     candidates: Sequence[Any]
     prepare: Callable[[Any], Any]
+
+
+def fastest(
+    at: Wanted, launch: Callable[..., torch.Tensor], library: Callable[..., torch.Tensor], *tensors: torch.Tensor | None
+) -> torch.Tensor:
+    """``launch(how, *tensors)`` of the fastest candidate ``how`` that agrees with ``library(*tensors)`` on stand-ins.
+
+    The first tensor says on which device.
+    """
+    first = tensors[0]
+    assert first is not None
+
+    def right(how: Any) -> bool:
+        made = stand_ins(*tensors)
+        return agree(launch(how, *made), library(*made))
+
+    how = choose(at.key, at.candidates, lambda each: launch(each, *tensors), device=first.device, check=right, prepare=at.prepare)
+    return launch(how, *tensors)
 
 
 def likely(wanted: Wanted, device: torch.device) -> list[Any]:

@@ -29,6 +29,8 @@ kernels (MegEngine's cutlass fork), here by rows; sizes as measured on an H200 (
 
 from __future__ import annotations
 
+from ...ops.layout import out_sizes
+
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
 
 ACTIVATE = '''
@@ -413,10 +415,3 @@ def _inside(name: str, offset: int, padding: int, last: int, size: int) -> str:
     """Tests that ``name + offset`` lies in the image, without those that always hold; starts with " & "."""
     test = f" & ({name} + {offset} >= 0)" if offset < padding else ""
     return test + (f" & ({name} + {offset} < {size})" if last + offset >= size else "")
-
-
-def out_sizes(size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
-              dilation: tuple[int, int]) -> tuple[int, int]:  # fmt: skip
-    """Height and width of the result."""
-    h, w = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, kernel, stride, padding, dilation))
-    return h, w
