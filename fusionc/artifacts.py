@@ -11,7 +11,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -212,15 +212,17 @@ def _placeholders(gm: GraphModule) -> list[Node]:
     return [n for n in gm.graph.nodes if n.op == "placeholder"]
 
 
-def program_text(p: Program, gm: GraphModule, kernels: dict[str, Kernel]) -> str:
-    """program.py: the call sequence, with everything that it refers to by name, runnable beside its kernels' folders."""
+def program_text(p: Program, gm: GraphModule, operators: Mapping[int, Any], kernels: dict[str, Kernel]) -> str:
+    """program.py: the call sequence, with everything that it refers to by name, runnable beside its kernels' folders.
+
+    ``operators`` has the operators that it calls, by the ``id`` of the constant that stands for each.
+    """
     inputs = []
     for n in _placeholders(gm):
         try:
             inputs.append(f"    {spec_of(n.meta.get('val'))!r},")
         except Exception:  # noqa: BLE001 - an input that is no tensor or number
             inputs.append("    None,")
-    operators = {id(getattr(n.target, "_op", n.target)): n.target for n in gm.graph.nodes if n.op == "call_function"}
     used = {s: k for s, k in kernels.items() if s in p.constants}
     shape = {s: (tuple(b.name for b in k.buffers), tuple(v.name for v in k.sizes)) for s, k in used.items()}
     names = [f"{s} = _kernels[{s!r}]" for s in used]

@@ -57,6 +57,7 @@ class Context:
     sources: dict[str, str] = field(default_factory=dict)  # symbol -> generated text
     loops: dict[str, str] = field(default_factory=dict)  # symbol -> loop IR, once linked
     program: prog.Program | None = None  # once linked
+    operators: dict[int, torch._ops.OpOverload] = field(default_factory=dict)  # id of what the program calls -> operator
     alike: Alike = field(default_factory=Alike)
     waiting: Callable[[], None] | None = None  # returns when the operators' kernels are compiled
 
@@ -547,7 +548,9 @@ class _Linker:
             label = getattr(getattr(target, "overloadpacket", None), "__name__", None) or getattr(
                 target, "__name__", "function"
             )
-            target = getattr(target, "_op", target) if isinstance(target, torch._ops.OpOverload) else target
+            if isinstance(target, torch._ops.OpOverload):
+                operator_, target = target, getattr(target, "_op", target)
+                self.cx.operators[id(target)] = operator_
         else:
             raise errors.FusioncError(f"{node.op} node {node.name} in an ATen graph")
         label = "".join(ch if ch.isalnum() and ch.isascii() else "_" for ch in str(label))
@@ -702,7 +705,7 @@ def _link(
     _insert_frees(p)
     if cx.config.dump:
         kernels = {i.symbol: i.built.kernel for i in lowered if i.symbol}
-        record.program = artifacts.program_text(p, cx.gm, kernels | {b.many.symbol: b.many.signature for b in fused})
+        record.program = artifacts.program_text(p, cx.gm, cx.operators, kernels | {b.many.symbol: b.many.signature for b in fused})
     if cx.config.strict:
         for c in record.calls:
             if c.reason:

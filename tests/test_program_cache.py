@@ -65,6 +65,19 @@ def test_round_trip() -> None:
     assert again.constants["k_00"] is launcher
 
 
+def test_round_trip_of_buffers_on_a_gpu() -> None:
+    """Each step that is read back has a device object of its own."""
+    gpu, one = torch.device("cuda:0"), (index(1),)
+    p = prog.Program(("a0",))
+    p.steps += [prog.Alloc(name, (index(4),), one, torch.float32, gpu) for name in ("b1", "b2")]
+    p.steps.append(prog.Carve(("b3", "b4"), (8,), (), (((4,), (1,), 0), ((4,), (1,), 4)), torch.float32, torch.device("cuda:0")))
+    p.steps.append(prog.Call("c5", p.constant("op_add", ADD), f"a0, {p.constant('device', torch.device('cuda:0'))}"))
+    p.results = ("b1", "b2", "b3", "b4", "c5")
+    assert decode(json.loads(json.dumps(encode(p, OPERATORS, {}))), {}).text() == p.text()
+    assert "device_1" not in p.text()
+    assert p.constant("device", torch.device("cuda:1")) == "device_1"
+
+
 @pytest.mark.parametrize(
     "value",
     [torch.float32, torch.device("cpu"), torch.strided, torch.channels_last, operator.add, torch.sym_max],

@@ -213,10 +213,15 @@ class Program:
     uses_stream: bool = False
 
     def constant(self, name: str, value: Any) -> str:
-        """Bind `value` under a name like `name`; the same object keeps its name."""
+        """Bind `value` under a name like `name`; the same object keeps its name, as do equal devices.
+
+        Each step of a Program that was read from the cache has a device object of its own.
+        """
         k = 0
         candidate = name
-        while candidate in self.constants and self.constants[candidate] is not value:
+        while candidate in self.constants and (held := self.constants[candidate]) is not value:
+            if isinstance(value, torch.device) and isinstance(held, torch.device) and held == value:
+                return candidate
             k += 1
             candidate = f"{name}_{k}"
         self.constants[candidate] = value

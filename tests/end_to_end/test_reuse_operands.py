@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusionc import inplace
+from fusionc import inplace, program_cache
 from fusionc.passes.conv_add_relu import ConvAddRelu
+from fusionc.record import collect
 
 
 def alone(x: Tensor, w: Tensor, v: Tensor) -> Any:
@@ -192,6 +194,24 @@ def test_calls_that_write_over_an_argument(f: Callable[..., Any], over: int | No
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(mine, theirs)
     assert over is None or sum(found) == over
+
+
+def test_a_call_that_writes_over_an_argument_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator that is called is none of the graph's."""
+    monkeypatch.setattr(inplace, "_WORTH", 1)
+    monkeypatch.setattr(program_cache, "refusal", lambda config: "")  # a pass of ours stands among the user's here
+    torch.manual_seed(0)
+    x, w, z = torch.randn(2, 4, 24, 24), torch.randn(8, 4, 1, 1), torch.randn(2, 8, 24, 24)
+    x, z = (t.to(memory_format=torch.channels_last) for t in (x, z))
+    program_cache.stats.clear()
+    results = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        options = {"strict": True, "cache": str(tmp_path), "passes": [OnCpu()]}
+        with torch.no_grad(), collect() as records:
+            results.append(torch.compile(block, backend="fusionc", options=options)(x, w, z))
+    assert program_cache.stats["hit"] == 1, (dict(program_cache.stats), [r.cache for r in records])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
 def _count(result: dict[Any, Any], found: list[int]) -> dict[Any, Any]:
