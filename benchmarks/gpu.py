@@ -3,6 +3,7 @@
     python -m benchmarks.gpu --json gpu.json --svg gpu.svg                       # eager, Inductor, + graphs, fusionc
     python -m benchmarks.gpu --json gpu.json --resume --warm                     # go on where the last call stopped
     python -m benchmarks.gpu --backends eager,inductor:max-autotune,fusionc:max-autotune --limit 600 --only llama
+    python -m benchmarks.gpu --compile-only --backends aot_eager,inductor,fusionc # first calls, cold and warm, nothing else
     python -m benchmarks.gpu --models --json models.json                         # 20 further models
     python -m benchmarks.gpu --conv-models --json conv_models.json               # 8 convolutional networks
     python -m benchmarks.gpu --render gpu.json models.json --svg gpu.svg         # table and plot of earlier runs
@@ -15,6 +16,8 @@ inputs that it was not compiled with against float64 (float32 where float64 does
 timed twice, as it is and recorded as one graph by hand, and the better time counts (``plain_ms`` and ``step_graph_ms`` in
 the JSON).  Peak memory is that of the plain calls, weights included.
 ``--warm`` then starts a fresh process for each backend with the caches that the first one filled, and times its first call.
+With ``--compile-only`` the cold call, too, is the first thing that a process of its own does, with caches of its own: no
+backend finds what another one has imported or traced; nothing else is measured.
 
 The JSON is rewritten after each workload; with ``--resume`` what it has is kept, and a row that lacks backends is measured
 with eager again for these, so that a table of hours can be made in calls of minutes.
@@ -181,11 +184,12 @@ def first_call(name: str, backend: str, device: str, size: str) -> None:
     step(case, compiled(case.fn, backend), inputs)
     if device == "cuda":
         torch.cuda.synchronize()
-    found: dict[str, Any] = {"backend": backend, "warm_s": time.perf_counter() - start}
-    if backend.startswith("fusionc"):  # was it one?
+    found: dict[str, Any] = {"backend": backend, "first_call_s": time.perf_counter() - start}
+    if backend.startswith("fusionc"):  # was it a warm one?
         from fusionc import program_cache, warm
 
-        found["warm_hits"] = {"programs": dict(program_cache.stats), "graphs": dict(warm.stats)}
+        found["hits"] = {"programs": dict(program_cache.stats), "graphs": dict(warm.stats)}
+        found["report"] = counts(backend, [])
     print(MARK + json.dumps(found), flush=True)
 
 
@@ -356,7 +360,10 @@ class Runner:
         row: dict[str, Any] = {"name": name, "limit_ms": limit_ms, "backends": dict(old["backends"])}
         caches = self.args.cache or os.path.join(self.folder, name)
         arguments = ["--child", name, "--device", self.args.device, "--size", self.args.size]
-        if lacking:
+        if lacking and self.args.compile_only:
+            for b in lacking:
+                self.first_calls(row, b, [*arguments, "--first-call", b], os.path.join(caches, b.replace(":", "-")))
+        elif lacking:
             # eager is timed again beside what is new: ratios are taken within one process
             wanted = [b for b in self.backends if b in lacking or b == "eager"]
             more = ["--backends", ",".join(wanted), "--repeat-ms", str(self.args.repeat_ms), "--lock", self.lock]
@@ -366,11 +373,8 @@ class Runner:
                 for b in wanted:
                     row["backends"].setdefault(b, {"error": f"not reached: {cause}"})
         for b in cold if self.args.warm and (lacking or self.args.cache) else ():
-            left = self.args.budget - (time.monotonic() - self.start)
-            if left > 10 and "ms" in row["backends"].get(b, {}):
-                trial: dict[str, Any] = {"backends": {}}
-                self.spawn(trial, [*arguments, "--first-call", b], caches, min(self.args.limit, left))
-                row["backends"][b] |= trial["backends"].get(b, {"warm_error": trial.get("error", "")})
+            if "ms" in row["backends"].get(b, {}):
+                row["backends"][b] |= self.warm_call(b, [*arguments, "--first-call", b], caches)
         with self.guard:
             self.rows[name] = row
             spent = time.monotonic() - self.start
@@ -380,6 +384,31 @@ class Runner:
             )
             print(f"[{spent:4.0f} s] {name}: {told}", flush=True)
             self.save()
+
+    def first_calls(self, row: dict[str, Any], b: str, arguments: list[str], caches: str) -> None:
+        """The first call of a process that finds no cache, then of one that finds what the other has left."""
+        left = self.args.budget - (time.monotonic() - self.start)
+        if left < 20:
+            return
+        trial: dict[str, Any] = {"backends": {}}
+        self.spawn(trial, arguments, caches, min(self.args.limit, left))
+        cold = trial["backends"].get(b, {"error": trial.get("error", "ended without a result")})
+        if "first_call_s" in cold:
+            cold["compile_s"] = cold.pop("first_call_s")
+            cold |= self.warm_call(b, arguments, caches)
+        row["backends"][b] = cold
+
+    def warm_call(self, b: str, arguments: list[str], caches: str) -> dict[str, Any]:
+        """Seconds of the first call of a fresh process with these caches, and what it found in them."""
+        left = self.args.budget - (time.monotonic() - self.start)
+        if left < 10:
+            return {}
+        trial: dict[str, Any] = {"backends": {}}
+        self.spawn(trial, arguments, caches, min(self.args.limit, left))
+        found = trial["backends"].get(b)
+        if found is None:
+            return {"warm_error": trial.get("error", "ended without a result")}
+        return {"warm_s": found["first_call_s"], "warm_hits": found.get("hits"), "warm_report": found.get("report")}
 
     def spawn(self, row: dict[str, Any], arguments: list[str], caches: str, limit_s: float) -> None:
         """Run one child and merge its lines into ``row``."""
@@ -485,13 +514,20 @@ def compact_table(rows: list[dict[str, Any]], backends: list[str], most: int = 9
     if ours and inductors:
         gains = [best / r["backends"][ours]["ms"] for r in rows
                  if (best := best_peer(r, inductors)) and r["backends"].get(ours, {}).get("ms")]  # fmt: skip
-        lines.append(f"{ours} is {cell(geomean(gains))}× Inductor's better mode (geometric mean of {len(gains)})")
+        if gains:
+            lines.append(f"{ours} is {cell(geomean(gains))}× Inductor's better mode (geometric mean of {len(gains)})")
         for key, word in (("compile_s", "cold"), ("warm_s", "warm")):
             pairs = [(r["backends"].get(ours, {}).get(key), r["backends"].get(inductors[0], {}).get(key)) for r in rows]
             both = [(x, y) for x, y in pairs if x and y]
             if both:
                 mine, theirs = (sum(p[i] for p in both) for i in (0, 1))
                 lines.append(f"{word} compile: {cell(mine)} s, {inductors[0]} {cell(theirs)} s: {cell(mine / theirs)}×")
+        three = [[r["backends"].get(b, {}).get("compile_s") for b in (ours, "aot_eager", inductors[0])] for r in rows]
+        if whole := [t for t in three if all(t)]:
+            mine, floor, theirs = (sum(t[i] for t in whole) for i in range(3))
+            lines.append(
+                f"cold compile above the floor of aot_eager ({cell(floor)} s): {cell((mine - floor) / theirs)}× {inductors[0]}'s"
+            )
     if ours:
         lines.append(f"slower than the best peer by more than 3 %: {', '.join(slower) or 'none'}")
         parts = [r["backends"].get(ours, {}).get("report") or {} for r in rows]
@@ -592,6 +628,7 @@ def main(argv: list[str] | None = None) -> int:
         "--cache", default=None, help="folder for compiler caches; default a fresh one a workload (cold)"
     )
     parser.add_argument("--warm", action="store_true", help="also the first call of a second process, caches filled")
+    parser.add_argument("--compile-only", action="store_true", help="nothing but first calls, cold and warm")
     parser.add_argument("--json", default=None, help="result file, rewritten after each workload")
     parser.add_argument("--resume", action="store_true", help="keep what --json has; measure only what it lacks")
     parser.add_argument("--render", nargs="+", metavar="JSON", help="measure nothing: table and plot of result files")
@@ -602,7 +639,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first-call", help=argparse.SUPPRESS)
     parser.add_argument("--lock", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    backends = args.backends.split(",")
+    backends = [b for b in args.backends.split(",") if b != "eager" or not args.compile_only]
     if args.first_call:
         first_call(args.child, args.first_call, args.device, args.size)
         return 0

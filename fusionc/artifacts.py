@@ -266,7 +266,7 @@ def program_text(p: Program, gm: GraphModule, operators: Mapping[int, Any], kern
     return "\n".join(lines)
 
 
-def constant_text(value: Any, operators: dict[int, Any]) -> str:
+def constant_text(value: Any, operators: Mapping[int, Any]) -> str:
     """A Python expression for an object that a Program names; what has none is looked up as missing when run."""
     target = operators.get(id(value), value)
     if isinstance(target, torch._ops.OpOverload):

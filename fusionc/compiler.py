@@ -212,9 +212,6 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
             direct = inplace.write_in_place(cx, grouper, units, lowered, _stable_inputs(cx))
             reused = inplace.reuse_operands(cx, grouper, units, lowered, direct)
             over = inplace.reuse_calls(cx, grouper, units, lowered, {*direct, *reused.values()})
-            if cx.waiting is not None:  # (Triton's cache moves into ours now, and theirs is to be found outside)
-                cx.waiting()
-                cx.record.timings["operators"] = time.perf_counter() - clock
             bundles = many.find(cx, grouper, units, lowered, direct | reused)
             with _compiled_into_our_cache(cx):
                 finish = many.start(cx, bundles)
@@ -224,6 +221,10 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
                     cx.record.kernels[:] = [k for k in cx.record.kernels if k.symbol in symbols]
                     more, bad = _compile_kernels(cx, _outside(fused, lowered))
             symbols |= more
+            if cx.waiting is not None:
+                waited = time.perf_counter()
+                cx.waiting()
+                cx.record.timings["operators"] = time.perf_counter() - waited
             cx.record.timings["compile"] = cx.record.timings.get("compile", 0.0) + time.perf_counter() - clock
             failed = bad
             if bad and any(i.built.kernel.columns for i in lowered):
@@ -246,7 +247,7 @@ def _outside(bundles: Sequence[many.Bundle], lowered: Sequence[Lowered]) -> list
 
 
 def _compiled_into_our_cache(cx: Context) -> contextlib.AbstractContextManager[None]:
-    """Triton's cache for what two batches compile at a time: it is a setting of the process."""
+    """Triton's cache for what two batches compile at a time."""
     if cx.target in ("cpp", "aten", "interpret"):
         return contextlib.nullcontext()
     from .targets.triton import triton_cache
@@ -704,8 +705,8 @@ def _link(
         p.steps.append(prog.Wrote(tuple([link.name[n] for n in link.direct.values()])))
     _insert_frees(p)
     if cx.config.dump:
-        kernels = {i.symbol: i.built.kernel for i in lowered if i.symbol}
-        record.program = artifacts.program_text(p, cx.gm, cx.operators, kernels | {b.many.symbol: b.many.signature for b in fused})
+        kernels = {i.symbol: i.built.kernel for i in lowered if i.symbol} | {b.many.symbol: b.many.signature for b in fused}
+        record.program = artifacts.program_text(p, cx.gm, cx.operators, kernels)
     if cx.config.strict:
         for c in record.calls:
             if c.reason:

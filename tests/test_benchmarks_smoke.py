@@ -294,6 +294,17 @@ def test_gpu_command_out_of_time_asks_to_go_on(tmp_path, capsys):
     assert json.loads(path.read_text())["rows"][0]["backends"] == {}
 
 
+def test_gpu_command_measures_first_calls_alone(tmp_path, capsys):
+    path = tmp_path / "g.json"
+    arguments = ["--device", "cpu", "--tiny", "--only", "softmax", "--json", str(path), "--compile-only"]
+    assert gpu.main([*arguments, "--backends", "eager,fusionc"]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    (ours,) = row["backends"].values()
+    assert ours["compile_s"] > 0 and ours["warm_s"] > 0 and "ms" not in ours
+    assert ours["hits"]["programs"] == {"miss": 1, "stored": 1} and ours["warm_hits"]["programs"] == {"hit": 1}
+    assert "ok" in capsys.readouterr().out
+
+
 def verdict(ms, **more):
     check = {"ok": True, "ratio": 1.0, "error": 0.0, "eager_error": 0.0, "note": ""}
     return {"ms": ms, "compile_s": 12.3, "warm_s": 2.0, "peak_gb": 1.0, "check": check, **more}

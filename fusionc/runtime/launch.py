@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import contextvars
 import functools
 import hashlib
 import importlib.util
@@ -290,15 +291,17 @@ def compile_many(
 ) -> list[Any]:
     """Run compile jobs side by side and return their results, or the exception of each that failed, in order.
 
-    ``done`` is called (from any thread) after each.
+    ``done`` is called (from any thread) after each. Jobs run in the caller's context (`binaries.in_folder`); of all
+    batches together no more run at a time than there are cores.
 
     Threads: MLIR's passes and the assembler run outside of Python's lock.
     """
-    workers = min(workers or os.cpu_count() or 1, len(jobs) or 1)
+    workers = min(workers or _CORES, len(jobs) or 1)
 
     def one(job: Callable[[], Any]) -> Any:
         try:
-            return job()
+            with _slots:
+                return job()
         except Exception as e:
             return e
         finally:
@@ -308,7 +311,12 @@ def compile_many(
     if workers <= 1:
         return [one(j) for j in jobs]
     with ThreadPoolExecutor(workers, thread_name_prefix="fusionc-compile") as pool:
-        return list(pool.map(one, jobs))
+        contexts = [contextvars.copy_context() for _ in jobs]
+        return list(pool.map(lambda context, job: context.run(one, job), contexts, jobs))
+
+
+_CORES = os.cpu_count() or 1
+_slots = threading.BoundedSemaphore(_CORES)
 
 
 def compile_beside(
@@ -316,7 +324,8 @@ def compile_beside(
 ) -> Callable[[], list[Any]]:
     """Start ``compile_many`` in a thread; the result waits for it and returns what it returned."""
     results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.extend(compile_many(jobs, done=done)), name="fusionc-compile-beside")
+    run = functools.partial(contextvars.copy_context().run, lambda: results.extend(compile_many(jobs, done=done)))
+    thread = threading.Thread(target=run, name="fusionc-compile-beside")
     thread.start()
 
     def wait() -> list[Any]:

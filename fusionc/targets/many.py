@@ -78,10 +78,7 @@ def compile_all(cx: Context, wanted: Mapping[str, Many]) -> Built:
 
 
 def start(cx: Context, wanted: Mapping[str, Many], done: Callable[[], Any] | None = None) -> Callable[[], Built]:
-    """Start compiling in threads; the result waits and returns what `compile_all` does.
-
-    The caller has put Triton's cache into ours (`triton_cache`).
-    """
+    """Start compiling in threads, in the caller's `triton_cache`; the result waits and returns what `compile_all` does."""
     from .triton import _never, usage_note
 
     device = device_of(cx)

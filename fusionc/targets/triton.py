@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ from ..codegen import triton as codegen
 from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate
 from ..progress import progress
+from ..runtime import binaries, launch
 from ..runtime import device as devices
-from ..runtime import launch, ready
 from ..schedule.columns import stage
 from ..schedule.plan import Plan
 from ..schedule.rules_triton import column_parts, default_plan
@@ -81,6 +81,8 @@ def compile_all(
                     session.restore(p)
                     again = launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device)
                     bound[p.symbol], results[i] = again, launch.compile_many([again.compile])[0]
+        if session.entries and cx.waiting is not None:
+            cx.waiting()  # nothing else compiles while kernels race
         clock = time.perf_counter()
         session.measure(bound, cx.config.progress)
         cx.record.timings["measure"] = cx.record.timings.get("measure", 0.0) + time.perf_counter() - clock
@@ -146,21 +148,12 @@ def _parts(cx: Context, symbol: str, kernel: Kernel, device: Any) -> list[Part]:
     return out
 
 
-@contextlib.contextmanager
-def triton_cache(cx: Context) -> Iterator[None]:
+def triton_cache(cx: Context) -> contextlib.AbstractContextManager[None]:
     """Triton's own binary cache inside ours: private, and gone with `cache=False`."""
-    from triton import knobs
-
     from .cpp import cache_for
 
     folder = cache_for(cx.config.cache).folder("triton") if cx.config.cache is not False else None
-    if folder is None:
-        yield
-        return
-    ready.wait()  # what is made for every kernel belongs into Triton's own folder, where every process looks for it
-    with knobs.cache.scope():
-        knobs.cache.dir = str(folder)
-        yield
+    return binaries.in_folder(str(folder) if folder is not None else None)
 
 
 def _direct(kernel: launch.TritonKernel, ir: Kernel) -> Launcher:

@@ -1,0 +1,64 @@
+"""Which folder Triton looks for binaries in and writes them to: a choice of each compilation, not of the process.
+
+Triton has one setting for everything that a process compiles.  A graph's kernels belong into the cache of its options
+while, in other threads, kernels of operators and of other people compile into Triton's own folder.  So the folder is a
+context variable, which a cache manager of ours reads (Triton's ``knobs.cache.manager_class``); threads that compile for
+somebody run in a copy of his context (`launch.compile_many`).  Without a folder the manager is Triton's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+__all__ = ["in_folder"]
+
+_folder: ContextVar[str | None] = ContextVar("fusionc_triton_folder", default=None)
+
+
+@contextlib.contextmanager
+def in_folder(folder: str | None) -> Iterator[None]:
+    """Binaries of what this context compiles with Triton live in ``folder``; None: where Triton keeps its own.
+
+    Whoever gave Triton a cache manager of his own keeps it, and his folders.
+    """
+    if folder is not None and _installed():
+        token = _folder.set(folder)
+        try:
+            yield
+        finally:
+            _folder.reset(token)
+    else:
+        yield
+
+
+def _installed() -> bool:
+    from triton import knobs
+
+    if knobs.cache.manager_class is None:
+        knobs.cache.manager_class = _manager()
+    return knobs.cache.manager_class is _manager()
+
+
+@functools.cache
+def _manager() -> Any:
+    from triton.runtime.cache import FileCacheManager
+
+    class FolderOfContext(FileCacheManager):
+        """Triton's manager of files, in the folder of the context that asks."""
+
+        def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
+            folder = _folder.get()
+            if folder is None or override or dump:
+                super().__init__(key, override=override, dump=dump)
+                return
+            self.key = key
+            self.cache_dir = os.path.join(folder, key)
+            self.lock_path = os.path.join(self.cache_dir, "lock")
+            os.makedirs(self.cache_dir, exist_ok=True)
+
+    return FolderOfContext

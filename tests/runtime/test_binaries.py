@@ -1,0 +1,78 @@
+"""Triton's folder is that of whoever compiles, also with several at a time, and Triton's own outside."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from triton import knobs
+from triton.runtime.cache import FileCacheManager, get_cache_manager
+
+from fusionc.runtime.binaries import in_folder
+from fusionc.runtime.launch import compile_beside, compile_many
+
+
+def place() -> str:
+    """Where a kernel compiled now would be stored."""
+    return os.path.dirname(str(get_cache_manager("0" * 64).cache_dir))
+
+
+@pytest.fixture(autouse=True)
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    with knobs.cache.scope():
+        yield
+
+
+def test_the_folder_of_the_context(tmp_path: Path) -> None:
+    a, b, triton = (str(tmp_path / n) for n in ("a", "b", "triton"))
+    with in_folder(a):
+        assert place() == a
+        with in_folder(b):
+            assert place() == b
+        with in_folder(None):
+            assert place() == a
+        get_cache_manager("1" * 64).put("text", "file")
+        assert get_cache_manager("1" * 64).get_file("file")
+    assert place() == triton and os.environ["TRITON_CACHE_DIR"] == triton
+    assert get_cache_manager("1" * 64).get_file("file") is None
+
+
+def test_threads_of_a_batch_have_its_folder_and_others_their_own(tmp_path: Path) -> None:
+    a, b, triton = (str(tmp_path / n) for n in ("a", "b", "triton"))
+    both = threading.Barrier(2, timeout=30)
+
+    def job() -> str:
+        both.wait()
+        return place()
+
+    found: dict[str, Any] = {}
+
+    def other() -> None:
+        with in_folder(b):
+            found["b"] = compile_many([place, place], workers=2)
+        found["outside"] = compile_many([place, place], workers=2)
+
+    with in_folder(a):
+        waiting = compile_beside([place])
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert compile_many([job, job], workers=2) == [a, a] or os.cpu_count() == 1
+        thread.join()
+    assert waiting() == [a]
+    assert found == {"b": [b, b], "outside": [triton, triton]}
+
+
+def test_somebody_elses_manager_stays(tmp_path: Path) -> None:
+    class Theirs(FileCacheManager):
+        pass
+
+    knobs.cache.manager_class = Theirs
+    with in_folder(str(tmp_path / "a")):
+        assert type(get_cache_manager("0" * 64)) is Theirs and place() == str(tmp_path / "triton")
