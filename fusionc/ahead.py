@@ -1,4 +1,4 @@
-"""Kernels of operators (``fusionc::*``) compiled while their graph is still being grouped and built.
+"""Kernels of operators (``fusionc::*``) compiled beside the generated ones of their graph.
 
 An operator chooses between candidates at its first call, which would compile them there, one operator after the other.
 Shapes, types and layouts of its arguments stand in the graph, so all candidates of all operators compile here side by

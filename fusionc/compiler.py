@@ -106,14 +106,13 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     gm, record.passes = run_passes(gm, "graph", config, example_inputs, stage=stage, recompile=False)
     derived = gm.meta.get("fusionc_derived") or []
     record.timings["passes"] = time.perf_counter() - started
-    waiting = ahead.start(gm) if target == "triton" else None
     if config.dump:
         record.final_text = graph_text(gm)
         record.edges = [(a.name, n.name) for n in gm.graph.nodes for a in n.all_input_nodes]
     record.device = _device_words(device, target)
     bandwidth, rate = artifacts.peaks(target, device)
     record.peak_gbs, record.peak_gflops = bandwidth / 1e9, rate / 1e9
-    cx = Context(gm, config, record, device, target, _hints(gm), waiting=waiting)
+    cx = Context(gm, config, record, device, target, _hints(gm))
     try:
         call = _lower_and_link(cx)
     except errors.StrictError:
@@ -209,6 +208,8 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
         if not failed and not apart:
             clock = time.perf_counter()
             cx.record.kernels.clear()  # of an earlier round
+            if cx.target == "triton" and cx.waiting is None:  # (earlier, its threads would only wait for Python's lock)
+                cx.waiting = ahead.start(cx.gm)
             direct = inplace.write_in_place(cx, grouper, units, lowered, _stable_inputs(cx))
             reused = inplace.reuse_operands(cx, grouper, units, lowered, direct)
             over = inplace.reuse_calls(cx, grouper, units, lowered, {*direct, *reused.values()})

@@ -78,6 +78,8 @@ def operation(name: str, args: list[str], dtype: str, result: str, fresh: Callab
         return f"tl.div_rn({a}, {args[1]})" if dtype == "f32" else f"{a} / {args[1]}"
     if name in _LIBRARY:
         return f"libdevice.{_LIBRARY[name]}({', '.join(args)})"
+    if name == "exp2" and dtype == "f64":
+        return f"libdevice.exp2({a})"  # (tl.exp2 is one instruction, of float32)
     if name in _DIRECT:
         return f"{_DIRECT[name]}({a})"
     one = _UNARY.get(name)

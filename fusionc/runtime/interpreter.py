@@ -23,7 +23,7 @@ import torch
 lock = threading.RLock()  # triton's interpreter patches module globals: one kernel at a time
 
 _LIBRARY = {
-    **{n: n for n in ("exp", "expm1", "log1p", "log10", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh")},
+    **{n: n for n in ("exp", "exp2", "expm1", "log1p", "log10", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh")},
     **{n: n for n in ("asinh", "acosh", "atanh", "erfc", "lgamma", "pow", "atan2", "fmod", "trunc")},
     "nearbyint": "round",
 }

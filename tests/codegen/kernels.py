@@ -123,6 +123,13 @@ def st(name: str, at: Any, value: Expr, inner: bool = False) -> Store:
     return Store(name, index(at), value, inner)
 
 
+def exp2(n: int, dtype: str) -> Case:
+    (x,) = loop(n)
+    stores = [st("out0", x, f("exp2", load("in0", index(x), dtype)))]
+    k = kernel([inp("in0", n, dtype), outp("out0", n, dtype)], (x,), (), stores)
+    return Case(f"exp2_{dtype}_{n}", k, lambda t: {"out0": t["in0"].exp2()}, tags=("pointwise",))
+
+
 def boolean(n: int) -> Case:
     (x,) = loop(n)
     a, b = load("in0", index(x), "b1"), load("in1", index(x), "b1")
@@ -477,6 +484,7 @@ def cases() -> list[Case]:
     return [
         *(pointwise(300, d) for d in ("f32", "f16", "bf16", "f64", "i64", "i32", "i16", "i8", "u8")),
         pointwise(1024, "f32"),
+        *(exp2(100, d) for d in ("f32", "f64")),
         boolean(100),
         broadcast(3, 4, 5),
         cat(6, 3, 2),

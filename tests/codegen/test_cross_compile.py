@@ -9,6 +9,7 @@ import pytest
 
 from fusionc.codegen.triton import render
 from fusionc.errors import CompileError
+from fusionc.runtime import launch
 from fusionc.runtime.device import TARGETS, known
 from fusionc.runtime.launch import Compiled, compile_many, cross_compile, early_start
 from fusionc.schedule.plan import Plan
@@ -39,6 +40,7 @@ LARGE = [
     kernels.cumulative("sum", 64, 50_000),
 ]
 CASES = kernels.cases() + LARGE
+
 
 
 def build(case: kernels.Case, target: str, plan: Plan | None = None) -> Compiled:
@@ -131,6 +133,25 @@ def test_kernels_that_start_early_wait_before_they_touch_memory(case: kernels.Ca
     assert early_start(source, "k0", GPUTarget("cuda", 80, 32)) is source
     assert early_start(source, "k0", GPUTarget("hip", "gfx942", 64)) is source
     assert early_start(source, "other", GPUTarget("cuda", 90, 32)) is source
+
+
+@pytest.mark.parametrize(
+    "case, instruction",
+    [(kernels.layernorm(4096, 768, "bf16"), "rsqrt.approx.ftz.f32"), (kernels.exp2(1 << 14, "f32"), "ex2.approx.ftz.f32")],
+    ids=lambda c: getattr(c, "name", c),
+)
+def test_single_instructions_need_no_library(case: kernels.Case, instruction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the library's own, to the bit, and linking the library is what compiles of other threads wait for."""
+    from triton.backends.compiler import GPUTarget
+
+    built = build(case, "sm_90")
+    assert instruction in built.asm["ptx"] and "__nv_" not in built.asm["llir"]
+    source = render(case.kernel, default_plan(case.kernel, case.sizes, known("sm_90")), "k0")
+    assert launch.without_library(source, GPUTarget("hip", "gfx942", 64)) is source
+    assert launch.without_library("import triton\n", GPUTarget("cuda", 90, 32)) == "import triton\n"
+    monkeypatch.setattr(launch, "without_library", lambda text, gpu: text)
+    linked = build(case, "sm_90")
+    assert "__nv_" in linked.asm["llir"] and instruction in linked.asm["ptx"]
 
 
 def test_errors_name_the_kernel() -> None:
