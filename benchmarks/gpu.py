@@ -395,7 +395,7 @@ class Runner:
         cold = trial["backends"].get(b, {"error": trial.get("error", "ended without a result")})
         if "first_call_s" in cold:
             cold["compile_s"] = cold.pop("first_call_s")
-            cold |= self.warm_call(b, arguments, caches)
+            cold |= {} if b in ("aot_eager", "floor") else self.warm_call(b, arguments, caches)  # these keep nothing
         row["backends"][b] = cold
 
     def warm_call(self, b: str, arguments: list[str], caches: str) -> dict[str, Any]:

@@ -25,10 +25,14 @@ _WANTED: dict[str, Callable[[], Any]] = {
     "short_attention": lambda: importlib.import_module("fusionc.targets.short_attention").wanted,
     "decode_attention": lambda: importlib.import_module("fusionc.targets.decode").wanted,
     "decode_attention_update": lambda: importlib.import_module("fusionc.targets.decode").wanted_update,
+    "conv_add_relu": lambda: importlib.import_module("fusionc.targets.conv_add_relu").wanted,
+    "conv_add_relu_over": lambda: importlib.import_module("fusionc.targets.conv_add_relu").wanted,
     "depthwise_conv": lambda: importlib.import_module("fusionc.runtime.depthwise_conv").wanted,
     "depthwise_conv_weight": lambda: importlib.import_module("fusionc.runtime.depthwise_conv").wanted_weight,
     "grouped_conv": lambda: importlib.import_module("fusionc.runtime.grouped_conv").wanted,
     "linear_act": lambda: importlib.import_module("fusionc.runtime.linear_act").wanted,
+    "linear_cross_entropy": lambda: importlib.import_module("fusionc.runtime.linear_cross_entropy").wanted,
+    "linear_cross_entropy_backward": lambda: importlib.import_module("fusionc.runtime.linear_cross_entropy").wanted_backward,
     "per_example_conv": lambda: importlib.import_module("fusionc.runtime.per_example_conv").wanted,
 }
 

@@ -64,6 +64,17 @@ def chunk_rows(tokens: int, width: int, accumulates: bool) -> int:
     return min(tokens, -(-tokens // (128 * count)) * 128)
 
 
+def padded(words: int) -> int:
+    """Width of the logits in memory: cuBLAS has its fast kernels for multiples of 8; logits and gradients of what is
+    added are 0."""
+    return -(-words // 64) * 64 if words % 8 else words
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """The type of losses and sums for logits of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, mean: bool,
              label_smoothing: float, dtype: torch.dtype, wanted: Sequence[bool]) -> tuple[Tensor, ...]:  # fmt: skip
     """(loss, dx, dw, db); gradients that are not wanted are empty."""
@@ -71,10 +82,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ign
         target = target.contiguous()  # the kernel counts on it
         tokens, width = x.shape
         words = weight.shape[0]
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_of(x.dtype)
         rows = chunk_rows(tokens, width, wanted[1])
-        # cuBLAS has its fast kernels for widths that are multiples of 8: more words, whose logits and gradients are 0
-        full = -(-words // 64) * 64 if words % 8 else words
+        full = padded(words)
         weights = weight if full == words else F.pad(weight, (0, 0, 0, full - words))
         biases = bias if bias is None or full == words else F.pad(bias, (0, full - words))
         buffer = x.new_empty((rows, full))

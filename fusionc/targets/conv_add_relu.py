@@ -12,7 +12,7 @@ from ..codegen.templates import pointwise_conv as texts
 from ..codegen.templates.pointwise_conv import Tile
 from ..ops.conv_add_relu import reference
 from ..runtime.templates import POINTER, Template, template
-from ..runtime.tune import agree, choose, stand_ins
+from ..runtime.tune import Wanted, agree, choose, stand_ins
 
 How = Tile | str  # a tile of our kernel, "cudnn" or "library"
 
@@ -50,13 +50,27 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, stride: tuple[int, 
         want = reference(image, filters, offset, more, stride, padding, dilation)
         return agree(call(how, image, filters, offset, more), want)
 
-    key = f"conv_add_relu {x.dtype} {tuple(x.shape)} {tuple(weight.shape)} {stride} {padding} {dilation} {tiled}"
+    key = _key(x, weight, stride, padding, dilation, tiled)
     how = choose(key, options, run, device=x.device, check=right, prepare=lambda each: _prepare(each, x, weight))
     return call(how, x, weight, bias, z, z if gone else None)  # only now, for measuring must not change z
 
 
-def fits(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
-    """Is it a product of dense rows, on a GPU that has the instructions?"""
+def wanted(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, stride: Sequence[int], padding: Sequence[int],
+           dilation: Sequence[int]) -> Wanted:  # fmt: skip
+    """What a call will choose from, by tensors without data."""
+    tiled = fits(x, weight, bias, z, tuple(stride), tuple(padding), data=False)
+    key = _key(x, weight, tuple(stride), tuple(padding), tuple(dilation), tiled)
+    return Wanted(key, candidates(weight.shape[0], weight.shape[1], tiled), lambda how: _prepare(how, x, weight))
+
+
+def _key(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
+         tiled: bool) -> str:  # fmt: skip
+    return f"conv_add_relu {x.dtype} {tuple(x.shape)} {tuple(weight.shape)} {stride} {padding} {dilation} {tiled}"
+
+
+def fits(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, stride: tuple[int, ...], padding: tuple[int, ...],
+         data: bool = True) -> bool:  # fmt: skip
+    """Is it a product of dense rows, on a GPU that has the instructions?  Without ``data`` alignment is believed."""
     if tuple(weight.shape[2:]) != (1, 1) or set(stride) != {1} or set(padding) != {0} or torch.version.hip:
         return False
     if not z.numel() or x.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != x.dtype for t in (weight, bias, z)):
@@ -64,7 +78,7 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, stride: tuple[int, 
     dense = all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, z)) and bias.is_contiguous()
     if not dense or weight.stride()[:2] != (weight.shape[1], 1):
         return False
-    if any(t.data_ptr() & 15 for t in (x, weight, bias, z)):
+    if data and any(t.data_ptr() & 15 for t in (x, weight, bias, z)):
         return False
     return x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)
 

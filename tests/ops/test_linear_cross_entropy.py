@@ -130,8 +130,6 @@ def test_chunks(tokens: int, accumulates: bool, rows: int) -> None:
 def test_kernel(words: int, smoothing: float) -> None:
     """The GPU's kernel text on CPU tensors: whole blocks, a tail, ignored rows, rows with -inf, bad targets."""
     interpreted = pytest.importorskip("fusionc.runtime.launch")
-    import triton.language as tl
-
     from fusionc.codegen.templates.cross_entropy import TEXT
     from fusionc.runtime import interpreter
 
@@ -148,11 +146,10 @@ def test_kernel(words: int, smoothing: float) -> None:
         module = interpreted.load_module(TEXT, interpret=True)
         with interpreter.repaired(), interpreted._interpreting(True):
             module.cross_entropy_rows[(tokens,)](
-                kernel, target, scale, losses, kernel.stride(0), words, -100, smoothing, BLOCK=32, GROUP=8, GRADIENT=True,
-                SMOOTH=smoothing != 0, WIDE=tl.float32)  # fmt: skip
+                kernel, target, scale, losses, kernel.stride(0), words, -100, smoothing, BLOCK=32, GROUP=8, GRADIENT=True)
             buffer, half = torch.arange(50.0), torch.tensor(0.5)
-            module.scale_in_place[(2,)](buffer, half, 50, BLOCK=32, WIDE=tl.float32)
-            module.scale_in_place[(2,)](buffer, half * 2, 50, BLOCK=32, WIDE=tl.float32)
+            module.scale_in_place[(2,)](buffer, half, 50, BLOCK=32)
+            module.scale_in_place[(2,)](buffer, half * 2, 50, BLOCK=32)
     assert losses[4].isnan() and buffer.equal(torch.arange(50.0) / 2)
     torch.testing.assert_close(losses[:4], expected[:4])
     torch.testing.assert_close(kernel[:4], plain[:4])

@@ -47,10 +47,11 @@ def _slope(x, cols, t, lse, words, smoothing, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy_rows(logits, target, scale, losses, row_stride, words, ignore, smoothing,
-                       BLOCK: tl.constexpr, GROUP: tl.constexpr, GRADIENT: tl.constexpr, SMOOTH: tl.constexpr,
-                       WIDE: tl.constexpr):
+def cross_entropy_rows(logits, target, scale, losses, row_stride: tl.constexpr, words: tl.constexpr, ignore: tl.constexpr,
+                       smoothing: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, GRADIENT: tl.constexpr):
     """losses[r] of logits[r, :words]; with GRADIENT also logits[r] = d(losses[r] * scale) / d logits[r]."""
+    WIDE: tl.constexpr = losses.dtype.element_ty
+    SMOOTH: tl.constexpr = smoothing != 0
     r = tl.program_id(0).to(tl.int64)
     row = logits + r * row_stride
     t = tl.load(target + r)
@@ -103,8 +104,9 @@ def cross_entropy_rows(logits, target, scale, losses, row_stride, words, ignore,
 
 
 @triton.jit
-def scale_in_place(buffer, factor, count, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def scale_in_place(buffer, factor, count: tl.constexpr, BLOCK: tl.constexpr):
     """buffer *= factor, which lies on the device; nothing is touched if it is 1."""
+    WIDE: tl.constexpr = tl.float64 if buffer.dtype.element_ty == tl.float64 else tl.float32
     f = tl.load(factor).to(WIDE)
     if f != 1.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
