@@ -11,16 +11,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
+import fusionc.ops.conv_add_relu
 import fusionc.ops.decode_attention
 import fusionc.ops.depthwise_conv
 import fusionc.ops.grouped_conv
 import fusionc.ops.linear_act
+import fusionc.ops.linear_cross_entropy
 import fusionc.ops.short_attention
 import fusionc.ops.skinny_linear  # noqa: F401
 from fusionc import ahead
 from fusionc.codegen.templates.few_rows import sibling_tiles
 from fusionc.ops.skinny_linear import SIBLING_ROWS
 from fusionc.runtime import depthwise_conv, device, grouped_conv, linear_act, per_example_conv, templates, tune
+from fusionc.runtime.templates import Template
 from fusionc.targets import decode, few_rows, short_attention, skinny
 
 GPU = torch.device("cuda:0")
@@ -173,6 +176,41 @@ def test_decoding_has_one_kernel() -> None:
     assert len(ahead.jobs(graph((ops.decode_attention.default, (q, cache, cache, None, 0.125, False))))) == 1
     narrow = fake(1, 32, 1, 24)
     assert ahead.jobs(graph((ops.decode_attention.default, (narrow, cache, cache, None, 0.125, False)))) == []
+
+
+def compiled_by(gm: GraphModule, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that the jobs of a graph compile."""
+    found: list[str] = []
+    monkeypatch.setattr(Template, "prepare", lambda self: found.append(self.name))
+    for job in ahead.jobs(gm):
+        job()
+    return found
+
+
+def test_residual_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    x, w, z = fake(2, 64, 8, 8, last=True), fake(128, 64, 1, 1, last=True), fake(2, 128, 8, 8, last=True)
+    args = (x, w, fake(128), z, [1, 1], [0, 0], [1, 1])
+    gm = graph((ops.conv_add_relu.default, args), (ops.conv_add_relu_over.default, args))
+    assert compiled_by(gm, monkeypatch) == ["pointwise"] * 2, "each tile once, for both operators"
+    other = (fake(2, 64, 8, 8, last=True), fake(128, 64, 3, 3, last=True), fake(128), z, [1, 1], [1, 1], [1, 1])
+    assert compiled_by(graph((ops.conv_add_relu.default, other)), monkeypatch) == []
+
+
+def test_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, target = fake(64, 32), fake(1000, 32), fake(64, dtype=torch.int64)
+    args = (x, w, None, target, -100, True, 0.0, torch.float32, [True, True, False])
+    assert compiled_by(graph((ops.linear_cross_entropy.default, args)), monkeypatch) == ["cross_entropy_rows"]
+    back = (fake(dtype=torch.float32), fake(64, 32), fake(1000, 32), fake(0))
+    found = compiled_by(graph((ops.linear_cross_entropy_backward.default, back)), monkeypatch)
+    assert found == ["scale_in_place"] * 2, "not for the gradient that nobody wants"
+
+
+def test_a_result_that_the_library_makes_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = (fake(128, 768), fake(50257, 768), None, 0.0, False, None, "", None, False)
+    assert compiled_by(graph((ops.skinny_linear.default, args)), monkeypatch) == ["few_rows", "few_rows", "turn"]
+    more = (fake(200, 768), *args[1:])
+    assert compiled_by(graph((ops.skinny_linear.default, more)), monkeypatch) == ["turn"], "too many rows for a kernel of ours"
 
 
 def test_only_what_the_first_call_will_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -379,9 +379,15 @@ def _widen(dtype: torch.dtype, lines: int, width: int, wide: int, device: torch.
                  W=width, WIDE=wide, BL=block, BW=across)  # fmt: skip
 
 
+def turning(dtype: torch.dtype, images: int, a: int, b: int, device: torch.device | None) -> Start:
+    """The launch of ``turn`` for a tensor [images, a, b]; device None: in Triton's interpreter."""
+    return _turn(dtype, images, a, b, device)
+
+
 def turn(x: Tensor, y: Tensor, *, interpret: bool = False) -> None:
     """y[n, b, a] = x[n, a, b], both contiguous."""
-    _turn(x.dtype, *x.shape, None if interpret else x.device)(x, y)
+    images, a, b = x.shape
+    turning(x.dtype, images, a, b, None if interpret else x.device)(x, y)
 
 
 def _left(shape: Shape, tw: int, kd: int) -> int:

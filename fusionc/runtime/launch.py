@@ -33,7 +33,7 @@ from ..codegen.triton import index_width, parameters
 from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate, kernel_bytes
 from ..schedule.plan import Plan
-from . import interpreter, ready
+from . import cuda_driver, interpreter, ready
 from .device import TARGETS
 
 _ARCH = {
@@ -454,40 +454,22 @@ def load_binary(handle: Any) -> None:
     not use: this leaves it for later.  Where anything is not as expected, Triton does the whole, and says what is wrong.
     """
     import triton
-    from triton.runtime import driver
 
     if handle.module is None and "cubin" in handle.asm and tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6):
         with contextlib.suppress(Exception):
-            from triton.compiler.compiler import max_shared_mem
-
-            active, meta = driver.active, handle.metadata
-            device = active.get_current_device()
-            found = meta.shared <= max_shared_mem(device) and active.utils.load_binary(
-                handle.name, handle.kernel, meta.shared, device
-            )
-            if found and 32 * int(meta.num_warps) <= found[4]:
-                module, function, registers, spills, threads = found
-                handle.function, handle.n_regs, handle.n_spills, handle.n_max_threads = function, registers, spills, threads
-                handle._run = _LauncherLater(handle)
-                handle.module = module
-                return
+            meta = handle.metadata
+            if meta.shared <= cuda_driver.most_shared():
+                found = cuda_driver.load(handle.name, handle.kernel, meta.shared)
+                if 32 * int(meta.num_warps) <= found[4]:
+                    module, function, registers, spills, threads = found
+                    handle.function, handle.n_regs, handle.n_spills, handle.n_max_threads = function, registers, spills, threads
+                    handle._run = _LauncherLater(handle)
+                    handle.module = module
+                    return
     handle._init_handles()
 
 
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: of a thread that has used no CUDA yet, as autograd's may be
-
-
-def _current_context() -> Any:
-    """The CUDA context of this thread, in which the kernel was loaded."""
-    import ctypes
-
-    context = ctypes.c_void_p()
-    current = ctypes.PyDLL("libcuda.so.1").cuCtxGetCurrent
-    current(ctypes.byref(context))
-    if not context:  # backward graphs are compiled in autograd's thread, whose first use of CUDA this may be
-        torch.cuda.mem_get_info()  # makes the device's context current, as any call of the CUDA runtime
-        current(ctypes.byref(context))
-    return context
 
 
 def _use_context(context: Any) -> bool:
@@ -536,7 +518,7 @@ def _cuda_launcher(
     if dependent:
         launch = _dependent_launch(threads, shared)
 
-    context = _current_context()
+    context = cuda_driver.current_context()
     # All calls share one buffer of arguments, and Python may switch threads between filling it and the launch.
     lock = threading.Lock()
 
@@ -613,11 +595,9 @@ class TritonKernel:
         with self._lock:
             built = self._variants.get(wide)
             if built is None:
-                ready.wait()  # whoever asks for the driver first builds it
-                from triton.runtime import driver
-
+                ready.wait()
                 with torch.cuda.device(self._index()):
-                    gpu = driver.active.get_current_target()
+                    gpu = cuda_driver.target()
                     source = early_start(self.source, self.name, gpu) if self._short() else self.source
                     self.dependent = source is not self.source
                     args = (source, self.name, self.kernel, self.plan, gpu, str(gpu.arch))

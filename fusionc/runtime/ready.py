@@ -1,12 +1,12 @@
 """What the first Triton kernel of a process waits for, done in a thread while Dynamo and AOTAutograd trace.
 
-Importing Triton (0.16 s), hashing its libraries for the keys of its cache (0.35 s), building its driver module with the C
-compiler where Triton's cache lacks it (0.5 s), starting LLVM and the assembler: most of it outside of Python's lock, and
-none of it depends on the model.  Without the thread the first compile jobs would each do it, side by side.
+Importing Triton (0.16 s), hashing its libraries for the keys of its cache (0.35 s), starting LLVM and the assembler: most
+of it outside of Python's lock, and none of it depends on the model.  Without the thread the first compile jobs would each
+do it, side by side.
 
-``begin`` starts the thread, ``wait`` returns when it has ended; every way to compile or to ask for the driver goes through
-``wait`` (`launch.load_module`, `launch.TritonKernel`, `templates.Template`).  A failure here is nobody's: who compiles
-meets it again and reports it.
+``begin`` starts the thread, ``wait`` returns when it has ended; every way to compile goes through ``wait``
+(`launch.load_module`, `launch.TritonKernel`, `templates.Template`).  A failure here is nobody's: who compiles meets it
+again and reports it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def probe(x, N: tl.constexpr):
 
 _guard = threading.Lock()
 _thread: threading.Thread | None = None
+_awaited = threading.Event()  # somebody has kernels to compile, and needs no other to warm up with
 
 
 def begin(force: bool = False) -> None:
@@ -50,6 +51,7 @@ def wait() -> None:
     """Return when the thread has done its work; at once if it was not started, or from that thread itself."""
     thread = _thread
     if thread is not None and thread is not threading.current_thread():
+        _awaited.set()
         thread.join()
 
 
@@ -57,17 +59,17 @@ def _prepare() -> None:
     with contextlib.suppress(Exception):
         import triton
         from triton.compiler import ASTSource
-        from triton.runtime import driver
 
+        from .cuda_driver import target
         from .launch import load_module
 
         hashing = threading.Thread(target=_hash_libraries, name="fusionc-ready-hash")
-        hashing.start()  # beside the C compiler
-        target = driver.active.get_current_target()
+        hashing.start()
         fn = load_module(_PROBE).probe
         source = ASTSource(fn=fn, signature={"x": "*fp32", "N": "constexpr"}, constexprs={"N": 60}, attrs={})
         hashing.join()
-        triton.compile(source, target=target, options={"num_warps": 1})
+        if not _awaited.is_set():
+            triton.compile(source, target=target(), options={"num_warps": 1})
 
 
 def _hash_libraries() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import CompileError
-from . import ready
+from . import cuda_driver, ready
 from .launch import Compiled, _cuda_launcher, _usage, early_start, load_binary, load_module
 
 Constants = tuple[tuple[str, Any], ...]
@@ -85,12 +85,10 @@ class Template:
             if self._failure:
                 raise CompileError(self.name, None, self._failure)
             if self._launch is None:
-                ready.wait()  # whoever asks for the driver first builds it
-                from triton.runtime import driver
-
+                ready.wait()
                 try:
                     with torch.cuda.device(self.device):
-                        built = self.build(driver.active.get_current_target())
+                        built = self.build(cuda_driver.target())
                         load_binary(built.handle)
                         launch = _cuda_launcher(built, list(self.kinds), None, self.dependent)
                 except Exception as e:

@@ -14,7 +14,7 @@ from ..codegen.templates import few_rows as texts
 from ..codegen.templates.few_rows import Tile
 from ..ops.skinny_linear import BLOCK, ROWS, SIBLING_ROWS, reference
 from ..runtime.counters import zeros
-from ..runtime.depthwise_conv import turn
+from ..runtime.depthwise_conv import turn, turning
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
 from ..runtime.tune import Wanted, choose
@@ -30,8 +30,7 @@ def few_rows(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds:
         grad = torch.is_grad_enabled()  # (out= has no gradient)
         if more and not activation and norm is None and residual is None and not grad:
             return apart(x, (weight, *more), bias, out)
-        if not turned and not more and norm is None and bias is None and not activation and residual is None and \
-                odd(x.shape[0], weight.shape[0]):
+        if _by_columns(x, weight, norm, bias, activation, residual, more, turned):
             return by_columns(x, weight, out)
         return reference(x, weight, norm, eps, rounds, bias, activation, residual, False, more, gated, turned)
 
@@ -69,7 +68,18 @@ def wanted(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, 
            residual: Tensor | None, more: Sequence[Tensor] | None, gated: bool, turned: bool) -> Wanted | None:  # fmt: skip
     """What `few_rows` will choose from, by tensors without data; None where that is ATen."""
     plan = _plan_of(x, weight, norm, bias, activation, residual, more, gated, turned, data=False)
-    return None if plan is None else Wanted(plan.key, plan.tiles, plan.prepare)
+    if not _by_columns(x, weight, norm, bias, activation, residual, more, turned):
+        return None if plan is None else Wanted(plan.key, plan.tiles, plan.prepare)
+
+    def prepare(tile: Tile | None) -> None:
+        if plan is not None and tile is not None:
+            plan.prepare(tile)
+        else:
+            turning(x.dtype, 1, weight.shape[0], x.shape[0], x.device).prepare()
+
+    if plan is None:
+        return Wanted(f"by_columns {x.dtype} {weight.shape[0]} {x.shape[0]}", (None,), prepare)
+    return Wanted(plan.key, plan.tiles, prepare)
 
 
 def _plan_of(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, activation: str,
@@ -88,6 +98,13 @@ def _plan_of(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None
         return None
     return _plan(rows, heights, inner, x.stride(0), x.dtype, activation, bool(activation) and gated, bias is not None,
                  residual is not None, turned, x.device)  # fmt: skip
+
+
+def _by_columns(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, activation: str,
+                residual: Tensor | None, more: Sequence[Tensor] | None, turned: bool) -> bool:  # fmt: skip
+    """Does ATen's part go through `by_columns`?"""
+    alone = not turned and not more and norm is None and bias is None and not activation and residual is None
+    return alone and odd(x.shape[0], weight.shape[0])
 
 
 def odd(rows: int, width: int) -> bool:

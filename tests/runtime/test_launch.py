@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fusionc.runtime import launch
+from fusionc.runtime import cuda_driver, launch
 
 PTX = ".visible .entry k(\n\t.param .u64 .ptr k_param_0\n)"
 
@@ -29,7 +29,7 @@ def test_threads_do_not_mix_their_arguments(way: str, monkeypatch: pytest.Monkey
         return 0
 
     monkeypatch.setattr(launch, "_driver", lambda: driver)
-    monkeypatch.setattr(launch, "_current_context", lambda: None)
+    monkeypatch.setattr(cuda_driver, "current_context", lambda: None)
     meta = SimpleNamespace(num_warps=4, shared=0, num_ctas=1)
     handle = SimpleNamespace(metadata=meta, function=7)
     built = launch.Compiled("k", "sm_90", {"ptx": PTX}, 0, 0, 0, 0.0, {}, handle)
@@ -85,19 +85,16 @@ class Handle(SimpleNamespace):
 @pytest.fixture
 def loading(monkeypatch: pytest.MonkeyPatch) -> Any:
     import triton
-    from triton.compiler import compiler
-    from triton.runtime import driver
 
     calls: list[tuple[Any, ...]] = []
 
-    def load_binary(*args: Any) -> tuple[Any, ...]:
+    def load(*args: Any) -> tuple[Any, ...]:
         calls.append(args)
         return "ours", "our function", 40, 0, 256
 
     monkeypatch.setattr(triton, "__version__", "3.6.0")
-    monkeypatch.setattr(compiler, "max_shared_mem", lambda device: 200)
-    utils = SimpleNamespace(load_binary=load_binary)
-    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_device=lambda: 3, utils=utils))
+    monkeypatch.setattr(cuda_driver, "most_shared", lambda: 200)
+    monkeypatch.setattr(cuda_driver, "load", load)
 
     def made(shared: int = 100, warps: int = 4, **asm: bytes) -> Handle:
         return Handle(name="k", kernel=b"binary", asm=asm or {"cubin": b"binary"}, module=None, function=None, _run=None,
@@ -109,7 +106,7 @@ def loading(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_loading_leaves_tritons_launcher_for_later(loading: Any) -> None:
     handle = loading.made()
     launch.load_binary(handle)
-    assert loading.calls == [("k", b"binary", 100, 3)] and handle.whole == 0
+    assert loading.calls == [("k", b"binary", 100)] and handle.whole == 0
     assert (handle.module, handle.function, handle.n_regs, handle.n_spills) == ("ours", "our function", 40, 0)
     kept = handle._run
     assert kept(1, 2) == ("launched", 1, 2) and handle.whole == 1 and handle.function == "their function"
