@@ -21,7 +21,7 @@ import torch
 
 from ..errors import CompileError
 from . import cuda_driver, ready
-from .launch import Compiled, _cuda_launcher, _usage, early_start, load_binary, load_module
+from .launch import Compiled, _cuda_launcher, _usage, early_start, load_binary, load_module, without_library
 
 Constants = tuple[tuple[str, Any], ...]
 POINTER = {
@@ -71,7 +71,7 @@ class Template:
             options |= {} if self.registers is None else {"maxnreg": self.registers}
             text = early_start(self.text, self.name, gpu) if self.early else self.text
             self.dependent |= text is not self.text
-            built = triton.compile(self._source(text), target=gpu, options=options)
+            built = triton.compile(self._source(without_library(text, gpu)), target=gpu, options=options)
         except Exception as e:  # whatever the tool says: the caller decides
             raise CompileError(self.name, None, f"{type(e).__name__}: {e}") from e
         registers, spills = _usage(built) if usage else (-1, -1)
