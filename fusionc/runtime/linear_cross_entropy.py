@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ def rows(logits: Tensor, target: Tensor, scale: Tensor, losses: Tensor, ignore_i
 
 def scale(t: Tensor, factor: Tensor) -> None:
     """``t *= factor`` in place (both on the GPU, t contiguous); t is not touched if the factor is 1. No host sync."""
-    if t.numel():
+    if t.numel() >> 31 and t.numel() % 16:  # the kernel counts in 32 bits
+        t.mul_(factor)
+    elif t.numel():
         with torch.cuda.device(t.device):
             _scale(t.numel(), t.dtype, factor.dtype, t.device)(t, factor)
 
@@ -69,5 +72,6 @@ def _rows(count: int, words: int, stride: int, dtype: torch.dtype, ignore_index:
 
 @functools.lru_cache(maxsize=256)
 def _scale(count: int, dtype: torch.dtype, factor: torch.dtype, device: torch.device) -> Start:
-    grid = -(-count // _SCALE_BLOCK)
-    return Start(TEXT, "scale_in_place", (dtype, factor), grid, device, warps=8, stages=3, count=count, BLOCK=_SCALE_BLOCK)
+    unit = math.gcd(count, 16)  # the kernel is that of other counts; what it must know is how wide accesses may be
+    return Start(TEXT, "scale_in_place", (dtype, factor), -(-count // _SCALE_BLOCK), device, numbers=(count // unit,),
+                 warps=8, stages=3, UNIT=unit, BLOCK=_SCALE_BLOCK)  # fmt: skip

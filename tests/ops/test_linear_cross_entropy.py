@@ -148,8 +148,8 @@ def test_kernel(words: int, smoothing: float) -> None:
             module.cross_entropy_rows[(tokens,)](
                 kernel, target, scale, losses, kernel.stride(0), words, -100, smoothing, BLOCK=32, GROUP=8, GRADIENT=True)
             buffer, half = torch.arange(50.0), torch.tensor(0.5)
-            module.scale_in_place[(2,)](buffer, half, 50, BLOCK=32)
-            module.scale_in_place[(2,)](buffer, half * 2, 50, BLOCK=32)
+            module.scale_in_place[(2,)](buffer, half, 25, UNIT=2, BLOCK=32)
+            module.scale_in_place[(2,)](buffer, half * 2, 25, UNIT=2, BLOCK=32)
     assert losses[4].isnan() and buffer.equal(torch.arange(50.0) / 2)
     torch.testing.assert_close(losses[:4], expected[:4])
     torch.testing.assert_close(kernel[:4], plain[:4])

@@ -104,12 +104,13 @@ def cross_entropy_rows(logits, target, scale, losses, row_stride: tl.constexpr, 
 
 
 @triton.jit
-def scale_in_place(buffer, factor, count: tl.constexpr, BLOCK: tl.constexpr):
-    """buffer *= factor, which lies on the device; nothing is touched if it is 1."""
+def scale_in_place(buffer, factor, units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """buffer[: units * UNIT] *= factor, which lies on the device; nothing is touched if it is 1."""
     WIDE: tl.constexpr = tl.float64 if buffer.dtype.element_ty == tl.float64 else tl.float32
     f = tl.load(factor).to(WIDE)
     if f != 1.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(buffer + at, mask=at < count)
-        tl.store(buffer + at, (x.to(WIDE) * f).to(buffer.dtype.element_ty), mask=at < count)
+        inside = at < tl.full((), UNIT, tl.int64) * units
+        x = tl.load(buffer + at, mask=inside)
+        tl.store(buffer + at, (x.to(WIDE) * f).to(buffer.dtype.element_ty), mask=inside)
 '''.replace("<TAKE>", _TAKE)
