@@ -157,7 +157,7 @@ class _State:
         ours, theirs = value.meta["val"], operand.meta["val"]
         if operand in self.leaving or self.writers.get(operand, 0):
             return None
-        if not _same_layout(theirs, ours) and (value in self.leaving or not _same_order(theirs, ours)):
+        if not _same_layout(theirs, ours) and not _same_order(theirs, ours):
             return None
         if any(u is not item.group for u in self.readers.get(operand, [])):
             return None

@@ -67,7 +67,7 @@ def twice(x: Tensor, w: Tensor, v: Tensor) -> Any:
         (other_place, 0),
         (transposed, 0),
         (reshaped, 1),
-        (reshaped_and_returned, 0),
+        (reshaped_and_returned, 1),
         (twice, 2),
     ],
 )
