@@ -35,6 +35,9 @@ _HALF = (torch.bfloat16, torch.float16)
 _SUMS = 112  # of a thread, in registers: lines of a kernel times its share of a program's pixels
 _PROGRAMS = 8 * 132  # that fill an H200
 _LARGE = 121  # taps, from which on two transpositions are little beside what the library takes
+_PORTIONS = 4  # of a batch, whose images are turned around one after the other
+_MUCH = 32 << 20  # bytes of a result, from which on its copies are worth saving
+_SLOW = 441  # taps, from which on the launches of portions are little beside the products
 _TAPS = 49  # sums of their gradients that fit into a thread's registers
 _LOADS = 150  # of pixels for a strip that may stand in a text (7×7: 140)
 _LARGEST = 1 << 30  # elements of an image: offsets inside of one are 32 bits wide
@@ -251,16 +254,17 @@ def _plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: to
             return y
 
         return widened, (longer, *starts)
+    some = _portion(images, shape)
     if how[0] == "laid":
-        there, back = _turn(shape.dtype, images, c, h * w, device), _turn(shape.dtype, images, oh * ow, c, device)
-        given, result = (images, h, w, c), (images, oh, ow, c)
+        there, back = _turn(shape.dtype, some, c, h * w, device), _turn(shape.dtype, some, oh * ow, c, device)
+        given, result = (h, w, c), (oh, ow, c)
         inner = how[1:], replace(shape, last=True)
     elif how[0] == "turned":
         wide = how[1]
         cut = wide if w == ow else 0  # then results are as wide as the image's lines
-        there = _turn(shape.dtype, images, h * (wide or w), c, device, padded=w if wide else 0, wide=wide)
-        back = _turn(shape.dtype, images, c, oh * (cut or ow), device, cut=ow if cut else 0, wide=cut)
-        given, result = (images, c, h, wide or w), (images, c, oh, cut or ow)
+        there = _turn(shape.dtype, some, h * (wide or w), c, device, padded=w if wide else 0, wide=wide)
+        back = _turn(shape.dtype, some, c, oh * (cut or ow), device, cut=ow if cut else 0, wide=cut)
+        given, result = (c, h, wide or w), (c, oh, cut or ow)
         inner = how[2:], replace(shape, size=(h, wide or w), last=False, columns=cut or ow)
     else:
         fill, starts = _FORMS[how[0]](how, shape, images, taps, bias, device)
@@ -271,19 +275,40 @@ def _plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: to
             return y
 
         return run, starts
-    fill, starts = _FORMS[inner[0][0]](*inner, images, taps, bias, device)
+    fill, starts = _FORMS[inner[0][0]](*inner, some, taps, bias, device)
 
     def turned(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-        before = torch.empty(given, dtype=x.dtype, device=x.device)
+        before = torch.empty((some, *given), dtype=x.dtype, device=x.device)
         there(x, before)
-        after = torch.empty(result, dtype=x.dtype, device=x.device)
+        after = torch.empty((some, *result), dtype=x.dtype, device=x.device)
         fill(before, taps, bias, after)
         del before  # the result takes its place: two images stand beside the given one, not three
         y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
         back(after, y)
         return y
 
-    return turned, (there, *starts, back)
+    def by_portions(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
+        step = fill
+        if isinstance(fill, _Packed):
+            packed = fill.matrices(taps, x.dtype)
+            step = partial(fill.convolve, packed)
+        before = torch.empty((some, *given), dtype=x.dtype, device=x.device)
+        after = torch.empty((some, *result), dtype=x.dtype, device=x.device)
+        for x_part, y_part in zip(x.split(some), y.split(some), strict=True):
+            there(x_part, before)
+            step(before, taps, bias, after)
+            back(after, y_part)
+        return y
+
+    return turned if some == images else by_portions, (there, *starts, back)
+
+
+def _portion(images: int, shape: Shape) -> int:
+    """How many images are turned around at a time: a part of large batches, so that the copies take less than the result."""
+    result = images * shape.channels * math.prod(shape.out) * shape.dtype.itemsize
+    apart = result >= _MUCH and math.prod(shape.kernel) >= _SLOW and images % _PORTIONS == 0
+    return images // _PORTIONS if apart else images
 
 
 Fill = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
@@ -321,7 +346,7 @@ def _toeplitz_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype,
         early=True, C=c, H=h, W=w, OH=oh, OW=ow, G=across, DH=dh, PH=shape.padding[0], PA=left, L=length, LINES=lines,
         TILES=tiles, TW=tw, KD=kd, BM=bm, STAGES=stages, BIAS=bias is not None, ACTIVATION=_activation(shape),
     )  # fmt: skip
-    return partial(_packed, pack, conv, packed_size), (pack, conv)
+    return _Packed(pack, conv, packed_size), (pack, conv)
 
 
 def _streamed_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: torch.dtype | None,
@@ -340,7 +365,7 @@ def _streamed_plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype,
         PH=shape.padding[0], PA=ahead, L=length, LINES=kh, TILES=tiles, P=p, K=k, BM=bm, PARTS=parts, STAGES=stages,
         BIAS=bias is not None, ACTIVATION=_activation(shape),
     )  # fmt: skip
-    return partial(_packed, pack, conv, packed_size), (pack, conv)
+    return _Packed(pack, conv, packed_size), (pack, conv)
 
 
 def _pack(shape: Shape, taps: torch.dtype, wide: int, tall: int, left: int, lines: int, lead: int,
@@ -355,10 +380,25 @@ def _pack(shape: Shape, taps: torch.dtype, wide: int, tall: int, left: int, line
     return pack, c * lines * 8 * length, length
 
 
-def _packed(pack: Start, conv: Start, size: int, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    packed = torch.empty(size, dtype=x.dtype, device=x.device)
-    pack(taps, packed)
-    conv(x, packed, packed if bias is None else bias, y)
+@dataclass(frozen=True)
+class _Packed:
+    """Fills y by Toeplitz matrices of the taps, which another kernel lays out first: ``size`` elements."""
+
+    pack: Start
+    conv: Start
+    size: int
+
+    def matrices(self, taps: Tensor, dtype: torch.dtype) -> Tensor:
+        packed = torch.empty(self.size, dtype=dtype, device=taps.device)
+        self.pack(taps, packed)
+        return packed
+
+    def convolve(self, packed: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """With matrices of these taps that are at hand."""
+        self.conv(x, packed, packed if bias is None else bias, y)
+
+    def __call__(self, x: Tensor, taps: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        self.convolve(self.matrices(taps, x.dtype), x, taps, bias, y)
 
 
 _FORMS = {"direct": _direct_plan, "toeplitz": _toeplitz_plan, "streamed": _streamed_plan}

@@ -74,6 +74,28 @@ def test_turned_images_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("how", [
+    ("turned", 0, "toeplitz", 2, True, 16, 16, 16, 4, 2), ("turned", 16, "streamed", 8, 16, 4, 16, 1, 3, 2),
+    ("laid", "direct", 4, 16, 8, 4)], ids=str)  # fmt: skip
+def test_large_batches_are_turned_in_portions(how: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, the taps packed once, and copies of a portion only."""
+    sizes: list[int] = []
+    started: list[str] = []
+    empty, call = torch.empty, runtime.Start.__call__
+    monkeypatch.setattr(runtime, "_MUCH", 1)
+    monkeypatch.setattr(runtime, "_SLOW", 9)
+    monkeypatch.setattr(runtime.torch, "empty", lambda *a, **k: (t := empty(*a, **k), sizes.append(t.numel()))[0])
+    monkeypatch.setattr(runtime.Start, "__call__", lambda self, *t: (started.append(self.name), call(self, *t))[1])
+    runtime._plan.cache_clear()
+    given = make(n=8, c=3, size=(7, 12), kernel=(5, 5), last=how[0] == "turned")
+    check(how, *given)
+    runtime._plan.cache_clear()
+    x = given[1]
+    assert sizes.count(x.numel()) == 1 and sizes.count(x.numel() * (16 if how[1] == 16 else 12) // 48) == 2
+    assert started.count("pack") == (how[1] != "direct") and started.count("conv") == 4 and started.count("turn") == 8
+
+
+@pytest.mark.interpret
 @pytest.mark.parametrize(("given", "tile"), TOEPLITZ, ids=str)
 @pytest.mark.parametrize(("last", "group"), [(False, 1), (False, 2), (True, 2), (False, 4)], ids=str)
 def test_toeplitz(given: dict, tile: tuple[int, int], last: bool, group: int) -> None:
