@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ pytest.importorskip("triton")
 from triton import knobs
 from triton.runtime.cache import FileCacheManager, get_cache_manager
 
+from fusionc.runtime import binaries
 from fusionc.runtime.binaries import in_folder
 from fusionc.runtime.launch import compile_beside, compile_many
 
@@ -76,3 +80,39 @@ def test_somebody_elses_manager_stays(tmp_path: Path) -> None:
     knobs.cache.manager_class = Theirs
     with in_folder(str(tmp_path / "a")):
         assert type(get_cache_manager("0" * 64)) is Theirs and place() == str(tmp_path / "triton")
+
+
+def test_threads_that_are_the_first_at_a_time_install_one_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, original = threading.Barrier(2), binaries._manager.__wrapped__
+
+    def together() -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):  # where one waits for the other
+            both.wait(0.3)
+
+    @functools.cache
+    def made() -> Any:
+        together()
+        return original()
+
+    def slow() -> Any:
+        mine = made()
+        together()
+        if mine is not made():  # who is remembered is not who is installed
+            time.sleep(0.3)
+        return mine
+
+    monkeypatch.setattr(binaries, "_manager", slow)
+    monkeypatch.setattr(knobs.cache, "manager_class", None)
+    found: list[str] = []
+
+    def first() -> None:
+        with in_folder(str(tmp_path / "a")):
+            found.append(place())
+
+    threads = [threading.Thread(target=first) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    first()
+    assert found == [str(tmp_path / "a")] * 3
