@@ -292,7 +292,8 @@ def compile_many(
     """Run compile jobs side by side and return their results, or the exception of each that failed, in order.
 
     ``done`` is called (from any thread) after each. Jobs run in the caller's context (`binaries.in_folder`); of all
-    batches together no more run at a time than there are cores.
+    batches together no more run at a time than there are cores. (So a job must not call this and wait: when all that
+    run do, none goes on.)
 
     Threads: MLIR's passes and the assembler run outside of Python's lock.
     """
@@ -422,8 +423,9 @@ def without_library(source: str, gpu: Any) -> str:
     for call in used:
         name, instruction = _INSTRUCTIONS[call]
         options = "dtype=tl.float32, is_pure=True, pack=1"
+        only = f'    tl.static_assert(x.dtype == tl.float32, "{call[:-1]} of float32 only")'  # others would be taken for it
         body = f'    return tl.inline_asm_elementwise("{instruction} $0, $1;", "=f,f", [x], {options})'
-        head += f"@triton.jit\ndef {name}(x):\n{body}\n\n\n"
+        head += f"@triton.jit\ndef {name}(x):\n{only}\n{body}\n\n\n"
         rest = rest.replace(call, f"{name}(")
     return head + rest
 
