@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["in_folder"]
+__all__ = ["in_folder", "in_tritons"]
 
 _folder: ContextVar[str | None] = ContextVar("fusionc_triton_folder", default=None)
 _guard = threading.Lock()  # of installing: two classes, and one of them would pass for somebody else's
@@ -36,6 +36,16 @@ def in_folder(folder: str | None) -> Iterator[None]:
             _folder.reset(token)
     else:
         yield
+
+
+@contextlib.contextmanager
+def in_tritons() -> Iterator[None]:
+    """Files of what this context makes with Triton live where Triton keeps its own, also inside `in_folder`."""
+    token = _folder.set(None)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
 
 
 def _installed() -> bool:

@@ -455,9 +455,7 @@ def load_binary(handle: Any) -> None:
     Up to 3.6, Triton's own way also builds a launcher with the C compiler for each signature, which launches of ours do
     not use: this leaves it for later.  Where anything is not as expected, Triton does the whole, and says what is wrong.
     """
-    import triton
-
-    if handle.module is None and "cubin" in handle.asm and tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6):
+    if handle.module is None and "cubin" in handle.asm and cuda_driver.suffices():
         with contextlib.suppress(Exception):
             meta = handle.metadata
             if meta.shared <= cuda_driver.most_shared():
@@ -468,6 +466,8 @@ def load_binary(handle: Any) -> None:
                     handle._run = _LauncherLater(handle)
                     handle.module = module
                     return
+    if handle.module is None:
+        cuda_driver.tritons()  # which several threads would each build, in the graph's folder
     handle._init_handles()
 
 
