@@ -79,7 +79,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ign
              label_smoothing: float, dtype: torch.dtype, wanted: Sequence[bool]) -> tuple[Tensor, ...]:  # fmt: skip
     """(loss, dx, dw, db); gradients that are not wanted are empty."""
     with torch.amp.autocast(x.device.type, enabled=False):
-        target = target.contiguous()  # the kernel counts on it
+        target = target.to(torch.int64).contiguous()  # the kernel counts on it
+        if target.data_ptr() & 15:  # labels[:, 1:] of a single text, say: a copy costs less than a launch through Triton
+            target = target.clone()
         tokens, width = x.shape
         words = weight.shape[0]
         wide = wide_of(x.dtype)

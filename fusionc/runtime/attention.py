@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.templates import attention as template
-from . import interpreter, launch, tune
+from . import cuda_driver, interpreter, launch, tune
 from .launch import Compiled, load_module
 
 
@@ -136,8 +136,9 @@ class _Prepared:
             fixed = constants(*self.shape, tile)
             with torch.cuda.device(self.device):
                 source = ast_source(getattr(self.module, self.name), self.kinds, self.divisible, {**self.ones, **fixed})
-                built = triton.compile(source, options={"num_warps": tile.warps, "num_stages": tile.stages})
-                built._init_handles()
+                options = {"num_warps": tile.warps, "num_stages": tile.stages}
+                built = triton.compile(source, target=cuda_driver.target(), options=options)
+                launch.load_binary(built)
                 compiled = Compiled(self.name, "", dict(built.asm), built.n_regs, built.n_spills, built.metadata.shared,
                                     time.perf_counter() - started, {}, built)  # fmt: skip
                 grid = self.grid(tile)

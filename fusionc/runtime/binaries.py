@@ -11,18 +11,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["in_folder"]
+__all__ = ["in_folder", "in_tritons"]
 
 _folder: ContextVar[str | None] = ContextVar("fusionc_triton_folder", default=None)
+_guard = threading.Lock()  # of installing: two classes, and one of them would pass for somebody else's
 
 
 @contextlib.contextmanager
 def in_folder(folder: str | None) -> Iterator[None]:
-    """Binaries of what this context compiles with Triton live in ``folder``; None: where Triton keeps its own.
+    """Binaries of what this context compiles with Triton live in ``folder``; None: where they would without this.
 
     Whoever gave Triton a cache manager of his own keeps it, and his folders.
     """
@@ -36,12 +38,23 @@ def in_folder(folder: str | None) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def in_tritons() -> Iterator[None]:
+    """Files of what this context makes with Triton live where Triton keeps its own, also inside `in_folder`."""
+    token = _folder.set(None)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
+
+
 def _installed() -> bool:
     from triton import knobs
 
-    if knobs.cache.manager_class is None:
-        knobs.cache.manager_class = _manager()
-    return knobs.cache.manager_class is _manager()
+    with _guard:
+        if knobs.cache.manager_class is None:
+            knobs.cache.manager_class = _manager()
+        return knobs.cache.manager_class is _manager()
 
 
 @functools.cache

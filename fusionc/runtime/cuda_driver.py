@@ -1,18 +1,22 @@
 """What compiling and loading kernels needs of the CUDA driver, called directly.
 
 Triton has the same in a module that it builds with the C compiler for each of its cache folders (0.5 s of a process
-that finds none), and looks for the driver's library with another process; nothing else of ours needs that module.
+that finds none), and looks for the driver's library with another process. With Triton up to 3.6 on NVIDIA's GPUs nothing
+of ours needs that module (`suffices`) but launches that go through Triton: operators' with misaligned tensors.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from typing import Any
 
 import torch
 
-__all__ = ["current_context", "load", "most_shared", "target"]
+from .binaries import in_tritons
+
+__all__ = ["current_context", "load", "most_shared", "suffices", "target", "tritons"]
 
 # CUfunction_attribute and CUdevice_attribute, from CUDA's driver API
 _MAX_THREADS, _STATIC_SHARED, _LOCAL_BYTES, _REGISTERS, _MOST_DYNAMIC_SHARED = 0, 1, 3, 4, 8
@@ -21,12 +25,28 @@ _PREFER_SHARED = 1
 _PLAIN_SHARED = 48 << 10  # what a kernel may use without asking
 
 
+_making = threading.Lock()
+
+
+def suffices() -> bool:
+    """Are kernels loaded by what is here, without Triton's driver?"""
+    import triton
+
+    return not torch.version.hip and tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6)
+
+
+def tritons() -> Any:
+    """Triton's driver. Its module is built once in a process, in the folder where every process looks for it."""
+    from triton.runtime import driver
+
+    with _making, in_tritons():
+        return driver.active
+
+
 def target() -> Any:
     """What Triton compiles for on the current device, as Triton's ``GPUTarget``."""
     if torch.version.hip:
-        from triton.runtime import driver
-
-        return driver.active.get_current_target()
+        return tritons().get_current_target()
     from triton.backends.compiler import GPUTarget
 
     major, minor = torch.cuda.get_device_capability()

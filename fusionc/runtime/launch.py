@@ -292,7 +292,8 @@ def compile_many(
     """Run compile jobs side by side and return their results, or the exception of each that failed, in order.
 
     ``done`` is called (from any thread) after each. Jobs run in the caller's context (`binaries.in_folder`); of all
-    batches together no more run at a time than there are cores.
+    batches together no more run at a time than there are cores. (So a job must not call this and wait: when all that
+    run do, none goes on.)
 
     Threads: MLIR's passes and the assembler run outside of Python's lock.
     """
@@ -422,8 +423,9 @@ def without_library(source: str, gpu: Any) -> str:
     for call in used:
         name, instruction = _INSTRUCTIONS[call]
         options = "dtype=tl.float32, is_pure=True, pack=1"
+        only = f'    tl.static_assert(x.dtype == tl.float32, "{call[:-1]} of float32 only")'  # others would be taken for it
         body = f'    return tl.inline_asm_elementwise("{instruction} $0, $1;", "=f,f", [x], {options})'
-        head += f"@triton.jit\ndef {name}(x):\n{body}\n\n\n"
+        head += f"@triton.jit\ndef {name}(x):\n{only}\n{body}\n\n\n"
         rest = rest.replace(call, f"{name}(")
     return head + rest
 
@@ -453,9 +455,7 @@ def load_binary(handle: Any) -> None:
     Up to 3.6, Triton's own way also builds a launcher with the C compiler for each signature, which launches of ours do
     not use: this leaves it for later.  Where anything is not as expected, Triton does the whole, and says what is wrong.
     """
-    import triton
-
-    if handle.module is None and "cubin" in handle.asm and tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6):
+    if handle.module is None and "cubin" in handle.asm and cuda_driver.suffices():
         with contextlib.suppress(Exception):
             meta = handle.metadata
             if meta.shared <= cuda_driver.most_shared():
@@ -466,6 +466,8 @@ def load_binary(handle: Any) -> None:
                     handle._run = _LauncherLater(handle)
                     handle.module = module
                     return
+    if handle.module is None:
+        cuda_driver.tritons()  # which several threads would each build, in the graph's folder
     handle._init_handles()
 
 

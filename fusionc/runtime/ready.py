@@ -1,7 +1,8 @@
 """What the first Triton kernel of a process waits for, done in a thread while Dynamo and AOTAutograd trace.
 
-Importing Triton (0.16 s), hashing its libraries for the keys of its cache (0.35 s), starting LLVM and the assembler: most
-of it outside of Python's lock, and none of it depends on the model.  Without the thread the first compile jobs would each
+Importing Triton (0.16 s), hashing its libraries for the keys of its cache (0.35 s), building its driver's module with the
+C compiler where kernels are loaded by it (0.5 s), starting LLVM and the assembler: most of it outside of Python's lock, and
+none of it depends on the model.  Without the thread the first compile jobs would each
 do it, side by side.
 
 ``begin`` starts the thread, ``wait`` returns when it has ended; every way to compile goes through ``wait``
@@ -60,11 +61,13 @@ def _prepare() -> None:
         import triton
         from triton.compiler import ASTSource
 
-        from .cuda_driver import target
+        from .cuda_driver import suffices, target, tritons
         from .launch import load_module
 
         hashing = threading.Thread(target=_hash_libraries, name="fusionc-ready-hash")
         hashing.start()
+        if not suffices():
+            tritons()
         fn = load_module(_PROBE).probe
         source = ASTSource(fn=fn, signature={"x": "*fp32", "N": "constexpr"}, constexprs={"N": 60}, attrs={})
         hashing.join()

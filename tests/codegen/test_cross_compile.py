@@ -42,7 +42,6 @@ LARGE = [
 CASES = kernels.cases() + LARGE
 
 
-
 def build(case: kernels.Case, target: str, plan: Plan | None = None) -> Compiled:
     plan = plan or default_plan(case.kernel, case.sizes, known(target))
     return cross_compile(render(case.kernel, plan, "k0"), "k0", case.kernel, plan, target)
@@ -152,6 +151,27 @@ def test_single_instructions_need_no_library(case: kernels.Case, instruction: st
     monkeypatch.setattr(launch, "without_library", lambda text, gpu: text)
     linked = build(case, "sm_90")
     assert "__nv_" in linked.asm["llir"] and instruction in linked.asm["ptx"]
+
+
+@pytest.mark.parametrize("call", ["rsqrt", "exp2"])
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "fp64", "i32"])
+def test_single_instructions_take_float32_only(call: str, kind: str) -> None:
+    """Bits of another type would be read as a float32's, without a word."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    head = "import triton\nimport triton.language as tl\n\n\n@triton.jit\n"
+    text = f"{head}def k(x, y):\n    i = tl.arange(0, 64)\n    tl.store(y + i, tl.{call}(tl.load(x + i)))\n"
+    gpu = GPUTarget("cuda", 90, 32)
+    fn = launch.load_module(launch.without_library(text, gpu)).k
+    source = ASTSource(fn=fn, signature={"x": f"*{kind}", "y": "*fp32"}, constexprs={}, attrs={})
+    if kind == "fp32":
+        assert ".approx.ftz.f32" in triton.compile(source, target=gpu).asm["ptx"]
+    else:
+        with pytest.raises(triton.CompilationError) as caught:
+            triton.compile(source, target=gpu)
+        assert f"tl.{call} of float32 only" in str(caught.value.__cause__)
 
 
 def test_errors_name_the_kernel() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -240,3 +241,25 @@ def test_built_for_hopper(size: int, name: str) -> None:
     assert spills <= 128 and "wgmma.mma_async" in built.asm["ptx"]
     parameters = re.findall(r"\.param \.(u64 \.ptr|\w+)", built.asm["ptx"].split(".entry")[1].split(")")[0])
     assert [p.endswith("ptr") for p in parameters[: len(kinds)]] == [k.startswith("*") for k in kinds]
+
+
+def test_the_launcher_needs_no_driver_of_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton builds its driver's module with the C compiler, and up to 3.6 a launcher for each signature."""
+    triton = pytest.importorskip("triton")
+    from types import SimpleNamespace
+
+    built = SimpleNamespace(asm={}, n_regs=32, n_spills=0, metadata=SimpleNamespace(shared=0))
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(device.cuda_driver, "target", lambda: "the GPU")
+    monkeypatch.setattr(triton, "compile", lambda source, **how: asked.append(how["target"]) or built)
+    monkeypatch.setattr(device.launch, "load_binary", asked.append)
+    monkeypatch.setattr(device.launch, "_cuda_launcher", lambda *_: "launcher")
+    monkeypatch.setattr(device, "ast_source", lambda *_: None)
+    p: Any = object.__new__(device._Prepared)
+    p.name, p.device, p.launchers, p.kinds, p.divisible, p.ones = "forward", torch.device("cuda:0"), {}, [], [], {}
+    p.module, p.shape, p.which = SimpleNamespace(forward=None), (64, 64, 1, 128, 128), ""
+    p.queries, p.keys, p.batch, p.heads, p.shared = 128, 128, 1, 1, 1
+    tile = device._FORWARD[64][0]
+    assert p.launcher(tile) == "launcher" == p.launcher(tile)
+    assert asked == ["the GPU", built]

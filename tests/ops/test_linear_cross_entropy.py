@@ -155,6 +155,49 @@ def test_kernel(words: int, smoothing: float) -> None:
     torch.testing.assert_close(kernel[:4], plain[:4])
 
 
+def test_smoothed_gradients_of_float64_are_as_exact_as_it() -> None:
+    device = pytest.importorskip("fusionc.runtime.linear_cross_entropy")
+    made = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target, scale = torch.tensor([0, 49, 20]), torch.tensor(1.0, dtype=torch.float64)
+    plain, kernel = made.clone(), made.clone()
+    losses, expected = torch.empty_like(scale.expand(3)), torch.empty_like(scale.expand(3))
+    op._rows_plain(plain, target, scale, expected, -100, 0.1, True)
+    start = device._rows(3, 50, 50, torch.float64, -100, 0.1, True, None)
+    start(kernel, target, scale, losses)
+    torch.testing.assert_close(losses, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(kernel, plain, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("count", [1, 8192, 8194, 20000])
+def test_few_kernels_scale_gradients_of_all_sizes(count: int) -> None:
+    """Gradients of x have one for each number of tokens."""
+    device = pytest.importorskip("fusionc.runtime.linear_cross_entropy")
+    buffer = torch.ones(count + 8)
+    device._scale(count, torch.float32, torch.float32, None)(buffer, torch.tensor(3.0))
+    assert buffer[:count].eq(3).all() and buffer[count:].eq(1).all()
+    gpu = torch.device("cuda:0")
+    assert len({id(device._scale(n, torch.float32, torch.float32, gpu).kernel) for n in range(1, 500)}) <= 5
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8])
+def test_the_kernel_gets_64_bit_targets_at_an_aligned_address(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compiled for these: 32 bits would be read as half of a word, behind the end of the tensor."""
+    seen: list[torch.Tensor] = []
+    plain = op._rows_plain
+
+    def rows(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> None:
+        seen.append(target)
+        plain(logits, target, *rest)
+
+    monkeypatch.setattr(op, "_rows_plain", rows)
+    x, weight = torch.randn(6, 4), torch.randn(9, 4)
+    target = torch.randint(0, 9, (7,))
+    want = torch.nn.functional.cross_entropy(x @ weight.t(), target[1:])
+    torch.testing.assert_close(op.linear_cross_entropy(x, weight, target[1:]), want)
+    torch.testing.assert_close(op.linear_cross_entropy(x, weight, target.to(kind)[1:]), want)
+    assert len(seen) == 2 and all(t.dtype == torch.int64 and t.data_ptr() % 16 == 0 for t in seen)
+
+
 def test_the_kernel_gets_contiguous_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads them one after the other; a column of a matrix of targets is none such."""
     import fusionc.ops.linear_cross_entropy as home

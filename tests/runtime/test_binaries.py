@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ pytest.importorskip("triton")
 from triton import knobs
 from triton.runtime.cache import FileCacheManager, get_cache_manager
 
+from fusionc.runtime import binaries, launch
 from fusionc.runtime.binaries import in_folder
 from fusionc.runtime.launch import compile_beside, compile_many
 
@@ -44,7 +48,8 @@ def test_the_folder_of_the_context(tmp_path: Path) -> None:
     assert get_cache_manager("1" * 64).get_file("file") is None
 
 
-def test_threads_of_a_batch_have_its_folder_and_others_their_own(tmp_path: Path) -> None:
+def test_threads_of_a_batch_have_its_folder_and_others_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_slots", threading.BoundedSemaphore(4))  # however few cores there are
     a, b, triton = (str(tmp_path / n) for n in ("a", "b", "triton"))
     both = threading.Barrier(2, timeout=30)
 
@@ -63,7 +68,7 @@ def test_threads_of_a_batch_have_its_folder_and_others_their_own(tmp_path: Path)
         waiting = compile_beside([place])
         thread = threading.Thread(target=other)
         thread.start()
-        assert compile_many([job, job], workers=2) == [a, a] or os.cpu_count() == 1
+        assert compile_many([job, job], workers=2) == [a, a]
         thread.join()
     assert waiting() == [a]
     assert found == {"b": [b, b], "outside": [triton, triton]}
@@ -76,3 +81,39 @@ def test_somebody_elses_manager_stays(tmp_path: Path) -> None:
     knobs.cache.manager_class = Theirs
     with in_folder(str(tmp_path / "a")):
         assert type(get_cache_manager("0" * 64)) is Theirs and place() == str(tmp_path / "triton")
+
+
+def test_threads_that_are_the_first_at_a_time_install_one_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, original = threading.Barrier(2), binaries._manager.__wrapped__
+
+    def together() -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):  # where one waits for the other
+            both.wait(0.3)
+
+    @functools.cache
+    def made() -> Any:
+        together()
+        return original()
+
+    def slow() -> Any:
+        mine = made()
+        together()
+        if mine is not made():  # who is remembered is not who is installed
+            time.sleep(0.3)
+        return mine
+
+    monkeypatch.setattr(binaries, "_manager", slow)
+    monkeypatch.setattr(knobs.cache, "manager_class", None)
+    found: list[str] = []
+
+    def first() -> None:
+        with in_folder(str(tmp_path / "a")):
+            found.append(place())
+
+    threads = [threading.Thread(target=first) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    first()
+    assert found == [str(tmp_path / "a")] * 3

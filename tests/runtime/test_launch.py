@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import sys
 import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fusionc.runtime import cuda_driver, launch
+from fusionc.runtime.binaries import in_folder
 
 PTX = ".visible .entry k(\n\t.param .u64 .ptr k_param_0\n)"
 
@@ -72,6 +77,25 @@ def test_jobs_beside_run_while_the_caller_works_and_keep_their_order() -> None:
     assert (first, third) == ("late", "quick") and isinstance(second, ValueError) and len(counted) == 3
 
 
+def test_batches_together_run_no_more_jobs_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_slots", threading.BoundedSemaphore(2))
+    guard, running, most = threading.Lock(), [0], [0]
+
+    def job() -> None:
+        with guard:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        with guard:
+            running[0] -= 1
+
+    other = threading.Thread(target=launch.compile_many, args=([job] * 6, 3))
+    other.start()
+    launch.compile_many([job] * 6, 3)
+    other.join()
+    assert most == [2] and running == [0]
+
+
 class Handle(SimpleNamespace):
     """A kernel as Triton keeps it; its own way of loading counts."""
 
@@ -95,6 +119,7 @@ def loading(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     monkeypatch.setattr(cuda_driver, "most_shared", lambda: 200)
     monkeypatch.setattr(cuda_driver, "load", load)
+    monkeypatch.setattr(cuda_driver, "tritons", lambda: calls.append(("Triton's driver",)))
 
     def made(shared: int = 100, warps: int = 4, **asm: bytes) -> Handle:
         return Handle(name="k", kernel=b"binary", asm=asm or {"cubin": b"binary"}, module=None, function=None, _run=None,
@@ -119,7 +144,7 @@ def test_what_does_not_fit_is_tritons_to_load_or_refuse(loading: Any, given: dic
     if "shared" in given:
         with pytest.raises(RuntimeError, match="shared memory"):
             launch.load_binary(handle)
-        assert not loading.calls
+        assert loading.calls == [("Triton's driver",)]
     else:
         launch.load_binary(handle)
         assert handle.module == "theirs"
@@ -131,4 +156,35 @@ def test_later_versions_load_themselves(loading: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(triton, "__version__", "3.7.1")
     handle = loading.made()
     launch.load_binary(handle)
-    assert not loading.calls and handle.module == "theirs"
+    assert loading.calls == [("Triton's driver",)] and handle.module == "theirs"
+
+
+def test_tritons_driver_is_made_once_and_for_all_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a whole batch of kernels that are the first to load one, in a graph's folder."""
+    import triton
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.cache import get_cache_manager
+
+    made: list[str] = []
+
+    def create() -> Any:
+        time.sleep(0.1)
+        made.append(get_cache_manager("0" * 64).cache_dir)
+        return SimpleNamespace()
+
+    class Loaded(Handle):
+        def _init_handles(self) -> None:
+            driver.active  # noqa: B018
+            super()._init_handles()
+
+    monkeypatch.setattr(sys.modules["triton.runtime.driver"], "_create_driver", create)
+    monkeypatch.setattr(driver, "_active", None)
+    monkeypatch.setattr(driver, "_default", None)
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    given = {"name": "k", "asm": {"cubin": b""}, "module": None, "metadata": SimpleNamespace(shared=0, num_warps=4), "whole": 0}
+    with knobs.cache.scope(), in_folder(str(tmp_path / "graph")):
+        jobs = [functools.partial(launch.load_binary, Loaded(**given)) for _ in range(4)]
+        assert launch.compile_many(jobs, workers=4) == [None] * 4
+    assert [Path(folder).parent.name for folder in made] == ["triton"]

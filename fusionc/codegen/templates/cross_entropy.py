@@ -42,7 +42,8 @@ def _slope(x, cols, t, lse, words, smoothing, SMOOTH: tl.constexpr):
     """d loss / d x, of a row with target t."""
     g = tl.exp(x - lse)
     if SMOOTH:
-        return g - smoothing / words - tl.where(cols == t, 1.0 - smoothing, 0.0)
+        g = g - smoothing / words
+        return tl.where(cols == t, g - (1.0 - smoothing), g)  # (a tile of constants alone would be float32)
     return tl.where(cols == t, g - 1.0, g)
 
 
