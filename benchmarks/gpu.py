@@ -526,7 +526,7 @@ def compact_table(rows: list[dict[str, Any]], backends: list[str], most: int = 9
         if whole := [t for t in three if all(t)]:
             mine, floor, theirs = (sum(t[i] for t in whole) for i in range(3))
             lines.append(
-                f"cold compile above the floor of aot_eager ({cell(floor)} s): {cell((mine - floor) / theirs)}× {inductors[0]}'s"
+                f"cold above aot_eager's {cell(floor)} s: {cell((mine - floor) / theirs)} of the whole of {inductors[0]}'s"
             )
     if ours:
         lines.append(f"slower than the best peer by more than 3 %: {', '.join(slower) or 'none'}")

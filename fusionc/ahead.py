@@ -37,14 +37,26 @@ _WANTED: dict[str, Callable[[], Any]] = {
 }
 
 
-def start(gm: GraphModule) -> Callable[[], None]:
-    """Start to compile what the graph's operators will choose from on a GPU; the result waits until that is done."""
-    work = jobs(gm)
-    if not work:
-        return lambda: None
-    thread = threading.Thread(target=launch.compile_many, args=(work,), name="fusionc-ahead")
-    thread.start()
-    return thread.join
+class Compiling:
+    """Work that was started; calling it waits until it is done."""
+
+    def __init__(self, work: list[Callable[[], Any]]) -> None:
+        self._thread = threading.Thread(target=launch.compile_many, args=(work,), name="fusionc-ahead") if work else None
+        if self._thread is not None:
+            self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def __call__(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+
+def start(gm: GraphModule) -> Compiling:
+    """Start to compile what the graph's operators will choose from on a GPU."""
+    return Compiling(jobs(gm))
 
 
 def jobs(gm: GraphModule) -> list[Callable[[], Any]]:

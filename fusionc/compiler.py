@@ -59,7 +59,7 @@ class Context:
     program: prog.Program | None = None  # once linked
     operators: dict[int, torch._ops.OpOverload] = field(default_factory=dict)  # id of what the program calls -> operator
     alike: Alike = field(default_factory=Alike)
-    waiting: Callable[[], None] | None = None  # returns when the operators' kernels are compiled
+    waiting: ahead.Compiling | None = None  # the operators' kernels
 
 
 def device_of(gm: GraphModule) -> torch.device:

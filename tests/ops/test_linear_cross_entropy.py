@@ -146,7 +146,7 @@ def test_kernel(words: int, smoothing: float) -> None:
         module = interpreted.load_module(TEXT, interpret=True)
         with interpreter.repaired(), interpreted._interpreting(True):
             module.cross_entropy_rows[(tokens,)](
-                kernel, target, scale, losses, kernel.stride(0), words, -100, smoothing, BLOCK=32, GROUP=8, GRADIENT=True)
+                kernel, target, scale, losses, words // 2, 2, kernel.stride(0), -100, smoothing, BLOCK=32, GROUP=8, GRADIENT=True)
             buffer, half = torch.arange(50.0), torch.tensor(0.5)
             module.scale_in_place[(2,)](buffer, half, 25, UNIT=2, BLOCK=32)
             module.scale_in_place[(2,)](buffer, half * 2, 25, UNIT=2, BLOCK=32)

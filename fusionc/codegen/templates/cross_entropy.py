@@ -38,21 +38,28 @@ def _plus(a, b):
 
 
 @triton.jit
-def _slope(x, cols, t, lse, words, smoothing, SMOOTH: tl.constexpr):
-    """d loss / d x, of a row with target t."""
+def _slope(x, cols, t, lse, share, smoothing, SMOOTH: tl.constexpr):
+    """d loss / d x, of a row with target t; share: smoothing over the number of words."""
     g = tl.exp(x - lse)
     if SMOOTH:
-        g = g - smoothing / words
+        g = g - share
         return tl.where(cols == t, g - (1.0 - smoothing), g)  # (a tile of constants alone would be float32)
     return tl.where(cols == t, g - 1.0, g)
 
 
 @triton.jit
-def cross_entropy_rows(logits, target, scale, losses, row_stride: tl.constexpr, words: tl.constexpr, ignore: tl.constexpr,
-                       smoothing: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, GRADIENT: tl.constexpr):
-    """losses[r] of logits[r, :words]; with GRADIENT also logits[r] = d(losses[r] * scale) / d logits[r]."""
+def cross_entropy_rows(logits, target, scale, losses, units, UNIT: tl.constexpr, row_stride: tl.constexpr,
+                       ignore: tl.constexpr, smoothing: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+                       GRADIENT: tl.constexpr):
+    """losses[r] of logits[r, :words], words = units * UNIT; with GRADIENT also logits[r] = d(losses[r] * scale) / d logits[r].
+
+    (The number of words is no constant, although it could be: with a constant number of steps Triton 3.6 takes 32
+    registers in place of 62, then two programs share a multiprocessor, and their rows do not stay in the L2 cache.)
+    """
     WIDE: tl.constexpr = losses.dtype.element_ty
     SMOOTH: tl.constexpr = smoothing != 0
+    words = units * UNIT
+    share = tl.full((), smoothing, WIDE) / words
     r = tl.program_id(0).to(tl.int64)
     row = logits + r * row_stride
     t = tl.load(target + r)
@@ -90,12 +97,12 @@ def cross_entropy_rows(logits, target, scale, losses, row_stride: tl.constexpr, 
             if whole < words:
                 cols = whole + span
                 x = tl.load(row + cols, mask=cols < words, other=float("-inf")).to(WIDE)
-                g = _slope(x, cols, t, lse, words, smoothing, SMOOTH) * factor
+                g = _slope(x, cols, t, lse, share, smoothing, SMOOTH) * factor
                 tl.store(row + cols, g.to(kind), mask=cols < words)
             for done in range(0, whole, BLOCK):
                 cols = whole - BLOCK - done + span
                 x = tl.load(row + cols).to(WIDE)
-                tl.store(row + cols, (_slope(x, cols, t, lse, words, smoothing, SMOOTH) * factor).to(kind))
+                tl.store(row + cols, (_slope(x, cols, t, lse, share, smoothing, SMOOTH) * factor).to(kind))
     else:
         tl.store(losses + r, 0.0)
         if GRADIENT:
