@@ -71,7 +71,7 @@ def part(kernel: Kernel, symbol: str = "k_0") -> Part:
 
 @pytest.fixture
 def cx(tmp_path: Path) -> Any:
-    return SimpleNamespace(config=Config(cache=str(tmp_path / "cache")), hints={}, device=CPU)
+    return SimpleNamespace(config=Config(cache=str(tmp_path / "cache")), hints={}, device=CPU, waiting=None)
 
 
 def run(cx: Any, p: Part, rig: FakeRig, uses: dict[str, int] | None) -> tuple[tune_triton.Session, dict[str, Any]]:
@@ -127,7 +127,7 @@ def test_small_kernels_and_off_are_left_alone(cx: Any) -> None:
         session.consider([middle, large])
         assert [e.part.symbol for e in session.entries] == want
     for config, uses in ((Config(tune="off", cache=cx.config.cache), {"k_0": 1}), (cx.config, None)):
-        session = tune_triton.Session(SimpleNamespace(config=config, hints={}, device=CPU), H200, uses, FakeRig({}))  # type: ignore[arg-type]
+        session = tune_triton.Session(SimpleNamespace(config=config, hints={}, device=CPU, waiting=None), H200, uses, FakeRig({}))  # type: ignore[arg-type]
         session.consider([large])
         assert session.entries == [] and session.jobs() == []
 
@@ -160,6 +160,19 @@ def test_a_part_without_time_is_not_tried_again(cx: Any, monkeypatch: pytest.Mon
     monkeypatch.undo()
     run(cx, part(k), rig, {"k_0": 1})
     assert rig.raced == []
+
+
+def test_candidates_are_built_while_operators_kernels_take_turns_with_them(cx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tune_triton.EFFORT, "default", tune_triton.Effort(8, 32, -1.0, 2.0, 20.0))
+    for done in (False, True):
+        cx.waiting = SimpleNamespace(done=done)
+        session = tune_triton.Session(cx, H200, {"k_0": 1}, FakeRig({}))
+        session.consider([part(pointwise(1 << 26))])
+        jobs = session.jobs()
+        for job in jobs:
+            job()
+        (entry,) = session.entries
+        assert len(jobs) > 1 and all(k is not None for k in entry.kernels[1:]) != done
 
 
 @pytest.mark.parametrize("plan", [{"xblock": 3}, {"warps": 5}, {"target": "cpp"}, {"xblock": "64"}, {"more": 1}])
