@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..codegen.templates import attention as template
 from . import cuda_driver, interpreter, launch, tune
+from .binaries import in_folder
 from .launch import Compiled, load_module
 
 
@@ -134,9 +135,9 @@ class _Prepared:
 
             started = time.perf_counter()
             fixed = constants(*self.shape, tile)
-            with torch.cuda.device(self.device):
+            with torch.cuda.device(self.device), in_folder(tune.binaries()):
                 source = ast_source(getattr(self.module, self.name), self.kinds, self.divisible, {**self.ones, **fixed})
-                options = {"num_warps": tile.warps, "num_stages": tile.stages}
+                options = {"num_warps": tile.warps, "num_stages": tile.stages, **launch.UNCHECKED}
                 built = triton.compile(source, target=cuda_driver.target(), options=options)
                 launch.load_binary(built)
                 compiled = Compiled(self.name, "", dict(built.asm), built.n_regs, built.n_spills, built.metadata.shared,

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import threading
+import uuid
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -73,5 +74,15 @@ def _manager() -> Any:
             self.cache_dir = os.path.join(folder, key)
             self.lock_path = os.path.join(self.cache_dir, "lock")
             os.makedirs(self.cache_dir, exist_ok=True)
+
+        def put(self, data: Any, filename: str, binary: bool = True) -> str:
+            """As Triton's, of each of a kernel's eight files, without a folder made and removed around it."""
+            place = os.path.join(self.cache_dir, filename)
+            fresh = f"{place}.{uuid.uuid4().hex}"
+            content = data if isinstance(data, bytes) else str(data)
+            with open(fresh, "wb" if isinstance(content, bytes) else "w") as file:
+                file.write(content)
+            os.replace(fresh, place)
+            return place
 
     return FolderOfContext

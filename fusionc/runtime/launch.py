@@ -239,6 +239,11 @@ def cross_compile(
     return _compile(source, name, kernel, plan, GPUTarget(*_ARCH[target]), target, aligned, wide, usage)
 
 
+# Triton writes operands of checks of integer arithmetic into every kernel, though the checks themselves only in its debug
+# mode: a fifth of the time in which a kernel's text becomes IR, under Python's lock.
+UNCHECKED = {"sanitize_overflow": False}
+
+
 def _compile(
     source: str,
     name: str,
@@ -257,7 +262,7 @@ def _compile(
         built = triton.compile(
             _ast_source(without_library(source, gpu), name, kernel, aligned, wide),
             target=gpu,
-            options={"num_warps": plan.warps, "num_stages": plan.stages},
+            options={"num_warps": plan.warps, "num_stages": plan.stages, **UNCHECKED},
         )
     except Exception as e:  # whatever the tool says: the caller falls back
         raise CompileError(name, None, f"{type(e).__name__}: {e}") from e

@@ -21,7 +21,9 @@ import torch
 
 from ..errors import CompileError
 from . import cuda_driver, ready
-from .launch import Compiled, _cuda_launcher, _usage, early_start, load_binary, load_module, without_library
+from .binaries import in_folder
+from .launch import UNCHECKED, Compiled, _cuda_launcher, _usage, early_start, load_binary, load_module, without_library
+from .tune import binaries
 
 Constants = tuple[tuple[str, Any], ...]
 POINTER = {
@@ -67,7 +69,8 @@ class Template:
 
         start = time.perf_counter()
         try:
-            options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": not self.exact}
+            options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages, **UNCHECKED}
+            options["enable_fp_fusion"] = not self.exact
             options |= {} if self.registers is None else {"maxnreg": self.registers}
             text = early_start(self.text, self.name, gpu) if self.early else self.text
             self.dependent |= text is not self.text
@@ -87,7 +90,7 @@ class Template:
             if self._launch is None:
                 ready.wait()
                 try:
-                    with torch.cuda.device(self.device):
+                    with torch.cuda.device(self.device), in_folder(binaries()):
                         built = self.build(cuda_driver.target())
                         load_binary(built.handle)
                         launch = _cuda_launcher(built, list(self.kinds), None, self.dependent)

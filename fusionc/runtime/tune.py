@@ -442,6 +442,12 @@ def _cache() -> Cache:
     return open_cache(_settings.cache)
 
 
+def binaries() -> str | None:
+    """The folder for what operators compile with Triton, beside what is known of their races; None: Triton's own."""
+    found = _cache().folder("triton")
+    return None if found is None else str(found)
+
+
 def _entry_key(key: str, names: Sequence[str], device: torch.device) -> dict[str, Any] | None:
     """Key of the entry; None for candidates whose repr holds an address, which no other process could match."""
     text = "\0".join(names)

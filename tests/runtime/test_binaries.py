@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from triton import knobs
 from triton.runtime.cache import FileCacheManager, get_cache_manager
 
-from fusionc.runtime import binaries, launch
+from fusionc.errors import CompileError
+from fusionc.runtime import binaries, cuda_driver, launch, tune
 from fusionc.runtime.binaries import in_folder
 from fusionc.runtime.launch import compile_beside, compile_many
+from fusionc.runtime.templates import Template
 
 
 def place() -> str:
@@ -117,3 +120,33 @@ def test_threads_that_are_the_first_at_a_time_install_one_manager(tmp_path: Path
         t.join()
     first()
     assert found == [str(tmp_path / "a")] * 3
+
+
+def test_files_are_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+    with in_folder(str(tmp_path / "a")):
+        manager: Any = get_cache_manager("2" * 64)
+        manager.put(b"\0binary", "k.cubin")
+        manager.put("text", "k.ptx")
+        manager.put("more", "k.ptx")
+        manager.put_group("k.json", {"k.ptx": manager.get_file("k.ptx")})
+        again: Any = get_cache_manager("2" * 64)
+        group = again.get_group("k.json")
+    assert Path(group["k.ptx"]).read_text() == "more" and Path(again.get_file("k.cubin")).read_bytes() == b"\0binary"
+    assert sorted(p.name for p in Path(again.cache_dir).iterdir()) == ["__grp__k.json", "k.cubin", "k.ptx"]
+
+
+def test_kernels_of_operators_live_in_the_cache_of_the_races(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    kernel = Template("", "k", (), (), torch.device("cpu"), 1)
+    monkeypatch.setattr(cuda_driver, "target", lambda: None)
+    monkeypatch.setattr(Template, "build", lambda self, gpu: seen.append(place()))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    try:
+        for cache in (str(tmp_path / "ours"), False):
+            tune.configure(cache=cache)
+            with pytest.raises(CompileError):
+                kernel.prepare()
+            kernel._failure = ""
+    finally:
+        tune.forget()
+    assert seen[0].startswith(str(tmp_path / "ours")) and seen[1] == str(tmp_path / "triton")
