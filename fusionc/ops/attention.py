@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import fell_back
+from .fake import register_fake
 from .score import LOG2E, K, Q, S, T, Term, as_float, evaluate, gradient, load, parse
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
@@ -154,5 +155,5 @@ for _name, _cpu, _meta in (("attention", _reference, _fake), ("attention_backwar
                            ("attention_operand_backward", _reference_operand, _fake_operand)):  # fmt: skip
     _LIBRARY.impl(_name, _cpu, "CPU")
     _LIBRARY.impl(_name, _on_gpu(_name, _cpu), "CUDA")
-    torch.library.register_fake(f"fusionc::{_name}", _meta, lib=_LIBRARY)
+    register_fake(f"fusionc::{_name}", _meta, _LIBRARY)
 torch.library.register_autograd("fusionc::attention", _backward, setup_context=_keep, lib=_LIBRARY)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import late
+from .fake import register_fake
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _SIZES = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
@@ -52,5 +53,5 @@ _LIBRARY.impl("conv_add_relu_over", _over, "CPU")
 _LIBRARY.impl("conv_add_relu", late(lambda: _kernels().fresh, "conv_add_relu", reference), "CUDA")  # type: ignore[attr-defined]
 _LIBRARY.impl("conv_add_relu_over", late(lambda: _kernels().over, "conv_add_relu_over", _over),  # type: ignore[attr-defined]
               "CUDA")
-torch.library.register_fake("fusionc::conv_add_relu", _fake, lib=_LIBRARY)
-torch.library.register_fake("fusionc::conv_add_relu_over", _fake, lib=_LIBRARY)
+register_fake("fusionc::conv_add_relu", _fake, _LIBRARY)
+register_fake("fusionc::conv_add_relu_over", _fake, _LIBRARY)

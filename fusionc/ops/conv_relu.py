@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .fake import register_fake
 from .layout import out_sizes
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
@@ -44,4 +45,4 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], paddin
 
 _LIBRARY.impl("conv_relu", _reference, "CPU")
 _LIBRARY.impl("conv_relu", _cuda, "CUDA")
-torch.library.register_fake("fusionc::conv_relu", _fake, lib=_LIBRARY)
+register_fake("fusionc::conv_relu", _fake, _LIBRARY)

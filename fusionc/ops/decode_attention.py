@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import late
+from .fake import register_fake
 
 _library = torch.library.Library("fusionc", "FRAGMENT")
 _library.define("decode_attention(Tensor q, Tensor key, Tensor value, Tensor? mask, float scale, bool chained) -> Tensor")
@@ -69,4 +70,4 @@ def _kernel(name: str) -> Callable[..., Any]:
 for _name, _reference in (("decode_attention", attention), ("decode_attention_update", update)):
     _library.impl(_name, _reference, "CPU")
     _library.impl(_name, late(functools.partial(_kernel, _name), _name, _reference), "CUDA")
-    torch.library.register_fake(f"fusionc::{_name}", _shape, lib=_library)
+    register_fake(f"fusionc::{_name}", _shape, _library)

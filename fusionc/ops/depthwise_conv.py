@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import late, on_device
 from .activation import activate_
+from .fake import register_fake
 from .layout import layout_of, out_sizes
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
@@ -66,6 +67,6 @@ _LIBRARY.impl("depthwise_conv", _reference, "CPU")
 _LIBRARY.impl("depthwise_conv_weight", _weight_reference, "CPU")
 _LIBRARY.impl("depthwise_conv_weight", late(lambda: _launcher("depthwise_conv_weight"), "depthwise_conv_weight",
                                              _weight_reference), "CUDA")  # fmt: skip
-torch.library.register_fake("fusionc::depthwise_conv_weight", _weight_fake, lib=_LIBRARY)
+register_fake("fusionc::depthwise_conv_weight", _weight_fake, _LIBRARY)
 _LIBRARY.impl("depthwise_conv", late(lambda: _launcher("depthwise_conv"), "depthwise_conv", _reference), "CUDA")
-torch.library.register_fake("fusionc::depthwise_conv", _fake, lib=_LIBRARY)
+register_fake("fusionc::depthwise_conv", _fake, _LIBRARY)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import late
 from .activation import activate_
+from .fake import register_fake
 from .layout import layout_of, out_sizes
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
@@ -40,4 +41,4 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int],
 
 _LIBRARY.impl("depthwise_cpu", late(lambda: importlib.import_module("fusionc.runtime.depthwise_cpu").depthwise, "depthwise_cpu",
                                     reference), "CPU")  # fmt: skip
-torch.library.register_fake("fusionc::depthwise_cpu", _fake, lib=_LIBRARY)
+register_fake("fusionc::depthwise_cpu", _fake, _LIBRARY)

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .fake import register_fake
+
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("fft_conv(Tensor x, Tensor weight, Tensor? bias, SymInt padding, SymInt groups) -> Tensor")
 _LIBRARY.define("fft_conv_backward(Tensor grad, Tensor x, Tensor weight, SymInt padding, SymInt groups, bool[2] output_mask)"
@@ -100,5 +102,5 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, padding: int, groups
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("fft_conv", _compute, _key)
     _LIBRARY.impl("fft_conv_backward", _backward, _key)
-torch.library.register_fake("fusionc::fft_conv", _fake, lib=_LIBRARY)
-torch.library.register_fake("fusionc::fft_conv_backward", _fake_backward, lib=_LIBRARY)
+register_fake("fusionc::fft_conv", _fake, _LIBRARY)
+register_fake("fusionc::fft_conv_backward", _fake_backward, _LIBRARY)

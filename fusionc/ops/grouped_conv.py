@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import late, on_device
 from .activation import activate_
+from .fake import register_fake
 from .layout import out_sizes
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
@@ -54,4 +55,4 @@ for _name, _layout, _find in (("grouped_conv", torch.channels_last, _grouped),
     _here = partial(_reference, _layout)
     _LIBRARY.impl(_name, _here, "CPU")
     _LIBRARY.impl(_name, late(_find, _name, _here), "CUDA")
-    torch.library.register_fake(f"fusionc::{_name}", partial(_fake, _layout), lib=_LIBRARY)
+    register_fake(f"fusionc::{_name}", partial(_fake, _layout), _LIBRARY)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import late, on_device
 from .activation import activate_
+from .fake import register_fake
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("linear_act(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, str activation) -> Tensor")
@@ -41,4 +42,4 @@ def _fake(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, 
 
 _LIBRARY.impl("linear_act", _reference, "CPU")
 _LIBRARY.impl("linear_act", late(_launcher, "linear_act", _reference), "CUDA")
-torch.library.register_fake("fusionc::linear_act", _fake, lib=_LIBRARY)
+register_fake("fusionc::linear_act", _fake, _LIBRARY)

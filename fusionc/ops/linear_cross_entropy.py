@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fake import register_fake
+
 _library = torch.library.Library("fusionc", "FRAGMENT")
 _library.define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, bool mean, "
@@ -199,8 +201,8 @@ def _no_second(ctx: Any, *_: Any) -> Any:
 
 _library.impl("linear_cross_entropy", _forward, "CompositeExplicitAutograd")
 _library.impl("linear_cross_entropy_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusionc::linear_cross_entropy", _fake, lib=_library)
-torch.library.register_fake("fusionc::linear_cross_entropy_backward", _fake_backward, lib=_library)
+register_fake("fusionc::linear_cross_entropy", _fake, _library)
+register_fake("fusionc::linear_cross_entropy_backward", _fake_backward, _library)
 torch.library.register_autograd("fusionc::linear_cross_entropy", _differentiate, setup_context=_setup, lib=_library)
 torch.library.register_autograd("fusionc::linear_cross_entropy_backward", _no_second, setup_context=lambda *_, **__: None,
                                 lib=_library)  # fmt: skip

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .fake import register_fake
 from .layout import layout_of
 
 _library = torch.library.Library("fusionc", "FRAGMENT")
@@ -72,5 +73,5 @@ def _fake_gradient(grad: Tensor, places: Tensor, size: Sequence[int], kernel: Se
 
 _library.impl("max_pool2d_with_places", with_places, "CompositeExplicitAutograd")
 _library.impl("max_pool2d_gradient", gradient, "CompositeExplicitAutograd")
-torch.library.register_fake("fusionc::max_pool2d_with_places", _fake_with_places, lib=_library)
-torch.library.register_fake("fusionc::max_pool2d_gradient", _fake_gradient, lib=_library)
+register_fake("fusionc::max_pool2d_with_places", _fake_with_places, _library)
+register_fake("fusionc::max_pool2d_gradient", _fake_gradient, _library)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import late
+from .fake import register_fake
 
 KEYS = 128  # at most: 197, padded to 256, measured slower in a model than the library
 WIDTHS = (16, 32, 64, 128)
@@ -95,4 +96,4 @@ _library.impl(
     late(lambda: importlib.import_module("fusionc.targets.short_attention").attention, "short_attention", reference),
     "CUDA",
 )
-torch.library.register_fake("fusionc::short_attention", _shape, lib=_library)
+register_fake("fusionc::short_attention", _shape, _library)

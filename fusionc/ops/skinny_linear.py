@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import late
+from .fake import register_fake
 
 ROWS = 128  # that kernels take at most
 SIBLING_ROWS = 1 << 15  # with sibling weights, which a copy would have to lay side by side for the library
@@ -85,4 +86,4 @@ _library.impl(
     late(lambda: importlib.import_module("fusionc.targets.skinny").linear, "skinny_linear", reference),
     "CUDA",
 )
-torch.library.register_fake("fusionc::skinny_linear", _shape, lib=_library)
+register_fake("fusionc::skinny_linear", _shape, _library)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .activation import activate_
+from .fake import register_fake
 
 _LIBRARY = torch.library.Library("fusionc", "FRAGMENT")
 _LIBRARY.define("tiled_mlp(Tensor x, Tensor first, Tensor? first_bias, Tensor second, Tensor? second_bias, str activation, "
@@ -46,4 +47,4 @@ def _fake(x: Tensor, first: Tensor, first_bias: Tensor | None, second: Tensor, s
 
 
 _LIBRARY.impl("tiled_mlp", tiled_mlp, "CPU")
-torch.library.register_fake("fusionc::tiled_mlp", _fake, lib=_LIBRARY)
+register_fake("fusionc::tiled_mlp", _fake, _LIBRARY)
