@@ -23,6 +23,7 @@ from .runtime import ready
 
 _numbers = itertools.count()
 _lock = threading.RLock()
+_LARGE = 64  # nodes, from which on there are kernels enough for more processes, and tracing takes as long as they to start
 ready.begin()  # torch.compile imports this module when it is given our name: beside Dynamo, where a GPU is in use
 
 
@@ -59,7 +60,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
 
     from .artifacts import graph_label
     from .partition import partition
-    from .runtime import tune
+    from .runtime import compile_workers, tune
     from .warm import Warm
 
     tune.configure(config.tune, config.cache)
@@ -70,6 +71,9 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     ready = warm.load()
     if ready is not None:
         return ready
+    on_gpu = any(isinstance(t, torch.Tensor) and t.device.type == "cuda" for t in example_inputs)
+    if on_gpu and len(gm.graph.nodes) >= _LARGE:
+        compile_workers.start()  # beside AOTAutograd
     gm, derived, model_records = _model_passes(gm, example_inputs, config)
     weights = None
     if derived:

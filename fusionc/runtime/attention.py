@@ -131,14 +131,12 @@ class _Prepared:
         """``f(stream, *pointers, *numbers)``, compiled at the first call."""
         found = self.launchers.get(tile)
         if found is None:
-            import triton
-
             started = time.perf_counter()
             fixed = constants(*self.shape, tile)
             with torch.cuda.device(self.device), in_folder(tune.binaries()):
                 source = ast_source(getattr(self.module, self.name), self.kinds, self.divisible, {**self.ones, **fixed})
-                options = {"num_warps": tile.warps, "num_stages": tile.stages, **launch.UNCHECKED}
-                built = triton.compile(source, target=cuda_driver.target(), options=options)
+                options = {"num_warps": tile.warps, "num_stages": tile.stages}
+                built = launch.compile_source(source, cuda_driver.target(), options)
                 launch.load_binary(built)
                 compiled = Compiled(self.name, "", dict(built.asm), built.n_regs, built.n_spills, built.metadata.shared,
                                     time.perf_counter() - started, {}, built)  # fmt: skip

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["in_folder", "in_tritons"]
+__all__ = ["current", "in_folder", "in_tritons"]
 
 _folder: ContextVar[str | None] = ContextVar("fusionc_triton_folder", default=None)
 _guard = threading.Lock()  # of installing: two classes, and one of them would pass for somebody else's
@@ -47,6 +47,15 @@ def in_tritons() -> Iterator[None]:
         yield
     finally:
         _folder.reset(token)
+
+
+def current() -> str | None:
+    """The folder that what compiles now goes to; None where somebody's own cache manager decides that."""
+    from triton import knobs
+
+    if knobs.cache.manager_class not in (None, _manager()):
+        return None
+    return _folder.get() or str(knobs.cache.dir)
 
 
 def _installed() -> bool:

@@ -33,7 +33,7 @@ from ..codegen.triton import index_width, parameters
 from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate, kernel_bytes
 from ..schedule.plan import Plan
-from . import cuda_driver, interpreter, ready
+from . import binaries, compile_workers, cuda_driver, interpreter, ready
 from .device import TARGETS
 
 _ARCH = {
@@ -239,6 +239,17 @@ def cross_compile(
     return _compile(source, name, kernel, plan, GPUTarget(*_ARCH[target]), target, aligned, wide, usage)
 
 
+def compile_source(source: Any, gpu: Any, options: dict[str, Any]) -> Any:
+    """Triton's CompiledKernel of an ``ASTSource`` of a generated text; by a worker's hands where one is free."""
+    import triton
+
+    options = {**options, **UNCHECKED}
+    folder = binaries.current()
+    if folder is not None:
+        compile_workers.compile_elsewhere(source, gpu, options, folder)
+    return triton.compile(source, target=gpu, options=options)
+
+
 # Triton writes operands of checks of integer arithmetic into every kernel, though the checks themselves only in its debug
 # mode: a fifth of the time in which a kernel's text becomes IR, under Python's lock.
 UNCHECKED = {"sanitize_overflow": False}
@@ -255,15 +266,10 @@ def _compile(
     wide: bool,
     usage: bool,
 ) -> Compiled:
-    import triton
-
     start = time.perf_counter()
     try:
-        built = triton.compile(
-            _ast_source(without_library(source, gpu), name, kernel, aligned, wide),
-            target=gpu,
-            options={"num_warps": plan.warps, "num_stages": plan.stages, **UNCHECKED},
-        )
+        made = _ast_source(without_library(source, gpu), name, kernel, aligned, wide)
+        built = compile_source(made, gpu, {"num_warps": plan.warps, "num_stages": plan.stages})
     except Exception as e:  # whatever the tool says: the caller falls back
         raise CompileError(name, None, f"{type(e).__name__}: {e}") from e
     seconds = time.perf_counter() - start

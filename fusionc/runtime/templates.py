@@ -22,7 +22,16 @@ import torch
 from ..errors import CompileError
 from . import cuda_driver, ready
 from .binaries import in_folder
-from .launch import UNCHECKED, Compiled, _cuda_launcher, _usage, early_start, load_binary, load_module, without_library
+from .launch import (
+    Compiled,
+    _cuda_launcher,
+    _usage,
+    compile_source,
+    early_start,
+    load_binary,
+    load_module,
+    without_library,
+)
 from .tune import binaries
 
 Constants = tuple[tuple[str, Any], ...]
@@ -65,16 +74,14 @@ class Template:
 
     def build(self, gpu: Any, usage: bool = False) -> Compiled:
         """Compile for a target of Triton's (``GPUTarget``).  Raises CompileError."""
-        import triton
-
         start = time.perf_counter()
         try:
-            options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages, **UNCHECKED}
+            options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages}
             options["enable_fp_fusion"] = not self.exact
             options |= {} if self.registers is None else {"maxnreg": self.registers}
             text = early_start(self.text, self.name, gpu) if self.early else self.text
             self.dependent |= text is not self.text
-            built = triton.compile(self._source(without_library(text, gpu)), target=gpu, options=options)
+            built = compile_source(self._source(without_library(text, gpu)), gpu, options)
         except Exception as e:  # whatever the tool says: the caller decides
             raise CompileError(self.name, None, f"{type(e).__name__}: {e}") from e
         registers, spills = _usage(built) if usage else (-1, -1)

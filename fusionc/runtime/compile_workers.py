@@ -1,0 +1,179 @@
+"""Processes that compile Triton kernels beside this one (`compile_worker`), for Python's lock.
+
+Of the 95 ms that a kernel takes to compile, 30 to 40 hold the lock (its text becomes IR, IR is printed and stored), and as
+much again on a slower machine: 16 threads compile little faster than two. A worker compiles into the same cache folder,
+and this process then finds the binary there, which takes 5 ms. All is best effort: without a worker that is free, and
+wherever one fails or does not answer, the thread compiles by itself.
+
+Workers take half a second to start, which is spent while AOTAutograd traces (`start`), and end after a minute without work.
+Only where there are many cores: below, threads have them busy already. ``FUSIONC_WORKERS`` sets their number; 0: none.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["compile_elsewhere", "start"]
+
+_MOST = 8
+_CORES = 8  # fewer are kept busy by threads
+_ANSWER_SECONDS = 120.0
+_PLAIN = (bool, int, float, str, type(None))
+
+_free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+_team: list[Worker | None] = []  # all that were started; None: is being started
+_home = 0  # the process that they work for
+_guard = threading.Lock()
+
+
+class Worker:
+    """One process and its pipes."""
+
+    def __init__(self) -> None:
+        script = str(Path(__file__).with_name("compile_worker.py"))
+        packages = json.dumps([p for p in sys.path if p])  # -I: neither the script's folder nor the current one is among them
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", script, packages], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True)  # fmt: skip
+        self.rest = b""
+
+    def ask(self, job: dict[str, Any]) -> str:
+        """The answer to a job.  Raises OSError or TimeoutError if the process has gone or says nothing."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job).encode() + b"\n")
+        return str(json.loads(self.line(_ANSWER_SECONDS)))
+
+    def line(self, seconds: float) -> bytes:
+        """The next line that it says."""
+        assert self.process.stdout is not None
+        end = time.monotonic() + seconds
+        while b"\n" not in self.rest:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+                raise TimeoutError("no answer")
+            part = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not part:
+                raise BrokenPipeError("the process has ended")
+            self.rest += part
+        line, self.rest = self.rest.split(b"\n", 1)
+        return line
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.process.kill()
+            self.process.wait(5)
+            for pipe in (self.process.stdin, self.process.stdout):
+                if pipe is not None:
+                    pipe.close()
+
+
+def count() -> int:
+    """How many workers this machine gets."""
+    word = os.environ.get("FUSIONC_WORKERS", "")
+    if word.isdigit():
+        return min(int(word), 64)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MOST, cores // 2) if cores >= _CORES else 0
+
+
+def start() -> None:
+    """Start the workers of this process, if it has none; returns at once.  Call when something will be compiled."""
+    global _home, _free
+    with _guard:
+        if _home != os.getpid():  # also in a process that was forked from theirs
+            _home, _free = os.getpid(), queue.SimpleQueue()
+            _team.clear()
+        _team[:] = [w for w in _team if w is None or w.process.poll() is None]
+        if _team:
+            return
+        for _ in range(count()):
+            _team.append(None)
+            try:
+                threading.Thread(target=_welcome, args=(_free,), name="fusionc-worker", daemon=True).start()
+            except RuntimeError:  # no more threads
+                _team.remove(None)
+
+
+def _welcome(free: queue.SimpleQueue[Worker]) -> None:
+    """Start one worker, and put it among the free ones once it is ready."""
+    worker = None
+    with contextlib.suppress(OSError, ValueError):
+        worker = Worker()
+        atexit.register(_end, os.getpid(), worker)
+    with _guard:
+        if None in _team:
+            _team.remove(None)
+        if worker is not None:
+            _team.append(worker)
+    if worker is None:
+        return
+    try:
+        ready = worker.line(60) == b"ready"
+    except (OSError, ValueError):  # (select takes no descriptors beyond 1023)
+        ready = False
+    if ready:
+        free.put(worker)
+    else:
+        worker.stop()
+
+
+def _end(pid: int, worker: Worker) -> None:
+    if pid == os.getpid():  # not in a forked child
+        worker.stop()
+
+
+def compile_elsewhere(source: Any, target: Any, options: dict[str, Any], folder: str) -> bool:
+    """Have an ``ASTSource`` of a generated text compiled into a cache folder; False if nobody is free or it did not work.
+
+    The caller compiles it with Triton in any case, and finds it in the cache or not.
+    """
+    if _home != os.getpid() or _free.empty():
+        return False
+    job = _job(source, target, options, folder)
+    if job is None:
+        return False
+    try:
+        worker = _free.get_nowait()
+    except queue.Empty:
+        return False
+    try:
+        answer = worker.ask(job)
+    except (OSError, ValueError):  # it has ended after a minute without work, or something is wrong with it
+        worker.stop()
+        return False
+    _free.put(worker)
+    return not answer
+
+
+def _job(source: Any, target: Any, options: dict[str, Any], folder: str) -> dict[str, Any] | None:
+    """The job as plain values, None where it cannot be told in these."""
+    from triton.runtime.cache import triton_key
+
+    fn = source.fn
+    if not all(isinstance(v, _PLAIN) for v in (*source.constants.values(), *options.values())):
+        return None
+    if any(len(place) != 1 for place in (*source.constants, *source.attrs)):
+        return None
+    return {
+        "module": fn.fn.__module__,
+        "path": fn.fn.__code__.co_filename,
+        "name": fn.fn.__name__,
+        "signature": dict(source.signature),
+        "constants": [[place[0], value] for place, value in source.constants.items()],
+        "attributes": [[place[0], values] for place, values in source.attrs.items()],
+        "target": [target.backend, target.arch, target.warp_size],
+        "options": options,
+        "folder": folder,
+        "libraries": triton_key(),
+    }

@@ -1,0 +1,185 @@
+"""Workers compile into the folder that is asked for, under the name that this process looks for; and never are in the way."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusionc.codegen.triton import render
+from fusionc.runtime import compile_worker, compile_workers, launch
+from fusionc.runtime.binaries import in_folder
+from fusionc.runtime.device import known
+from fusionc.schedule.rules_triton import default_plan
+from tests.codegen import kernels
+
+GPU = GPUTarget("cuda", 90, 32)
+OPTIONS = {"num_warps": 4, "num_stages": 1, **launch.UNCHECKED}
+TEXT = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def helper(x):
+    return x * 2.0
+
+
+@triton.jit
+def double(x, y, N: tl.constexpr, WORD: tl.constexpr, FACTOR: tl.constexpr):
+    i = tl.arange(0, 64)
+    if WORD == "plus":
+        tl.store(y + i, helper(tl.load(x + i, mask=i < N)) + FACTOR, mask=i < N)
+"""
+
+
+def source(text: str = TEXT, factor: Any = 0.1) -> ASTSource:
+    return ASTSource(
+        fn=launch.load_module(text).double,
+        signature={"x": "*fp32", "y": "*fp32", "N": "constexpr", "WORD": "constexpr", "FACTOR": "constexpr"},
+        constexprs={"N": 60, "WORD": "plus", "FACTOR": factor},
+        attrs={(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
+    )
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """One worker that is ready."""
+    monkeypatch.setattr(compile_workers, "_free", queue.SimpleQueue())
+    monkeypatch.setattr(compile_workers, "_home", 0)
+    monkeypatch.setattr(compile_workers, "_team", [])
+    monkeypatch.setenv("FUSIONC_WORKERS", "1")
+    compile_workers.start()
+    worker = compile_workers._free.get(timeout=60)
+    compile_workers._free.put(worker)
+    yield compile_workers._free
+    worker.stop()
+
+
+def metadata(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*.json") if not p.name.startswith("__grp__"))
+
+
+def test_what_a_worker_compiled_is_found_here(workers: Any, tmp_path: Path) -> None:
+    assert compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path))
+    (made,) = metadata(tmp_path)
+    stamp = made.stat().st_mtime_ns
+    with in_folder(str(tmp_path)):
+        found = triton.compile(source(), target=GPU, options=OPTIONS)
+    assert metadata(tmp_path) == [made] and made.stat().st_mtime_ns == stamp, "it was compiled again"
+    assert found.asm["cubin"] and "__nv" not in found.asm["llir"]
+    other = tmp_path / "other"
+    assert compile_workers.compile_elsewhere(source(factor=0.2), GPU, OPTIONS, str(other)) and len(metadata(other)) == 1
+
+
+@pytest.mark.parametrize("case", [kernels.layernorm(64, 768, "bf16"), kernels.dynamic_axis(8, 1000)], ids=lambda c: c.name)
+def test_generated_kernels_go_through_workers(case: kernels.Case, workers: Any, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Dynamic sizes and the launch that starts early as well: the names agree, so this process only reads."""
+    told: list[bool] = []
+    whole = compile_workers.compile_elsewhere
+    monkeypatch.setattr(compile_workers, "compile_elsewhere", lambda *a: told.append(whole(*a)))
+    plan = default_plan(case.kernel, case.sizes, known("sm_90"))
+    text = launch.early_start(render(case.kernel, plan, "k0"), "k0", GPU)
+    with in_folder(str(tmp_path)):
+        built = launch.cross_compile(text, "k0", case.kernel, plan, "sm_90")
+    assert told == [True] and len(metadata(tmp_path)) == 1 and built.asm["cubin"]
+
+
+def test_workers_that_have_ended_are_replaced_and_others_are_kept(workers: Any) -> None:
+    worker = workers.get()
+    workers.put(worker)
+    compile_workers.start()
+    assert compile_workers._team == [worker]
+    worker.stop()
+    compile_workers.start()
+    workers.get()
+    other = workers.get(timeout=60)
+    assert other is not worker and compile_workers._team == [other]
+    other.stop()
+
+
+def test_an_error_is_left_to_this_process(workers: Any, tmp_path: Path) -> None:
+    wrong = TEXT.replace("tl.store(", "tl.nothing(")
+    assert not compile_workers.compile_elsewhere(source(wrong), GPU, OPTIONS, str(tmp_path))
+    assert compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path)), "the worker goes on"
+
+
+def test_a_worker_that_has_ended_is_dropped(workers: Any, tmp_path: Path) -> None:
+    worker = workers.get()
+    workers.put(worker)
+    os.kill(worker.process.pid, signal.SIGKILL)
+    worker.process.wait(10)
+    assert not compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path))
+    assert workers.empty() and worker.process.stdin.closed
+
+
+def test_a_worker_that_says_nothing_is_ended(workers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = workers.get()
+    workers.put(worker)
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(compile_workers, "_ANSWER_SECONDS", 0.2)
+    assert not compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path))
+    assert worker.process.poll() is not None and workers.empty()
+
+
+def test_only_plain_values_are_told(workers: Any, tmp_path: Path) -> None:
+    import triton.language as tl
+
+    assert not compile_workers.compile_elsewhere(source(factor=tl.float32), GPU, OPTIONS, str(tmp_path))
+    assert not compile_workers.compile_elsewhere(source(factor=(1, 2)), GPU, OPTIONS, str(tmp_path))
+    assert not workers.empty()
+
+
+def test_nobody_waits_for_a_worker(workers: Any, tmp_path: Path) -> None:
+    worker = workers.get()
+    assert not compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path))
+    workers.put(worker)
+
+
+@pytest.mark.parametrize(
+    ("word", "cores", "wanted"), [("", 2, 0), ("", 8, 4), ("", 16, 8), ("", 128, 8), ("3", 2, 3), ("0", 64, 0)]
+)
+def test_how_many(word: str, cores: int, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSIONC_WORKERS", word)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert compile_workers.count() == wanted
+
+
+def test_a_worker_ends_with_its_input_and_when_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = compile_workers.Worker()
+    assert worker.line(60) == b"ready"
+    worker.process.stdin.close()
+    assert worker.process.wait(10) == 0
+    worker.stop()
+    read, write = os.pipe()
+    monkeypatch.setattr(compile_worker, "IDLE_SECONDS", 0.1)
+    with open(read, "rb", buffering=0) as stream:
+        begun = time.monotonic()
+        assert compile_worker._line(stream) is None and time.monotonic() - begun < 5
+        os.write(write, b'{"a"')
+        os.write(write, b": 1}\n")
+        assert compile_worker._line(stream) == b'{"a": 1}\n'
+        os.close(write)
+        assert compile_worker._line(stream) is None
+
+
+def test_a_worker_needs_no_torch() -> None:
+    """Its start would take seconds and gigabytes."""
+    code = "import sys, json; import triton, triton.compiler, triton.backends.compiler; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "False"
