@@ -417,6 +417,8 @@ class Runner:
         if self.args.device == "cuda":
             jobs = self.args.jobs
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or jobs) // jobs)))
+            if jobs > 1:  # each process would start as many as the machine has cores for
+                environment.setdefault("FUSIONC_WORKERS", str(8 // jobs))
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(
                 command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
@@ -628,7 +630,8 @@ def main(argv: list[str] | None = None) -> int:
         "--cache", default=None, help="folder for compiler caches; default a fresh one a workload (cold)"
     )
     parser.add_argument("--warm", action="store_true", help="also the first call of a second process, caches filled")
-    parser.add_argument("--compile-only", action="store_true", help="nothing but first calls, cold and warm")
+    parser.add_argument("--compile-only", action="store_true",
+                        help="nothing but first calls, cold (unless --cache names a folder in use) and warm")  # fmt: skip
     parser.add_argument("--json", default=None, help="result file, rewritten after each workload")
     parser.add_argument("--resume", action="store_true", help="keep what --json has; measure only what it lacks")
     parser.add_argument("--render", nargs="+", metavar="JSON", help="measure nothing: table and plot of result files")

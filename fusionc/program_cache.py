@@ -312,7 +312,7 @@ def store(key: Key, cx: Context, program: Program, kernels: Mapping[str, str], d
     missing = [d.name for d in derived if d.recipe is None]
     if missing:
         raise NotCacheable(f"derived weight {missing[0]} has no recipe")
-    operators = {key: str(op.name()) for key, op in cx.operators.items()}
+    operators = {number: str(op.name()) for number, op in cx.operators.items()}
     payload = {
         "program": encode(program, operators, {s: program.constants[s] for s in kernels}),
         "kernels": [{"symbol": s, "loop": text, "source": _sha(cx.sources.get(s))} for s, text in sorted(kernels.items())],

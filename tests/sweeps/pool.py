@@ -37,7 +37,7 @@ class _Worker:
             stderr=subprocess.DEVNULL if not os.environ.get("SWEEP_STDERR") else None,
             pass_fds=(write,),
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={"FUSIONC_WORKERS": "0", **os.environ, **environment},
             start_new_session=True,
         )
         os.close(write)
