@@ -62,9 +62,11 @@ class Worker:
         """The next line that it says; with ``pipes`` held."""
         assert self.process.stdout is not None
         end = time.monotonic() + seconds
+        something = select.poll()  # (`select` takes no descriptors beyond 1023)
+        something.register(self.process.stdout, select.POLLIN)
         while b"\n" not in self.rest:
             left = end - time.monotonic()
-            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+            if left <= 0 or not something.poll(left * 1000):
                 raise TimeoutError("no answer")
             part = os.read(self.process.stdout.fileno(), 1 << 16)
             if not part:
@@ -78,7 +80,7 @@ class Worker:
         try:
             with self.pipes:
                 return self.line(60) == b"ready"
-        except (OSError, ValueError):  # (select takes no descriptors beyond 1023)
+        except (OSError, ValueError):
             return False
 
     def stop(self) -> None:

@@ -167,6 +167,21 @@ def test_a_relative_folder_is_this_processs(workers: Any, tmp_path: Path, monkey
     assert compile_workers.compile_elsewhere(source(), GPU, OPTIONS, "made") and len(metadata(tmp_path / "made")) == 1
 
 
+def test_many_open_files() -> None:
+    import resource
+
+    if 0 <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1200:
+        pytest.skip("no descriptors beyond 1023")
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        worker = compile_workers.Worker()
+        assert worker.process.stdout.fileno() > 1023 and worker.ready()
+        worker.stop()
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
 @pytest.mark.parametrize("case", ["path", "nothing", "frozen"])
 def test_unusual_interpreters(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Objects in sys.path, which Python passes over; programs that hold an interpreter would be started again and again."""
