@@ -569,8 +569,8 @@ class _Linker:
             self.tensor(self.reused[node])
             self.expect(self.reused[node])
             name = self.name[node] = self.tensor(self.reused[node])
-            val = node.meta["val"]
-            if val.shape != self.reused[node].meta["val"].shape:
+            val, theirs = node.meta["val"], self.reused[node].meta["val"]
+            if (val.shape, val.stride()) != (theirs.shape, theirs.stride()):  # strides of one element may differ, too
                 base, name = name, self.fresh("v")
                 size, stride = sizes_index(val.shape), strides_index(val.stride())
                 self.program.steps.append(prog.View(name, base, size, stride, size_index(0)))

@@ -89,9 +89,20 @@ def _manager() -> Any:
             place = os.path.join(self.cache_dir, filename)
             fresh = f"{place}.{uuid.uuid4().hex}"
             content = data if isinstance(data, bytes) else str(data)
-            with open(fresh, "wb" if isinstance(content, bytes) else "w") as file:
-                file.write(content)
-            os.replace(fresh, place)
+            mode = "wb" if isinstance(content, bytes) else "w"
+            try:
+                file = open(fresh, mode)  # noqa: SIM115
+            except FileNotFoundError:  # somebody empties the cache
+                os.makedirs(self.cache_dir, exist_ok=True)
+                file = open(fresh, mode)  # noqa: SIM115
+            try:
+                with file:
+                    file.write(content)
+                os.replace(fresh, place)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(fresh)
+                raise
             return place
 
     return FolderOfContext

@@ -57,6 +57,8 @@ def _compile(job: dict[str, Any]) -> None:
     from triton.compiler import ASTSource
     from triton.runtime import cache
 
+    if [triton.__version__, triton.__file__] != job["triton"]:
+        raise RuntimeError("this is another Triton")  # the binary would stand under the other one's name
     os.environ["TRITON_CACHE_DIR"] = job["folder"]
     cache.triton_key = lambda: job["libraries"]  # the hash of Triton's libraries takes 0.4 s, and he knows it
     source = ASTSource(

@@ -42,25 +42,31 @@ class Worker:
 
     def __init__(self) -> None:
         script = str(Path(__file__).with_name("compile_worker.py"))
-        packages = json.dumps([p for p in sys.path if p])  # -I: neither the script's folder nor the current one is among them
+        # -I: neither the script's folder nor the current one is among them (Python passes over what is no text, too)
+        packages = json.dumps([p for p in sys.path if p and isinstance(p, str)])
         self.process = subprocess.Popen(
             [sys.executable, "-I", script, packages], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True)  # fmt: skip
+            stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True,
+            env={**os.environ, "FUSIONC_WORKERS": "0"})  # fmt: skip
         self.rest = b""
+        self.pipes = threading.Lock()  # who holds it uses them: they are not closed meanwhile
 
     def ask(self, job: dict[str, Any]) -> str:
         """The answer to a job.  Raises OSError or TimeoutError if the process has gone or says nothing."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job).encode() + b"\n")
-        return str(json.loads(self.line(_ANSWER_SECONDS)))
+        with self.pipes:
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            return str(json.loads(self.line(_ANSWER_SECONDS)))
 
     def line(self, seconds: float) -> bytes:
-        """The next line that it says."""
+        """The next line that it says; with ``pipes`` held."""
         assert self.process.stdout is not None
         end = time.monotonic() + seconds
+        something = select.poll()  # (`select` takes no descriptors beyond 1023)
+        something.register(self.process.stdout, select.POLLIN)
         while b"\n" not in self.rest:
             left = end - time.monotonic()
-            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+            if left <= 0 or not something.poll(left * 1000):
                 raise TimeoutError("no answer")
             part = os.read(self.process.stdout.fileno(), 1 << 16)
             if not part:
@@ -69,21 +75,38 @@ class Worker:
         line, self.rest = self.rest.split(b"\n", 1)
         return line
 
+    def ready(self) -> bool:
+        """Wait until it has started."""
+        try:
+            with self.pipes:
+                return self.line(60) == b"ready"
+        except (OSError, ValueError):
+            return False
+
     def stop(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
             self.process.kill()
             self.process.wait(5)
-            for pipe in (self.process.stdin, self.process.stdout):
-                if pipe is not None:
+        with self.pipes:
+            self.close()
+
+    def close(self) -> None:
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
                     pipe.close()
 
 
 def count() -> int:
-    """How many workers this machine gets."""
+    """How many workers this process gets."""
+    if not sys.executable or getattr(sys, "frozen", False):
+        return 0  # there is no Python to start, only a program that holds one
     word = os.environ.get("FUSIONC_WORKERS", "")
     if word.isdigit():
         return min(int(word), 64)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun: as many processes as this one share the cores
+    cores //= max(1, int(ranks)) if ranks.isdigit() else 1
     return min(_MOST, cores // 2) if cores >= _CORES else 0
 
 
@@ -91,26 +114,26 @@ def start() -> None:
     """Start the workers of this process, if it has none; returns at once.  Call when something will be compiled."""
     global _home, _free
     with _guard:
-        if _home != os.getpid():  # also in a process that was forked from theirs
-            _home, _free = os.getpid(), queue.SimpleQueue()
-            _team.clear()
+        if _home != os.getpid():
+            _home = os.getpid()
+            atexit.register(_end, _home)
         _team[:] = [w for w in _team if w is None or w.process.poll() is None]
         if _team:
             return
+        _free = queue.SimpleQueue()
         for _ in range(count()):
             _team.append(None)
             try:
-                threading.Thread(target=_welcome, args=(_free,), name="fusionc-worker", daemon=True).start()
+                threading.Thread(target=_attend, args=(_free,), name="fusionc-worker", daemon=True).start()
             except RuntimeError:  # no more threads
                 _team.remove(None)
 
 
-def _welcome(free: queue.SimpleQueue[Worker]) -> None:
-    """Start one worker, and put it among the free ones once it is ready."""
+def _attend(free: queue.SimpleQueue[Worker]) -> None:
+    """Start one worker, put it among the free ones once it is ready, and clear away what is left when it has ended."""
     worker = None
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):
         worker = Worker()
-        atexit.register(_end, os.getpid(), worker)
     with _guard:
         if None in _team:
             _team.remove(None)
@@ -118,19 +141,30 @@ def _welcome(free: queue.SimpleQueue[Worker]) -> None:
             _team.append(worker)
     if worker is None:
         return
-    try:
-        ready = worker.line(60) == b"ready"
-    except (OSError, ValueError):  # (select takes no descriptors beyond 1023)
-        ready = False
-    if ready:
+    if worker.ready():
         free.put(worker)
-    else:
-        worker.stop()
+        worker.process.wait()
+    worker.stop()
 
 
-def _end(pid: int, worker: Worker) -> None:
+def _end(pid: int) -> None:
     if pid == os.getpid():  # not in a forked child
-        worker.stop()
+        for worker in [w for w in _team if w is not None]:
+            worker.stop()
+
+
+def _after_fork() -> None:
+    """A child has no workers, and holds nothing of its parent's open."""
+    global _guard, _free, _home
+    _guard, _free, _home = threading.Lock(), queue.SimpleQueue(), 0
+    for worker in [w for w in _team if w is not None]:
+        worker.close()
+        worker.process.returncode = 0  # it is not the child's to wait for
+    _team.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def compile_elsewhere(source: Any, target: Any, options: dict[str, Any], folder: str) -> bool:
@@ -143,13 +177,16 @@ def compile_elsewhere(source: Any, target: Any, options: dict[str, Any], folder:
     job = _job(source, target, options, folder)
     if job is None:
         return False
-    try:
-        worker = _free.get_nowait()
-    except queue.Empty:
-        return False
+    while True:
+        try:
+            worker = _free.get_nowait()
+        except queue.Empty:
+            return False
+        if worker.process.poll() is None:
+            break  # (else it has ended after a minute without work)
     try:
         answer = worker.ask(job)
-    except (OSError, ValueError):  # it has ended after a minute without work, or something is wrong with it
+    except (OSError, ValueError):  # it ends just now, or something is wrong with it
         worker.stop()
         return False
     _free.put(worker)
@@ -157,8 +194,15 @@ def compile_elsewhere(source: Any, target: Any, options: dict[str, Any], folder:
 
 
 def _job(source: Any, target: Any, options: dict[str, Any], folder: str) -> dict[str, Any] | None:
-    """The job as plain values, None where it cannot be told in these."""
+    """The job as plain values, None where it cannot be told in these or must be done by this process's Triton."""
+    import triton
+    from triton import knobs
     from triton.runtime.cache import triton_key
+
+    if knobs.runtime.add_stages_inspection_hook is not None or knobs.compilation.listener is not None:
+        return None
+    if knobs.compilation.always_compile or knobs.compilation.override or knobs.compilation.dump_ir:
+        return None
 
     fn = source.fn
     if not all(isinstance(v, _PLAIN) for v in (*source.constants.values(), *options.values())):
@@ -174,6 +218,7 @@ def _job(source: Any, target: Any, options: dict[str, Any], folder: str) -> dict
         "attributes": [[place[0], values] for place, values in source.attrs.items()],
         "target": [target.backend, target.arch, target.warp_size],
         "options": options,
-        "folder": folder,
+        "folder": os.path.abspath(folder),  # also where this process has moved since
         "libraries": triton_key(),
+        "triton": [triton.__version__, triton.__file__],
     }

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusionc import inplace, program_cache
 from fusionc.passes.conv_add_relu import ConvAddRelu
@@ -86,6 +87,38 @@ def test_reuse(f: Callable[..., Any], times: int, monkeypatch: pytest.MonkeyPatc
     for got, want in kept:  # a later call must not write over an earlier one's result
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
     assert sum(found) == times
+
+
+def test_a_result_over_an_operand_has_its_own_strides() -> None:
+    """Also where they differ in sizes of one only, which say nothing of the memory."""
+    def f(x: Tensor, w: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(F.conv2d(x, w) + z)
+
+    x, w = torch.randn(512, 64, 1, 1), torch.randn(640, 64, 1, 1)
+    z = torch.randn(512, 640).as_strided((512, 640, 1, 1), (640, 1, 640, 640))
+    got, want = torch.compile(f, backend="fusionc", options={"strict": True, "cache": False})(x, w, z), f(x, w, z)
+    with FakeTensorMode() as mode:  # (what graphs are made of; ATen's convolution itself may be of another mind)
+        assert got.stride() == f(*(mode.from_tensor(t) for t in (x, w, z))).stride() == z.stride()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+def test_a_result_over_an_operand_may_be_changed_by_the_caller() -> None:
+    """It is no view for autograd, and what backward needs is not lost with it."""
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return torch.sin((x @ w).view(8, 64, 640))
+
+    torch.manual_seed(0)
+    found = []
+    for g in (f, torch.compile(f, backend="fusionc", options={"cache": False})):
+        x, w = torch.ones(512, 64, requires_grad=True), torch.full((64, 640), 0.01, requires_grad=True)
+        y = g(x, w)
+        assert not y._is_view()
+        y.mul_(2)
+        y.sum().backward(retain_graph=True)
+        y.sum().backward()
+        found.append((y, x.grad, w.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
 
 
 def gated(x: Tensor, w: Tensor, v: Tensor) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -133,6 +134,21 @@ def test_files_are_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
         group = again.get_group("k.json")
     assert Path(group["k.ptx"]).read_text() == "more" and Path(again.get_file("k.cubin")).read_bytes() == b"\0binary"
     assert sorted(p.name for p in Path(again.cache_dir).iterdir()) == ["__grp__k.json", "k.cubin", "k.ptx"]
+
+
+def test_a_cache_that_is_emptied_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with in_folder(str(tmp_path / "a")):
+        manager: Any = get_cache_manager("2" * 64)
+    shutil.rmtree(tmp_path / "a")
+    assert Path(manager.put(b"binary", "k.cubin")).read_bytes() == b"binary"
+
+    def full(*_: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        manager.put(b"binary", "k.ptx")
+    assert [p.name for p in Path(manager.cache_dir).iterdir()] == ["k.cubin"]
 
 
 def test_kernels_of_operators_live_in_the_cache_of_the_races(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,10 +107,94 @@ def test_workers_that_have_ended_are_replaced_and_others_are_kept(workers: Any) 
     assert compile_workers._team == [worker]
     worker.stop()
     compile_workers.start()
-    workers.get()
-    other = workers.get(timeout=60)
+    other = compile_workers._free.get(timeout=60)
     assert other is not worker and compile_workers._team == [other]
     other.stop()
+
+
+def test_nothing_is_left_of_workers_that_have_ended(workers: Any, tmp_path: Path) -> None:
+    """No zombie and no open pipe, also where nobody asks for them any more; and others do the work."""
+    worker = workers.get()
+    workers.put(worker)
+    os.kill(worker.process.pid, signal.SIGKILL)
+    end = time.monotonic() + 10
+    while not worker.process.stdout.closed and time.monotonic() < end:
+        time.sleep(0.01)
+    assert worker.process.stdin.closed and worker.process.stdout.closed and not Path(f"/proc/{worker.process.pid}").exists()
+    other = compile_workers.Worker()
+    assert other.ready()
+    workers.put(other)
+    assert compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path)) and workers.qsize() == 1
+    other.stop()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_no_workers(workers: Any, tmp_path: Path) -> None:
+    """It waits for nobody, although its parent held the lock, and keeps no worker alive that its parent has left."""
+    worker = workers.get()
+    workers.put(worker)
+    with compile_workers._guard:
+        child = os.fork()
+        if child == 0:
+            left = compile_workers._team or not worker.process.stdin.closed or not compile_workers._free.empty()
+            os._exit(1 if left or compile_workers._guard.locked() else 0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path)), "the parent's goes on"
+
+
+@pytest.mark.parametrize("what", ["always_compile", "override", "dump_ir", "listener", "hook"])
+def test_what_this_process_wants_of_triton_is_done_by_it(what: str, workers: Any, tmp_path: Path) -> None:
+    from triton import knobs
+
+    with knobs.compilation.scope(), knobs.runtime.scope():
+        if what == "hook":
+            knobs.runtime.add_stages_inspection_hook = lambda *a: ("", "")
+        else:
+            setattr(knobs.compilation, what, (lambda **k: None) if what == "listener" else True)
+        assert not compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path))
+    assert compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path))
+
+
+def test_another_triton_writes_nothing_under_this_ones_names(workers: Any, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """As after an upgrade of the package below a process that runs."""
+    monkeypatch.setattr(triton, "__version__", "0.1")
+    assert not compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path)) and not metadata(tmp_path)
+
+
+def test_a_relative_folder_is_this_processs(workers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compile_workers.compile_elsewhere(source(), GPU, OPTIONS, "made") and len(metadata(tmp_path / "made")) == 1
+
+
+def test_many_open_files() -> None:
+    import resource
+
+    if 0 <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1200:
+        pytest.skip("no descriptors beyond 1023")
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        worker = compile_workers.Worker()
+        assert worker.process.stdout.fileno() > 1023 and worker.ready()
+        worker.stop()
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("case", ["path", "nothing", "frozen"])
+def test_unusual_interpreters(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects in sys.path, which Python passes over; programs that hold an interpreter would be started again and again."""
+    if case == "path":
+        monkeypatch.setattr(sys, "path", [*sys.path, Path("/")])
+        worker = compile_workers.Worker()
+        assert worker.ready()
+        assert b"FUSIONC_WORKERS=0" in Path(f"/proc/{worker.process.pid}/environ").read_bytes().split(b"\0")
+        worker.stop()
+        return
+    monkeypatch.setenv("FUSIONC_WORKERS", "3")
+    monkeypatch.setattr(sys, *(("executable", None) if case == "nothing" else ("frozen", True)), raising=False)
+    assert compile_workers.count() == 0
 
 
 def test_an_error_is_left_to_this_process(workers: Any, tmp_path: Path) -> None:
@@ -157,12 +241,21 @@ def test_nobody_waits_for_a_worker(workers: Any, tmp_path: Path) -> None:
 def test_how_many(word: str, cores: int, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSIONC_WORKERS", word)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert compile_workers.count() == wanted
+
+
+@pytest.mark.parametrize(("ranks", "wanted"), [("1", 8), ("4", 4), ("8", 0), ("", 8), ("0", 8)])
+def test_ranks_share_the_cores(ranks: str, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSIONC_WORKERS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)), raising=False)
     assert compile_workers.count() == wanted
 
 
 def test_a_worker_ends_with_its_input_and_when_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = compile_workers.Worker()
-    assert worker.line(60) == b"ready"
+    assert worker.ready()
     worker.process.stdin.close()
     assert worker.process.wait(10) == 0
     worker.stop()
