@@ -229,6 +229,15 @@ def test_only_plain_values_are_told(workers: Any, tmp_path: Path) -> None:
     assert not workers.empty()
 
 
+def test_trouble_with_workers_is_nobodys(workers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> bool:
+        raise AttributeError("another Triton")
+
+    monkeypatch.setattr(compile_workers, "compile_elsewhere", broken)
+    with in_folder(str(tmp_path)):
+        assert launch.compile_source(source(), GPU, {"num_warps": 4}).asm["cubin"]
+
+
 def test_nobody_waits_for_a_worker(workers: Any, tmp_path: Path) -> None:
     worker = workers.get()
     assert not compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path))
