@@ -352,7 +352,7 @@ class Runner:
         cold = [b for b in self.backends if b != "eager" and "warm_s" not in old["backends"].get(b, {})]
         if not lacking and not (self.args.warm and cold and self.args.cache):  # caches of an earlier call are gone
             return
-        left = self.args.budget - (time.monotonic() - self.start)
+        left = self.left()
         if left < 20:
             with self.guard:
                 self.rows.setdefault(name, {"name": name, "limit_ms": limit_ms, "backends": {}})
@@ -385,14 +385,15 @@ class Runner:
             print(f"[{spent:4.0f} s] {name}: {told}", flush=True)
             self.save()
 
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return float(self.args.budget - (time.monotonic() - self.start))
+
     def first_calls(self, row: dict[str, Any], b: str, arguments: list[str], caches: str) -> None:
         """The first call of a process that finds no cache, then of one that finds what the other has left."""
-        left = self.args.budget - (time.monotonic() - self.start)
-        if left < 20:
+        if self.left() < 20:
             return
-        trial: dict[str, Any] = {"backends": {}}
-        self.spawn(trial, arguments, caches, min(self.args.limit, left))
-        cold = trial["backends"].get(b, {"error": trial.get("error", "ended without a result")})
+        cold = self.call(b, arguments, caches)
         if "first_call_s" in cold:
             cold["compile_s"] = cold.pop("first_call_s")
             cold |= {} if b in ("aot_eager", "floor") else self.warm_call(b, arguments, caches)  # these keep nothing
@@ -400,15 +401,18 @@ class Runner:
 
     def warm_call(self, b: str, arguments: list[str], caches: str) -> dict[str, Any]:
         """Seconds of the first call of a fresh process with these caches, and what it found in them."""
-        left = self.args.budget - (time.monotonic() - self.start)
-        if left < 10:
+        if self.left() < 10:
             return {}
-        trial: dict[str, Any] = {"backends": {}}
-        self.spawn(trial, arguments, caches, min(self.args.limit, left))
-        found = trial["backends"].get(b)
-        if found is None:
-            return {"warm_error": trial.get("error", "ended without a result")}
+        found = self.call(b, arguments, caches)
+        if "error" in found:
+            return {"warm_error": found["error"]}
         return {"warm_s": found["first_call_s"], "warm_hits": found.get("hits"), "warm_report": found.get("report")}
+
+    def call(self, b: str, arguments: list[str], caches: str) -> dict[str, Any]:
+        """What one child says of a backend, or its error."""
+        trial: dict[str, Any] = {"backends": {}}
+        self.spawn(trial, arguments, caches, min(self.args.limit, self.left()))
+        return dict(trial["backends"].get(b, {"error": trial.get("error", "ended without a result")}))
 
     def spawn(self, row: dict[str, Any], arguments: list[str], caches: str, limit_s: float) -> None:
         """Run one child and merge its lines into ``row``."""

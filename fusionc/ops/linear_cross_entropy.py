@@ -72,11 +72,6 @@ def padded(words: int) -> int:
     return -(-words // 64) * 64 if words % 8 else words
 
 
-def wide_of(dtype: torch.dtype) -> torch.dtype:
-    """The type of losses and sums for logits of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, mean: bool,
              label_smoothing: float, dtype: torch.dtype, wanted: Sequence[bool]) -> tuple[Tensor, ...]:  # fmt: skip
     """(loss, dx, dw, db); gradients that are not wanted are empty."""
@@ -86,7 +81,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ign
             target = target.clone()
         tokens, width = x.shape
         words = weight.shape[0]
-        wide = wide_of(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
         rows = chunk_rows(tokens, width, wanted[1])
         full = padded(words)
         weights = weight if full == words else F.pad(weight, (0, 0, 0, full - words))

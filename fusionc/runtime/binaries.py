@@ -24,13 +24,13 @@ _guard = threading.Lock()  # of installing: two classes, and one of them would p
 
 
 @contextlib.contextmanager
-def in_folder(folder: str | None) -> Iterator[None]:
+def in_folder(folder: str | os.PathLike[str] | None) -> Iterator[None]:
     """Binaries of what this context compiles with Triton live in ``folder``; None: where they would without this.
 
     Whoever gave Triton a cache manager of his own keeps it, and his folders.
     """
     if folder is not None and _installed():
-        token = _folder.set(folder)
+        token = _folder.set(os.fspath(folder))
         try:
             yield
         finally:

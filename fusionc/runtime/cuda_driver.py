@@ -16,15 +16,13 @@ import torch
 
 from .binaries import in_tritons
 
-__all__ = ["current_context", "load", "most_shared", "suffices", "target", "tritons"]
+__all__ = ["current_context", "load", "most_shared", "suffices", "target", "tritons", "use_context"]
 
 # CUfunction_attribute and CUdevice_attribute, from CUDA's driver API
 _MAX_THREADS, _STATIC_SHARED, _LOCAL_BYTES, _REGISTERS, _MOST_DYNAMIC_SHARED = 0, 1, 3, 4, 8
 _SHARED_OPTIN = 97
 _PREFER_SHARED = 1
 _PLAIN_SHARED = 48 << 10  # what a kernel may use without asking
-
-
 _making = threading.Lock()
 
 
@@ -88,6 +86,11 @@ def current_context() -> ctypes.c_void_p:
         torch.cuda.mem_get_info()  # makes the device's context current, as any call of the CUDA runtime
         _call("cuCtxGetCurrent", ctypes.byref(context))
     return context
+
+
+def use_context(context: ctypes.c_void_p) -> bool:
+    """Give this thread that context; False if there is none or it is not taken."""
+    return bool(context) and _library().cuCtxSetCurrent(context) == 0
 
 
 def _attribute(function: ctypes.c_void_p, which: int) -> int:

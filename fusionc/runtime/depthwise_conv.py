@@ -256,14 +256,14 @@ def _plan(how: Candidate, shape: Shape, images: int, taps: torch.dtype, bias: to
         return widened, (longer, *starts)
     some = _portion(images, shape)
     if how[0] == "laid":
-        there, back = _turn(shape.dtype, some, c, h * w, device), _turn(shape.dtype, some, oh * ow, c, device)
+        there, back = turning(shape.dtype, some, c, h * w, device), turning(shape.dtype, some, oh * ow, c, device)
         given, result = (h, w, c), (oh, ow, c)
         inner = how[1:], replace(shape, last=True)
     elif how[0] == "turned":
         wide = how[1]
         cut = wide if w == ow else 0  # then results are as wide as the image's lines
-        there = _turn(shape.dtype, some, h * (wide or w), c, device, padded=w if wide else 0, wide=wide)
-        back = _turn(shape.dtype, some, c, oh * (cut or ow), device, cut=ow if cut else 0, wide=cut)
+        there = turning(shape.dtype, some, h * (wide or w), c, device, padded=w if wide else 0, wide=wide)
+        back = turning(shape.dtype, some, c, oh * (cut or ow), device, cut=ow if cut else 0, wide=cut)
         given, result = (c, h, wide or w), (c, oh, cut or ow)
         inner = how[2:], replace(shape, size=(h, wide or w), last=False, columns=cut or ow)
     else:
@@ -405,8 +405,9 @@ _FORMS = {"direct": _direct_plan, "toeplitz": _toeplitz_plan, "streamed": _strea
 
 
 @functools.lru_cache(maxsize=1024)
-def _turn(dtype: torch.dtype, images: int, a: int, b: int, device: torch.device | None, padded: int = 0, cut: int = 0,
-          wide: int = 0) -> Start:  # fmt: skip
+def turning(dtype: torch.dtype, images: int, a: int, b: int, device: torch.device | None, padded: int = 0, cut: int = 0,
+            wide: int = 0) -> Start:  # fmt: skip
+    """The launch of ``turn`` for a tensor [images, a, b]; device None: in Triton's interpreter."""
     return Start(template.TURN, "turn", (dtype, dtype), images * -(-a // 64) * -(-b // 64), device, warps=4, early=True,
                  A=a, B=b, FROM=padded, TO=cut, WIDE=wide, TA=64, TB=64)  # fmt: skip
 
@@ -417,11 +418,6 @@ def _widen(dtype: torch.dtype, lines: int, width: int, wide: int, device: torch.
     block = max(1, 2048 // across)
     return Start(template.WIDEN, "widen", (dtype, dtype), -(-lines // block), device, numbers=(lines,), warps=4, early=True,
                  W=width, WIDE=wide, BL=block, BW=across)  # fmt: skip
-
-
-def turning(dtype: torch.dtype, images: int, a: int, b: int, device: torch.device | None) -> Start:
-    """The launch of ``turn`` for a tensor [images, a, b]; device None: in Triton's interpreter."""
-    return _turn(dtype, images, a, b, device)
 
 
 def turn(x: Tensor, y: Tensor, *, interpret: bool = False) -> None:
@@ -537,7 +533,7 @@ def _weight_plan(how: Candidate, shape: Shape, images: int,
 
     if how[0] != "turned":
         return run, (weight,)
-    turns = [_turn(dtype, images, size[0] * size[1], c, device) for size in (shape.out, shape.size)]
+    turns = [turning(dtype, images, size[0] * size[1], c, device) for size in (shape.out, shape.size)]
     return partial(_of_copies, turns, 0, run), (*turns, weight)
 
 

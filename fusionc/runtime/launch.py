@@ -239,6 +239,11 @@ def cross_compile(
     return _compile(source, name, kernel, plan, GPUTarget(*_ARCH[target]), target, aligned, wide, usage)
 
 
+# Triton writes operands of checks of integer arithmetic into every kernel, though the checks themselves only in its debug
+# mode: a fifth of the time in which a kernel's text becomes IR, under Python's lock.
+UNCHECKED = {"sanitize_overflow": False}
+
+
 def compile_source(source: Any, gpu: Any, options: dict[str, Any]) -> Any:
     """Triton's CompiledKernel of an ``ASTSource`` of a generated text; by a worker's hands where one is free."""
     import triton
@@ -249,11 +254,6 @@ def compile_source(source: Any, gpu: Any, options: dict[str, Any]) -> Any:
         with contextlib.suppress(Exception):  # a Triton that is not as expected: this process compiles then
             compile_workers.compile_elsewhere(source, gpu, options, folder)
     return triton.compile(source, target=gpu, options=options)
-
-
-# Triton writes operands of checks of integer arithmetic into every kernel, though the checks themselves only in its debug
-# mode: a fifth of the time in which a kernel's text becomes IR, under Python's lock.
-UNCHECKED = {"sanitize_overflow": False}
 
 
 def _compile(
@@ -486,13 +486,6 @@ def load_binary(handle: Any) -> None:
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: of a thread that has used no CUDA yet, as autograd's may be
 
 
-def _use_context(context: Any) -> bool:
-    """Give this thread that context."""
-    import ctypes
-
-    return bool(context) and ctypes.PyDLL("libcuda.so.1").cuCtxSetCurrent(context) == 0
-
-
 def _cuda_launcher(
     built: Compiled, kinds: list[str], grid: int | None, dependent: bool = False
 ) -> Callable[..., None] | None:
@@ -537,7 +530,7 @@ def _cuda_launcher(
     lock = threading.Lock()
 
     def failed(code: int, grid: int, stream: int) -> None:  # (refers to `built`, which keeps the binary loaded)
-        if code == _NO_CONTEXT and _use_context(context):
+        if code == _NO_CONTEXT and cuda_driver.use_context(context):
             code = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, None)
         if code:
             raise RuntimeError(f"launching kernel {built.name} failed: CUDA driver error {code}")

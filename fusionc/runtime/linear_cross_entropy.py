@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.templates.cross_entropy import TEXT
-from ..ops.linear_cross_entropy import chunk_rows, padded, wide_of
+from ..ops.linear_cross_entropy import chunk_rows, padded
 from .templates import Start
 from .tune import Wanted
 
@@ -64,7 +64,7 @@ def _rows(count: int, words: int, stride: int, dtype: torch.dtype, ignore_index:
     # measured (H200, 8192 rows): 128256 words 1.53 ms with 16384, 1.61 with 8192; 50257 words, whose last block goes
     # element by element, 0.80 and 0.63
     block = min(8192 if words % 16 else 16384, max(1024, 1 << (words - 1).bit_length()))
-    wide, unit = wide_of(dtype), math.gcd(words, 16)
+    wide, unit = torch.promote_types(dtype, torch.float32), math.gcd(words, 16)
     return Start(TEXT, "cross_entropy_rows", (dtype, torch.int64, wide, wide), count, device, numbers=(words // unit,),
                  warps=max(4, block // 512), stages=3, UNIT=unit, row_stride=stride, ignore=ignore_index,
                  smoothing=label_smoothing, BLOCK=block, GROUP=8, GRADIENT=gradient)  # fmt: skip

@@ -2,8 +2,7 @@
 
 Importing Triton (0.16 s), hashing its libraries for the keys of its cache (0.35 s), building its driver's module with the
 C compiler where kernels are loaded by it (0.5 s), starting LLVM and the assembler: most of it outside of Python's lock, and
-none of it depends on the model.  Without the thread the first compile jobs would each
-do it, side by side.
+none of it depends on the model.  Without the thread the first compile jobs would each do it, side by side.
 
 ``begin`` starts the thread, ``wait`` returns when it has ended; every way to compile goes through ``wait``
 (`launch.load_module`, `launch.TritonKernel`, `templates.Template`).  A failure here is nobody's: who compiles meets it

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -442,10 +443,9 @@ def _cache() -> Cache:
     return open_cache(_settings.cache)
 
 
-def binaries() -> str | None:
+def binaries() -> Path | None:
     """The folder for what operators compile with Triton, beside what is known of their races; None: Triton's own."""
-    found = _cache().folder("triton")
-    return None if found is None else str(found)
+    return _cache().folder("triton")
 
 
 def _entry_key(key: str, names: Sequence[str], device: torch.device) -> dict[str, Any] | None:

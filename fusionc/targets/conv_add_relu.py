@@ -31,9 +31,6 @@ def over(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, stride: Sequence[in
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, stride: tuple[int, ...], padding: tuple[int, ...],
          dilation: tuple[int, ...], gone: bool) -> Tensor:  # fmt: skip
-    tiled = fits(x, weight, bias, z, stride, padding)
-    options = candidates(weight.shape[0], weight.shape[1], tiled)
-
     def call(how: How, x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, out: Tensor | None = None) -> Tensor:
         if isinstance(how, Tile):
             return launch(how, x, weight, bias, z, torch.empty_like(z) if out is None else out)
@@ -50,22 +47,18 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, stride: tuple[int, 
         want = reference(image, filters, offset, more, stride, padding, dilation)
         return agree(call(how, image, filters, offset, more), want)
 
-    key = _key(x, weight, stride, padding, dilation, tiled)
-    how = choose(key, options, run, device=x.device, check=right, prepare=lambda each: _prepare(each, x, weight))
+    at = wanted(x, weight, bias, z, stride, padding, dilation, data=True)
+    how = choose(at.key, at.candidates, run, device=x.device, check=right, prepare=at.prepare)
     return call(how, x, weight, bias, z, z if gone else None)  # only now, for measuring must not change z
 
 
 def wanted(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, stride: Sequence[int], padding: Sequence[int],
-           dilation: Sequence[int]) -> Wanted:  # fmt: skip
-    """What a call will choose from, by tensors without data."""
-    tiled = fits(x, weight, bias, z, tuple(stride), tuple(padding), data=False)
-    key = _key(x, weight, tuple(stride), tuple(padding), tuple(dilation), tiled)
+           dilation: Sequence[int], data: bool = False) -> Wanted:  # fmt: skip
+    """What a call will choose from; without ``data`` by tensors that have none."""
+    stride, padding, dilation = tuple(stride), tuple(padding), tuple(dilation)
+    tiled = fits(x, weight, bias, z, stride, padding, data)
+    key = f"conv_add_relu {x.dtype} {tuple(x.shape)} {tuple(weight.shape)} {stride} {padding} {dilation} {tiled}"
     return Wanted(key, candidates(weight.shape[0], weight.shape[1], tiled), lambda how: _prepare(how, x, weight))
-
-
-def _key(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
-         tiled: bool) -> str:  # fmt: skip
-    return f"conv_add_relu {x.dtype} {tuple(x.shape)} {tuple(weight.shape)} {stride} {padding} {dilation} {tiled}"
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, stride: tuple[int, ...], padding: tuple[int, ...],

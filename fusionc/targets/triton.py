@@ -152,8 +152,7 @@ def triton_cache(cx: Context) -> contextlib.AbstractContextManager[None]:
     """Triton's own binary cache inside ours: private, and gone with `cache=False`."""
     from .cpp import cache_for
 
-    folder = cache_for(cx.config.cache).folder("triton") if cx.config.cache is not False else None
-    return binaries.in_folder(str(folder) if folder is not None else None)
+    return binaries.in_folder(cache_for(cx.config.cache).folder("triton"))
 
 
 def _direct(kernel: launch.TritonKernel, ir: Kernel) -> Launcher:

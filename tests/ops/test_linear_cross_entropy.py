@@ -179,17 +179,23 @@ def test_few_kernels_scale_gradients_of_all_sizes(count: int) -> None:
     assert len({id(device._scale(n, torch.float32, torch.float32, gpu).kernel) for n in range(1, 500)}) <= 5
 
 
-@pytest.mark.parametrize("kind", [torch.int32, torch.uint8])
-def test_the_kernel_gets_64_bit_targets_at_an_aligned_address(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is compiled for these: 32 bits would be read as half of a word, behind the end of the tensor."""
-    seen: list[torch.Tensor] = []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The targets that the rows' kernel (here its formulas) is given."""
+    found: list[torch.Tensor] = []
     plain = op._rows_plain
 
     def rows(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> None:
-        seen.append(target)
+        found.append(target)
         plain(logits, target, *rest)
 
     monkeypatch.setattr(op, "_rows_plain", rows)
+    return found
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8])
+def test_the_kernel_gets_64_bit_targets_at_an_aligned_address(kind: torch.dtype, seen: list[torch.Tensor]) -> None:
+    """It is compiled for these: 32 bits would be read as half of a word, behind the end of the tensor."""
     x, weight = torch.randn(6, 4), torch.randn(9, 4)
     target = torch.randint(0, 9, (7,))
     want = torch.nn.functional.cross_entropy(x @ weight.t(), target[1:])
@@ -198,20 +204,10 @@ def test_the_kernel_gets_64_bit_targets_at_an_aligned_address(kind: torch.dtype,
     assert len(seen) == 2 and all(t.dtype == torch.int64 and t.data_ptr() % 16 == 0 for t in seen)
 
 
-def test_the_kernel_gets_contiguous_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_gets_contiguous_targets(seen: list[torch.Tensor]) -> None:
     """It reads them one after the other; a column of a matrix of targets is none such."""
-    import fusionc.ops.linear_cross_entropy as home
-
-    seen: list[torch.Tensor] = []
-    plain = home._rows_plain
-
-    def rows(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> None:
-        seen.append(target)
-        plain(logits, target, *rest)
-
-    monkeypatch.setattr(home, "_rows_plain", rows)
     x, weight = torch.randn(6, 4), torch.randn(9, 4)
     target = torch.randint(0, 9, (6, 2))[:, 1]
-    found = home.linear_cross_entropy(x, weight, target)
+    found = op.linear_cross_entropy(x, weight, target)
     torch.testing.assert_close(found, torch.nn.functional.cross_entropy(x @ weight.t(), target))
     assert seen and all(t.is_contiguous() for t in seen)
