@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import gc
 import json
 import math
@@ -221,7 +222,7 @@ def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int
     if cuda:
         torch.cuda.empty_cache()
     prime()
-    waits = tune_alone(lock) if cuda and any(b.startswith("fusionc") for b in backends) else lambda: 0.0
+    waits = tune_alone(lock) if cuda else lambda: 0.0
     for backend in backends:
         result: dict[str, Any] = {}
         try:
@@ -309,20 +310,34 @@ def timings(
 
 
 def tune_alone(lock: str) -> Callable[[], float]:
-    """Lets fusionc's tuner measure only while nobody else uses the GPU; returns a clock of the seconds it has waited."""
+    """Lets tuners, ours and Inductor's, measure only while nobody else uses the GPU.
+
+    Returns a clock of the seconds that they have waited for it.
+    """
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+
     from fusionc.runtime import tune
 
     waited = [0.0]
-    real = tune.race
 
-    def race(*args: Any, deadline: float, **more: Any) -> Any:
-        start = time.monotonic()
-        with locked(lock, shared=False):
-            wait = time.monotonic() - start
-            waited[0] += wait
-            return real(*args, deadline=deadline + wait, **more)
+    def alone(measure: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(measure)
+        def run(*args: Any, **more: Any) -> Any:
+            start = time.monotonic()
+            with locked(lock, shared=False):
+                wait = time.monotonic() - start
+                waited[0] += wait
+                if "deadline" in more:  # ours stops at a time of the clock
+                    more["deadline"] += wait
+                return measure(*args, **more)
 
-    tune.race = race
+        return run
+
+    tune.race = alone(tune.race)
+    selector: Any = AlgorithmSelectorCache  # its choices are measured in a class method
+    selector.benchmark_choices = classmethod(alone(selector.benchmark_choices.__func__))
+    CachingAutotuner.benchmark_all_configs = alone(CachingAutotuner.benchmark_all_configs)  # type: ignore[method-assign]
     return lambda: waited[0]
 
 
