@@ -85,6 +85,15 @@ def test_all_candidates_of_an_operator_once() -> None:
     assert [c for _, c in few].count(None) == 2, "two shapes, each with the library at its end"
 
 
+def test_a_layer_that_asks_for_weights_ahead_is_another_kernel() -> None:
+    target, (x, w, *rest) = linear(1)
+    later = [fake(8192, 4096), fake(8192, 4096)]
+    ahead_of = (target, (x, w, *rest[:6], True, None, True, False, later))
+    assert len(prepared(graph(linear(1), ahead_of))) == 2 * len(prepared(graph(linear(1))))
+    constants = {dict(j.func.__self__.kernel(j.args[0]).constants)["OWN"] for j in ahead.jobs(graph(ahead_of))}
+    assert constants == {True}
+
+
 def test_depthwise_convolutions_are_compiled_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
     x, taps, bias = fake(32, 64, 28, 28, last=True), fake(7, 7, 64), fake(64)
     jobs = ahead.jobs(graph((ops.depthwise_conv.default, (x, taps, bias, [1, 1], [3, 3], [1, 1], "gelu"))))

@@ -12,6 +12,8 @@ residual    [M, N], added last
 chained     launch on a GPU so that reading the weight may start before the kernel in front has finished: legal only
             where a kernel of the same Program stands in front and nothing in the Program writes the weight
 turned      the weight is stored [K, N] or [K, 2 N]
+ahead       weights that a later call reads: a hint without effect on results.  While the kernel in front leaves the
+            memory idle, a kernel of one row that is ``chained`` asks for its own weight and for part of these
 
 Returns [M, N], contiguous, in x's dtype.  Kernels take one row with all of this, up to 128 rows of 16 bits without a norm,
 and many rows of 16 bits with sibling weights and a bias; the rest, and a CPU, is computed by ATen.
@@ -36,13 +38,14 @@ BLOCK = 64  # sibling weights are multiples of it, if there is more than one row
 _library = torch.library.Library("fusionc", "FRAGMENT")
 _library.define(
     "skinny_linear(Tensor x, Tensor weight, Tensor? norm, float eps, bool rounds, Tensor? bias, str activation, "
-    "Tensor? residual, bool chained, Tensor[]? more=None, bool gated=True, bool turned=False) -> Tensor"
+    "Tensor? residual, bool chained, Tensor[]? more=None, bool gated=True, bool turned=False, "
+    "Tensor[]? ahead=None) -> Tensor"
 )
 
 
 def reference(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
               activation: str, residual: Tensor | None, chained: bool = False, more: Sequence[Tensor] | None = None,
-              gated: bool = True, turned: bool = False) -> Tensor:  # fmt: skip
+              gated: bool = True, turned: bool = False, ahead: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
     """The operator in ATen, rounding by rounding."""
     dtype = x.dtype
     if norm is not None:
@@ -75,7 +78,7 @@ def _activated(y: Tensor, activation: str) -> Tensor:
 
 def _shape(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
            activation: str, residual: Tensor | None, chained: bool, more: Sequence[Tensor] | None = None,
-           gated: bool = True, turned: bool = False) -> Tensor:  # fmt: skip
+           gated: bool = True, turned: bool = False, ahead: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
     width = sum(part.shape[int(turned)] for part in (weight, *(more or ()))) // (2 if activation and gated else 1)
     return x.new_empty((x.shape[0], width))
 

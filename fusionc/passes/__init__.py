@@ -54,6 +54,7 @@ from .strided_conv import StridedConv
 from .strip import Strip
 from .tiled_mlp import TiledMLP
 from .two_step_variance import TwoStepVariance
+from .weight_prefetch import WeightPrefetch
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(92, DecodeAttention(), "graph", "takes in the writes into the cache, once they are in place"),
     Step(93, ShortAttention(), "graph", "what reads no cache"),
     Step(94, Counters(), "graph", "after nothing reads a counter through the index that it was"),
+    Step(95, WeightPrefetch(), "graph", "once attention over a cache is one call"),
 )
 
 

@@ -19,7 +19,7 @@ from ..runtime.tune import Wanted, choose
 
 def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
            activation: str, residual: Tensor | None, chained: bool, more: Sequence[Tensor] | None = None,
-           gated: bool = True, turned: bool = False) -> Tensor:  # fmt: skip
+           gated: bool = True, turned: bool = False, ahead: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
     """The operator's implementation for CUDA; ATen where the kernels do not apply.  See `ops.skinny_linear`."""
     if x.shape[0] != 1 or turned or activation and not gated:
         from .few_rows import few_rows
@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
     if not fits(x, weight, norm, bias, residual, more, 8):
         return reference(x, weight, norm, eps, rounds, bias, activation, residual, False, more)
     parts = (weight, *(more or ()))
-    plan = _plan_of(x, parts, norm, eps, rounds, bias, activation, residual, chained)
+    plan = _plan_of(x, parts, norm, eps, rounds, bias, activation, residual, chained, ahead)
     out = torch.empty((1, plan.width), dtype=x.dtype, device=x.device)
     spare = out.data_ptr()
     args: list[int] = [
@@ -40,7 +40,9 @@ def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
         spare if bias is None else bias.data_ptr(),
         spare if residual is None else residual.data_ptr(),
         spare,
+        *([t.data_ptr() & -16 for t in ahead[:2]] if ahead else ()),
     ]
+    args += [spare] * (10 - len(args))
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
 
     def run(tile: Tile) -> None:
@@ -52,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
 
 def wanted(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
            activation: str, residual: Tensor | None, chained: bool, more: Sequence[Tensor] | None = None,
-           gated: bool = True, turned: bool = False) -> Wanted | None:  # fmt: skip
+           gated: bool = True, turned: bool = False, ahead: Sequence[Tensor] | None = None) -> Wanted | None:  # fmt: skip
     """What `linear` will choose from, by tensors without data; None where that is ATen."""
     if x.shape[0] != 1 or turned or activation and not gated:
         from .few_rows import wanted as wanted_by_few_rows
@@ -60,15 +62,16 @@ def wanted(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
         return wanted_by_few_rows(x, weight, norm, bias, activation, residual, more, gated, turned)
     if not fits(x, weight, norm, bias, residual, more, 8, data=False):
         return None
-    plan = _plan_of(x, (weight, *(more or ())), norm, eps, rounds, bias, activation, residual, chained)
+    plan = _plan_of(x, (weight, *(more or ())), norm, eps, rounds, bias, activation, residual, chained, ahead)
     return Wanted(plan.key, plan.tiles, plan.prepare)
 
 
 def _plan_of(x: Tensor, parts: Sequence[Tensor], norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
-             activation: str, residual: Tensor | None, chained: bool) -> _Plan:  # fmt: skip
+             activation: str, residual: Tensor | None, chained: bool, ahead: Sequence[Tensor] | None) -> _Plan:  # fmt: skip
     kind = 0 if norm is None else 1 if rounds else 2
     return _plan(tuple(part.shape[0] for part in parts), x.shape[1], x.dtype, norm.dtype if norm is not None else x.dtype,
                  eps, kind, activation, bias is not None, residual is not None, chained and dependent(x.device),
+                 tuple(t.numel() * t.element_size() if t.is_contiguous() else 0 for t in (ahead or ())[:2]),
                  x.device)  # fmt: skip
 
 
@@ -76,9 +79,11 @@ class _Plan:
     """Everything about one shape of the operator but the tile."""
 
     def __init__(self, heights: tuple[int, ...], inner: int, dtype: torch.dtype, norm_dtype: torch.dtype, eps: float,
-                 kind: int, activation: str, bias: bool, residual: bool, chained: bool, device: torch.device) -> None:
+                 kind: int, activation: str, bias: bool, residual: bool, chained: bool, ahead: tuple[int, ...],
+                 device: torch.device) -> None:  # fmt: skip
         width = sum(heights) // (2 if activation else 1)
         self.width, self.device, self.chained = width, device, chained
+        self.ahead = ahead if chained else ()  # bytes
         wide = sum(heights) * inner >= 1 << 31
         several = len(heights) > 1 and not activation
         ends = (heights[0], heights[0] + heights[1]) if several else (0, 0)
@@ -89,16 +94,20 @@ class _Plan:
             ("NEXT", dependent(device)),
         )  # fmt: skip
         p, n = POINTER[dtype], POINTER[norm_dtype]
-        self.kinds = (p, p, p, p, n, p, p, p)
+        self.kinds = (p, p, p, p, n, p, p, p, "*i8", "*i8")
         self.tiles = texts.one_row_tiles(width, inner, activation != "")
-        what = [dtype, "+".join(map(str, heights)), inner, kind, activation, bias, residual, chained]
+        what = [dtype, "+".join(map(str, heights)), inner, kind, activation, bias, residual, chained, *self.ahead]
         self.key = f"skinny_linear {' '.join(map(str, what))}"
         self._kernels: dict[Tile, Template] = {}
 
     def kernel(self, tile: Tile) -> Template:
         found = self._kernels.get(tile)
         if found is None:
-            constants = (*self.constants, ("BN", tile.bn), ("BK", tile.bk), ("REPEAT", tile.repeat))
+            (step0, share0), (step1, share1) = [texts.share(n, self.grid(tile)) for n in (*self.ahead, 0, 0)[:2]]
+            constants = (
+                *self.constants, ("OWN", bool(self.ahead)), ("STEP0", step0), ("SHARE0", share0), ("STEP1", step1),
+                ("SHARE1", share1), ("BN", tile.bn), ("BK", tile.bk), ("REPEAT", tile.repeat),
+            )  # fmt: skip
             found = self._kernels[tile] = template(
                 texts.TEXT, "one_row", self.kinds, constants, self.device, tile.warps, dependent=self.chained
             )

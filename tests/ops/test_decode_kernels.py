@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,45 @@ def test_compiles_for_hopper_without_spills(width: int, length: int) -> None:
                                                True, device)  # fmt: skip
     built = kernel.build(GPUTarget("cuda", 90, 32), usage=True)
     assert built.spills <= 0 and built.registers <= 255
+
+
+def _plan(heights: tuple[int, ...], inner: int, activation: str, ahead: tuple[int, ...], chained: bool = True) -> Any:
+    from fusionc.targets import skinny
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(skinny, "dependent", lambda _: True)
+        return skinny._Plan(heights, inner, torch.bfloat16, torch.bfloat16, 1e-5, 0, activation, False, not activation,
+                            chained, ahead, torch.device("cuda", 0))  # fmt: skip
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize(
+    ("heights", "inner", "activation", "ahead", "asked"),
+    [((2048,), 2048, "", (33554432, 33554432), 3), ((960, 320, 320), 960, "", (1 << 20,), 2),
+     ((1000, 1000), 520, "silu", (4096, 0), 2), ((2048,), 2048, "", (), 0)],
+)  # fmt: skip
+def test_weights_are_asked_for(
+    heights: tuple[int, ...], inner: int, activation: str, ahead: tuple[int, ...], asked: int
+) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    plan = _plan(heights, inner, activation, ahead)
+    for tile in plan.tiles:
+        built = plan.kernel(tile).build(GPUTarget("cuda", 90, 32), usage=True)
+        assert built.asm["ptx"].count("cp.async.bulk.prefetch.L2.global") == asked, tile
+        assert built.spills <= 0, tile
+    alone = _plan(heights, inner, activation, ahead, chained=False)
+    assert not dict(alone.kernel(alone.tiles[0]).constants)["OWN"], "without waiting there is no time to use"
+
+
+def test_shares_lie_inside_the_weight() -> None:
+    from fusionc.codegen.templates.skinny_linear import share
+
+    assert share(33554432, 512) == (65536, 32768), "Llama 1B: every other half of 64 KB"
+    for size in (0, 16, 4096, 33554432, 33554432 + 16, 525336576):
+        for programs in (1, 7, 240, 512, 32064):
+            step, part = share(size, programs)
+            assert part % 16 == 0 and step % 16 == 0 and part <= step and (programs - 1) * step + part <= size
 
 
 def test_fake_shapes() -> None:
@@ -112,10 +152,11 @@ def _linear() -> None:
         out = torch.full((m, n), float("nan"), dtype=dtype)
         constants = {"N0": ends[0], "N1": ends[1], "UP": n if len(parts) == 1 else 0, "N": n, "K": k,
                      "EPS": 1e-5, "NORM": norm, "ACT": act, "HAS_BIAS": b is not None,
-                     "HAS_RESIDUAL": residual, "WIDE": False, "PDL": False, "NEXT": False, "BN": bn, "BK": bk}
+                     "HAS_RESIDUAL": residual, "WIDE": False, "PDL": False, "NEXT": False, "OWN": False, "STEP0": 0, "SHARE0": 0,
+                     "STEP1": 0, "SHARE1": 0, "BN": bn, "BK": bk}
         args = [out if t is None else t for t in (x, apart[0], apart[len(parts) // 2], apart[-1], nw, b, r)]
         with interpreter.lock, interpreter.repaired(), launch._interpreting(True):
-            module.one_row[(-(-n // (bn * repeat)), 1, 1)](*args, out, REPEAT=repeat, **constants)
+            module.one_row[(-(-n // (bn * repeat)), 1, 1)](*args, out, out, out, REPEAT=repeat, **constants)
         want = reference(*(None if t is None else t.float() for t in (x, w)), None if nw is None else nw.float(), 1e-5,
                          norm == 1, None if b is None else b.float(), act, None if r is None else r.float())
         torch.testing.assert_close(out.float(), want, rtol=3e-2, atol=3e-2)
