@@ -34,6 +34,7 @@ from typing import Any
 
 from fusionc.errors import CompileError
 from fusionc.runtime.cache import KERNEL, Cache
+from fusionc.runtime.cores import available
 from fusionc.runtime.files import private_copy, private_file
 
 MAX_UNITS = 4
@@ -356,11 +357,8 @@ def _publish(
 
 
 def _cores() -> int:
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:
-        count = os.cpu_count() or 1
-    return max(1, min(MAX_UNITS, count))
+    """Units of text that are compiled side by side."""
+    return min(MAX_UNITS, available())
 
 
 def _chunks(texts: Mapping[str, str], cores: int) -> list[list[str]]:

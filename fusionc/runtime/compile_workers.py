@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .cores import available
+
 __all__ = ["compile_elsewhere", "start"]
 
 _MOST = 8
@@ -104,7 +106,7 @@ def count() -> int:
     word = os.environ.get("FUSIONC_WORKERS", "")
     if word.isdigit():
         return min(int(word), 64)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available()
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun: as many processes as this one share the cores
     cores //= max(1, int(ranks)) if ranks.isdigit() else 1
     return min(_MOST, cores // 2) if cores >= _CORES else 0

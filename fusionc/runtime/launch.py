@@ -34,6 +34,7 @@ from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate, kernel_bytes
 from ..schedule.plan import Plan
 from . import binaries, compile_workers, cuda_driver, interpreter, ready
+from .cores import available
 from .device import TARGETS
 
 _ARCH = {
@@ -328,7 +329,7 @@ def compile_many(
         return list(pool.map(lambda context, job: context.run(one, job), contexts, jobs))
 
 
-_CORES = os.cpu_count() or 1
+_CORES = available()
 _slots = threading.BoundedSemaphore(_CORES)
 
 
