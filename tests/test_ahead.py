@@ -94,6 +94,14 @@ def test_a_layer_that_asks_for_weights_ahead_is_another_kernel() -> None:
     assert constants == {True}
 
 
+def test_weights_of_another_gpu_are_not_asked_for() -> None:
+    target, (x, w, *rest) = linear(1)
+    later = [fake(8192, 4096, where="cuda:1"), fake(8192, 4096)]
+    (job, *_) = ahead.jobs(graph((target, (x, w, *rest[:6], True, None, True, False, later))))
+    constants = dict(job.func.__self__.kernel(job.args[0]).constants)
+    assert constants["SHARE0"] == 0 < constants["SHARE1"]
+
+
 def test_depthwise_convolutions_are_compiled_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
     x, taps, bias = fake(32, 64, 28, 28, last=True), fake(7, 7, 64), fake(64)
     jobs = ahead.jobs(graph((ops.depthwise_conv.default, (x, taps, bias, [1, 1], [3, 3], [1, 1], "gelu"))))

@@ -71,7 +71,8 @@ def _plan_of(x: Tensor, parts: Sequence[Tensor], norm: Tensor | None, eps: float
     kind = 0 if norm is None else 1 if rounds else 2
     return _plan(tuple(part.shape[0] for part in parts), x.shape[1], x.dtype, norm.dtype if norm is not None else x.dtype,
                  eps, kind, activation, bias is not None, residual is not None, chained and dependent(x.device),
-                 tuple(t.numel() * t.element_size() if t.is_contiguous() else 0 for t in (ahead or ())[:2]),
+                 tuple(t.numel() * t.element_size() if t.is_contiguous() and t.device == x.device else 0
+                       for t in (ahead or ())[:2]),
                  x.device)  # fmt: skip
 
 
