@@ -94,6 +94,26 @@ def test_a_layer_that_asks_for_weights_ahead_is_another_kernel() -> None:
     assert constants == {True}
 
 
+def test_weights_of_another_gpu_are_not_asked_for() -> None:
+    target, (x, w, *rest) = linear(1)
+    later = [fake(8192, 4096, where="cuda:1"), fake(8192, 4096)]
+    (job, *_) = ahead.jobs(graph((target, (x, w, *rest[:6], True, None, True, False, later))))
+    constants = dict(job.func.__self__.kernel(job.args[0]).constants)
+    assert constants["SHARE0"] == 0 < constants["SHARE1"]
+
+
+@pytest.mark.parametrize(("width", "inner", "asked"), [(2048, 8192, 32), (4096, 14336, 18), (16384, 53248, 0)])
+def test_no_more_is_asked_for_than_stays_in_the_cache(width: int, inner: int, asked: int) -> None:
+    """Llama 1B's step is as it was measured; 8B's weights are larger than L2; 405B's first one is, by itself."""
+    x, w, later = fake(1, width), fake(width, width), fake(inner, width)
+    call = (x, w, None, 0.0, False, None, "", None, True, None, True, False, [later, later])
+    for job in ahead.jobs(graph((ops.skinny_linear.default, call))):
+        plan, tile = job.func.__self__, job.args[0]
+        constants = dict(plan.kernel(tile).constants)
+        assert constants["OWN"] and constants["SHARE0"] == constants["SHARE1"]
+        assert constants["SHARE0"] * 2 * plan.grid(tile) >> 20 == asked
+
+
 def test_depthwise_convolutions_are_compiled_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
     x, taps, bias = fake(32, 64, 28, 28, last=True), fake(7, 7, 64), fake(64)
     jobs = ahead.jobs(graph((ops.depthwise_conv.default, (x, taps, bias, [1, 1], [3, 3], [1, 1], "gelu"))))

@@ -71,7 +71,8 @@ def _plan_of(x: Tensor, parts: Sequence[Tensor], norm: Tensor | None, eps: float
     kind = 0 if norm is None else 1 if rounds else 2
     return _plan(tuple(part.shape[0] for part in parts), x.shape[1], x.dtype, norm.dtype if norm is not None else x.dtype,
                  eps, kind, activation, bias is not None, residual is not None, chained and dependent(x.device),
-                 tuple(t.numel() * t.element_size() if t.is_contiguous() else 0 for t in (ahead or ())[:2]),
+                 tuple(t.numel() * t.element_size() if t.is_contiguous() and t.device == x.device else 0
+                       for t in (ahead or ())[:2]),
                  x.device)  # fmt: skip
 
 
@@ -84,6 +85,7 @@ class _Plan:
         width = sum(heights) // (2 if activation else 1)
         self.width, self.device, self.chained = width, device, chained
         self.ahead = ahead if chained else ()  # bytes
+        self.own = sum(heights) * inner * dtype.itemsize
         wide = sum(heights) * inner >= 1 << 31
         several = len(heights) > 1 and not activation
         ends = (heights[0], heights[0] + heights[1]) if several else (0, 0)
@@ -103,7 +105,7 @@ class _Plan:
     def kernel(self, tile: Tile) -> Template:
         found = self._kernels.get(tile)
         if found is None:
-            (step0, share0), (step1, share1) = [texts.share(n, self.grid(tile)) for n in (*self.ahead, 0, 0)[:2]]
+            (step0, share0), (step1, share1) = self.shares(tile)
             constants = (
                 *self.constants, ("OWN", bool(self.ahead)), ("STEP0", step0), ("SHARE0", share0), ("STEP1", step1),
                 ("SHARE1", share1), ("BN", tile.bn), ("BK", tile.bk), ("REPEAT", tile.repeat),
@@ -112,6 +114,15 @@ class _Plan:
                 texts.TEXT, "one_row", self.kinds, constants, self.device, tile.warps, dependent=self.chained
             )
         return found
+
+    def shares(self, tile: Tile) -> list[tuple[int, int]]:
+        """(step, bytes of it) for each of the two weights: what L2 has no room for beside the layer's own would leave it
+        before it is read, and be read twice."""
+        whole = sum(self.ahead)
+        if whole == 0:
+            return [(0, 0), (0, 0)]
+        room = max(0, properties(self.device).cache - self.own)
+        return [texts.share(n, self.grid(tile), room * n // whole) for n in (*self.ahead, 0)[:2]]
 
     def grid(self, tile: Tile) -> int:
         return -(-self.width // (tile.bn * tile.repeat))

@@ -94,11 +94,13 @@ def test_weights_are_asked_for(
 def test_shares_lie_inside_the_weight() -> None:
     from fusionc.codegen.templates.skinny_linear import share
 
-    assert share(33554432, 512) == (65536, 32768), "Llama 1B: every other half of 64 KB"
+    assert share(33554432, 512, 33554432) == (65536, 32768), "Llama 1B: every other half of 64 KB"
     for size in (0, 16, 4096, 33554432, 33554432 + 16, 525336576):
         for programs in (1, 7, 240, 512, 32064):
-            step, part = share(size, programs)
-            assert part % 16 == 0 and step % 16 == 0 and part <= step and (programs - 1) * step + part <= size
+            for room in (0, 5000000, size):
+                step, part = share(size, programs, room)
+                assert part % 16 == 0 and step % 16 == 0 and part <= step and (programs - 1) * step + part <= size
+                assert part * programs <= room
 
 
 def test_fake_shapes() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from fusionc.passes.weight_prefetch import WeightPrefetch
 from tests.passes.helpers import check_values, refusals, rewritten
 
@@ -54,6 +56,16 @@ def test_weights_that_are_computed_or_written() -> None:
     assert refusals(PASS, written) == [why]
     sparse = step().replace("%w1: bf16[64, 32]", "%w1: bf16[64, 32]{1, 64}")
     assert refusals(PASS, sparse) == [why]
+
+
+def test_weights_of_another_gpu() -> None:
+    here = re.sub(r"^(%\w+: bf16\[[^\]]*\])", r"\1@cuda:0", step(), flags=re.M)
+    there = re.sub(r"^%(w1|w2|y): (.*?)@cuda:0", r"%\1: \2@cuda:1", here, flags=re.M)
+    there = there.replace("%y:", '%p: bf16[1, 32]@cuda:1 = aten._to_copy(%o, device=device("cuda:1"))\n%y:')
+    there = there.replace("skinny_linear(%o", "skinny_linear(%p")
+    on_gpu = WeightPrefetch()
+    assert "[%w1, %w2])" in rewritten(on_gpu, here)
+    assert refusals(on_gpu, there) == ["the next layer's weight is on another device (o)"]
 
 
 def test_what_no_attention_made_is_left_alone() -> None:

@@ -183,14 +183,14 @@ class Tile:
     repeat: int = 1
 
 
-def share(size: int, programs: int) -> tuple[int, int]:
-    """(step, bytes of it) of each of ``programs`` in asking for half of a weight of ``size`` bytes.
+def share(size: int, programs: int, room: int) -> tuple[int, int]:
+    """(step, bytes of it) of each of ``programs`` in asking for half of a weight of ``size`` bytes, at most ``room``.
 
     H200, Llama 1B: of the 67 MB of gate and up a quarter, half, three quarters, all: 0.769, 0.753 to 0.765, 0.767, 0.784 ms
     a decode step (0.795 to 0.804 without); with evenly spread parts of the other kernels' weights as well 0.786 and more.
     """
     step = size // programs // 256 * 256
-    return step, step // 2
+    return step, min(step // 2, room // programs // 128 * 128)
 
 
 def one_row_tiles(n: int, k: int, gated: bool) -> tuple[Tile, ...]:
