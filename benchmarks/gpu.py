@@ -314,8 +314,7 @@ def tune_alone(lock: str) -> Callable[[], float]:
 
     Returns a clock of the seconds that they have waited for it.
     """
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+    from torch._inductor.runtime.benchmarking import benchmarker
 
     from fusionc.runtime import tune
 
@@ -335,9 +334,8 @@ def tune_alone(lock: str) -> Callable[[], float]:
         return run
 
     tune.race = alone(tune.race)
-    selector: Any = AlgorithmSelectorCache  # its choices are measured in a class method
-    selector.benchmark_choices = classmethod(alone(selector.benchmark_choices.__func__))
-    CachingAutotuner.benchmark_all_configs = alone(CachingAutotuner.benchmark_all_configs)  # type: ignore[method-assign]
+    inductors: Any = type(benchmarker)  # all that it measures, one candidate at a time
+    inductors.benchmark_gpu = alone(inductors.benchmark_gpu)
     return lambda: waited[0]
 
 
