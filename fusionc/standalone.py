@@ -342,10 +342,18 @@ def _triton(found: list[dict[str, Any]], buffers: tuple[str, ...], sizes: tuple[
     return bind(group, list(buffers), list(sizes), where)
 
 
+def _memory(t: torch.Tensor) -> torch.Tensor:
+    """All elements of its storage; strides may overlap."""
+    return t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+
+
 def run_program(call: Callable[[list[Any]], Any], specs: Sequence[Any]) -> int:
     """Call the program on random inputs, print what it returns, time it. Exit status 0 unless it raises."""
     torch.manual_seed(0)
     inputs = make_inputs(specs)
+    # a program may count up where the next call writes into a cache, which has an end
+    integers = [_memory(t) for t in inputs if isinstance(t, torch.Tensor) and not t.dtype.is_floating_point]
+    kept = [t.clone() for t in integers]
     with torch.no_grad():
         results = call(list(inputs))
         for number, r in enumerate(results):
@@ -353,6 +361,8 @@ def run_program(call: Callable[[list[Any]], Any], specs: Sequence[Any]) -> int:
             print(f"result {number}: {what}")
 
         def once() -> float:
+            for t, values in zip(integers, kept, strict=True):
+                t.copy_(values)
             start = time.perf_counter()
             call(list(inputs))
             if torch.cuda.is_available():
