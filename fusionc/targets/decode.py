@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codegen.templates.decode_attention import TEXT, ranges
+from ..codegen.templates.decode_attention import TEXT, ranges, warps
 from ..ops import decode_attention as op
 from ..runtime.counters import zeros
 from ..runtime.device import properties
@@ -99,10 +99,10 @@ def _kernel(dtype: torch.dtype, heads: int, groups: int, width: int, length: int
     constants: tuple[tuple[str, Any], ...] = (
         ("H", heads), ("HKV", groups), ("D", width), ("S", length), ("SCALE", scale), ("UPDATE", update),
         ("ROPE", rope), ("MASK", 0 if mask is None else 1 if mask is torch.bool else 2), *zip(names, strides),
-        ("WIDE", wide), ("PDL", chained), ("SPLITS", count),
-        ("PADDED", 1 << (count - 1).bit_length()), ("ROWS", rows), ("BS", step),
+        ("WIDE", wide), ("PDL", chained), ("SPLITS", count), ("ROWS", rows),
+        ("BS", step),
     )  # fmt: skip
-    return template(TEXT, "decode", kinds, constants, device, 4, 2, chained, exact=True), count
+    return template(TEXT, "decode", kinds, constants, device, warps(width, count, rows, step), 2, chained, exact=True), count
 
 
 def _mask_strides(mask: Tensor) -> tuple[int, int, int]:

@@ -46,7 +46,7 @@ def test_ranges() -> None:
 
 
 @pytest.mark.cross
-@pytest.mark.parametrize(("width", "length"), [(64, 1024), (64, 50000), (128, 1024)])
+@pytest.mark.parametrize(("width", "length"), [(64, 1024), (64, 50000), (128, 1024), (128, 50000), (256, 1024), (256, 5000)])
 def test_compiles_for_hopper_without_spills(width: int, length: int) -> None:
     from triton.backends.compiler import GPUTarget
 
@@ -205,7 +205,7 @@ def _attention() -> None:
             module.decode[(b * g * splits, 1, 1)](
                 q, k, v, cos, sin, key, value, index, out if mask is None else mask, out, part, counters, H=h, HKV=g, D=d, S=s,
                 SCALE=scale, UPDATE=up, ROPE=rope, MASK=min(kind, 2), **dict(zip(names, strides)), WIDE=False,
-                PDL=number >= 2 * len(cases), SPLITS=splits, PADDED=4, ROWS=rows, BS=step)
+                PDL=number >= 2 * len(cases), SPLITS=splits, ROWS=rows, BS=step)
         turn = (cos, sin) if rope else (None, None)
         if up and p < s:
             want = update(q, k, v, *turn, key2, value2, index, mask, scale)

@@ -21,13 +21,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _rotated(at, step, d, cos, sin, D: tl.constexpr, ok, DT: tl.constexpr):
-    x = tl.load(at + step + d, mask=ok, other=0.0).to(tl.float32)
-    y = tl.load(at + step + (d + D // 2) % D, mask=ok, other=0.0).to(tl.float32)
-    y = tl.where(d < D // 2, -y, y)
-    a = (x * cos).to(DT).to(tl.float32)
-    b = (y * sin).to(DT).to(tl.float32)
-    return (a + b).to(DT)
+def _rotated(x, y, d, cos, sin, D: tl.constexpr):
+    """``y`` is x with its halves exchanged."""
+    turned = tl.where(d < D // 2, -y.to(tl.float32), y.to(tl.float32))
+    a = (x.to(tl.float32) * cos.to(tl.float32)).to(x.dtype)
+    b = (turned * sin.to(tl.float32)).to(x.dtype)
+    return (a.to(tl.float32) + b.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -40,8 +39,8 @@ def _rows(at_k, at_v, n, n_ok, KS: tl.constexpr, VS: tl.constexpr):
 @triton.jit
 def _step(qv, kt, vt, n, p, k_new, v_new, bias, n_ok, top, total, acc, SCALE: tl.constexpr, UPDATE: tl.constexpr):
     if UPDATE:
-        kt = tl.where((n == p)[None, :], k_new[:, None], kt)
-        vt = tl.where((n == p)[:, None], v_new[None, :], vt)
+        kt = tl.where((n == p)[None, :], k_new, kt)
+        vt = tl.where((n == p)[:, None], v_new, vt)
     score = tl.where(n_ok[None, :], tl.dot(qv, kt) * SCALE + bias, float("-inf"))
     higher = tl.maximum(top, tl.max(score, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -69,7 +68,7 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
            QB: tl.constexpr, QH: tl.constexpr, KNB: tl.constexpr, KNH: tl.constexpr, VNB: tl.constexpr,
            VNH: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr, KH: tl.constexpr, KS: tl.constexpr,
            VB: tl.constexpr, VH: tl.constexpr, VS: tl.constexpr, MB: tl.constexpr, MH: tl.constexpr,
-           MS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
+           MS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, SPLITS: tl.constexpr,
            ROWS: tl.constexpr, BS: tl.constexpr):
     DT: tl.constexpr = out.dtype.element_ty
     G: tl.constexpr = H // HKV
@@ -93,30 +92,24 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
         gdc_wait()
         gdc_launch_dependents()
     g_ok = (g < G)[:, None]
-    q_step = ((hk * G + g) * QH)[:, None]
+    half = (d + D // 2) % D
+    # all that is read, before anything is done with it: each wait for memory costs a tenth of the kernel's time
+    qv = tl.load(q + b * QB + ((hk * G + g) * QH)[:, None] + d[None, :], mask=g_ok, other=0.0)
     if ROPE:
-        c = tl.load(cos + b * CB + d).to(tl.float32)
-        s = tl.load(sin + b * CB + d).to(tl.float32)
-        qv = _rotated(q + b * QB, q_step, d[None, :], c[None, :], s[None, :], D, g_ok, DT)
-    else:
-        qv = tl.load(q + b * QB + q_step + d[None, :], mask=g_ok, other=0.0)
+        q_half = tl.load(q + b * QB + ((hk * G + g) * QH)[:, None] + half[None, :], mask=g_ok, other=0.0)
+        c = tl.load(cos + b * CB + d[None, :])
+        s = tl.load(sin + b * CB + d[None, :])
     p = 0
     k_new = 0
     v_new = 0
     if UPDATE:
         p = tl.load(pos)
-        v_new = tl.load(vn + b * VNB + hk * VNH + d)
+        k_new = tl.load(kn + b * KNB + hk * KNH + d[:, None])
+        v_new = tl.load(vn + b * VNB + hk * VNH + d[None, :])
         if ROPE:
-            k_new = _rotated(kn + b * KNB, hk * KNH, d, c, s, D, d < D, DT)
-        else:
-            k_new = tl.load(kn + b * KNB + hk * KNH + d)
-        inside = (p >= 0) & (p < S)
-        if split == 0:
-            tl.store(kc + b * KB + hk * KH + p * KS + d, k_new, mask=(d < D) & inside)
-            tl.store(vc + b * VB + hk * VH + p * VS + d, v_new, mask=(d < D) & inside)
-    top = tl.full([16], float("-inf"), tl.float32)
-    total = tl.full([16], 0.0, tl.float32)
-    acc = tl.full([16, D], 0.0, tl.float32)
+            k_half = tl.load(kn + b * KNB + hk * KNH + half[:, None])
+            c_k = tl.load(cos + b * CB + d[:, None])
+            s_k = tl.load(sin + b * CB + d[:, None])
     at_mask = mask + b * MB + ((hk * G + g) * MH)[:, None]
     if ROWS == BS:
         bias = _bias(at_mask + n[None, :] * MS, g_ok & n_ok[None, :], BS, MASK)
@@ -124,6 +117,16 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
             kt, vt = k_first, v_first
         else:
             kt, vt = _rows(at_k, at_v, n, n_ok, KS, VS)
+    if ROPE:
+        qv = _rotated(qv, q_half, d[None, :], c, s, D)
+    inside = (p >= 0) & (p < S)
+    if UPDATE:
+        if ROPE:
+            k_new = _rotated(k_new, k_half, d[:, None], c_k, s_k, D)
+    top = tl.full([16], float("-inf"), tl.float32)
+    total = tl.full([16], 0.0, tl.float32)
+    acc = tl.full([16, D], 0.0, tl.float32)
+    if ROWS == BS:
         top, total, acc = _step(qv, kt, vt, n, p, k_new, v_new, bias, n_ok, top, total, acc, SCALE, UPDATE)
     else:
         for start in range(split * ROWS, tl.minimum(split * ROWS + ROWS, S), BS):
@@ -150,6 +153,10 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
                 else:
                     kt, vt = _rows(at_k, at_v, n, n_ok, KS, VS)
                 top, total, acc = _step(qv, kt, vt, n, p, k_new, v_new, bias, n_ok, top, total, acc, SCALE, UPDATE)
+    if UPDATE:
+        if split == 0:  # (nobody reads the row from the cache)
+            tl.store(kc + b * KB + hk * KH + p * KS + d[:, None], k_new, mask=(d < D)[:, None] & inside)
+            tl.store(vc + b * VB + hk * VH + p * VS + d[None, :], v_new, mask=(d < D)[None, :] & inside)
     to = out + (b * H + hk * G + g)[:, None] * D + d[None, :]
     if SPLITS == 1:
         tl.store(to, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(DT), mask=g_ok)
@@ -164,19 +171,22 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
         if tl.atomic_add(counters + head, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(counters + head, 0)
             whole = part + head * SPLITS * (16 * D + 32)
-            r = tl.arange(0, PADDED)
-            row = whole + r[:, None] * (16 * D + 32) + 16 * D + g[None, :]
-            tops = tl.load(row, mask=(r < SPLITS)[:, None], other=float("-inf"), cache_modifier=".cg")
-            totals = tl.load(row + 16, mask=(r < SPLITS)[:, None], other=0.0, cache_modifier=".cg")
-            top = tl.max(tops, 0)
-            top = tl.where(top == float("-inf"), 0.0, top)
-            total = tl.sum(tl.exp(tops - top[None, :]) * totals, 0)
-            acc = tl.full([16, D], 0.0, tl.float32)
-            for i in tl.static_range(SPLITS):  # loads that do not wait for each other
+            most = tl.full([16, 1], float("-inf"), tl.float32)
+            sum_ = tl.full([16, 1], 0.0, tl.float32)
+            mean = tl.full([16, D], 0.0, tl.float32)
+            for i in tl.static_range(SPLITS):  # columns and no vectors: so loads wait neither for each other nor for barriers
                 at = whole + i * (16 * D + 32)
-                share = tl.exp(tl.load(at + 16 * D + g, cache_modifier=".cg") - top)
-                acc += tl.load(at + cell, mask=g_ok, other=0.0, cache_modifier=".cg") * share[:, None]
-            tl.store(to, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(DT), mask=g_ok)
+                its_top = tl.load(at + 16 * D + g[:, None], cache_modifier=".cg")
+                its_total = tl.load(at + 16 * D + 16 + g[:, None], cache_modifier=".cg")
+                its_acc = tl.load(at + cell, mask=g_ok, other=0.0, cache_modifier=".cg")
+                higher = tl.maximum(most, its_top)
+                base = tl.where(higher == float("-inf"), 0.0, higher)
+                shrink = tl.exp(most - base)
+                share = tl.exp(its_top - base)
+                sum_ = sum_ * shrink + its_total * share
+                mean = mean * shrink + its_acc * share
+                most = higher
+            tl.store(to, (mean / tl.where(sum_ > 0, sum_, 1.0)).to(DT), mask=g_ok)
 '''
 
 
@@ -186,10 +196,15 @@ def ranges(heads: int, length: int, width: int, processors: int) -> tuple[int, i
     H200, Llama 1B (8 heads of 64, 1024 rows), whole decode step: 16 ranges of a step of 64 rows in a loop 0.820 ms, without the
     loop 0.801; 8 ranges of a step of 128 rows 0.790. Such a step's keys and values take up half of a thread's registers.
     """
-    step = 128 if width <= 64 else 64
+    step = 128 if width <= 64 else 64 if width <= 128 else 32
     blocks = -(-length // step)
     count = max(1, min(blocks, 4 * processors // max(heads, 1), 32))  # a few programs a processor hide each other's waits
     rows = -(-blocks // count) * step
     if rows > step > 64:  # a loop, whose steps take turns in the registers
         return ranges(heads, length, 128, processors)
     return -(-length // rows), rows, step
+
+
+def warps(width: int, count: int, rows: int, step: int) -> int:
+    """Of a program; in a loop the first step's keys and values are held as well, and eight share what four would spill."""
+    return 8 if rows > step and (width > 128 or width == 128 and count > 16) else 4
