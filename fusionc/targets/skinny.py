@@ -83,7 +83,7 @@ class _Plan:
                  kind: int, activation: str, bias: bool, residual: bool, chained: bool, ahead: tuple[int, ...],
                  device: torch.device) -> None:  # fmt: skip
         width = sum(heights) // (2 if activation else 1)
-        self.width, self.device, self.chained = width, device, chained
+        self.width, self.device, self.chained, self.gated = width, device, chained, activation != ""
         self.ahead = ahead if chained else ()  # bytes
         self.own = sum(heights) * inner * dtype.itemsize
         wide = sum(heights) * inner >= 1 << 31
@@ -97,7 +97,7 @@ class _Plan:
         )  # fmt: skip
         p, n = POINTER[dtype], POINTER[norm_dtype]
         self.kinds = (p, p, p, p, n, p, p, p, "*i8", "*i8")
-        self.tiles = texts.one_row_tiles(width, inner, activation != "")
+        self.tiles = texts.one_row_tiles(width, inner, self.gated)
         what = [dtype, "+".join(map(str, heights)), inner, kind, activation, bias, residual, chained, *self.ahead]
         self.key = f"skinny_linear {' '.join(map(str, what))}"
         self._kernels: dict[Tile, Template] = {}
@@ -111,8 +111,9 @@ class _Plan:
                 ("SHARE1", share1), ("BN", tile.bn), ("BK", tile.bk), ("REPEAT", tile.repeat),
             )  # fmt: skip
             found = self._kernels[tile] = template(
-                texts.TEXT, "one_row", self.kinds, constants, self.device, tile.warps, dependent=self.chained
-            )
+                texts.TEXT, "one_row", self.kinds, constants, self.device, tile.warps, dependent=self.chained,
+                registers=128 if self.gated else None,  # a few more, and one program fewer fits on a multiprocessor
+            )  # fmt: skip
         return found
 
     def shares(self, tile: Tile) -> list[tuple[int, int]]:

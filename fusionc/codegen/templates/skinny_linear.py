@@ -10,8 +10,8 @@ front of it (programmatic dependent launch).  Every program waits, and only then
 whatever the next kernel reads before its own wait was complete unless this kernel wrote it.  The first of a chain starts
 when all in front has finished, and lets the next one start at once.
 
-With OWN the kernel in front leaves the memory idle (attention over a cache): before its wait a program then asks for all
-of its rows of W and for its share of two weights that the next kernel reads to be brought into L2.  Of these, every
+With OWN the kernel in front leaves the memory idle (attention over a cache): before its wait a program then asks for what
+it has not loaded of W yet and for its share of two weights that the next kernel reads to be brought into L2.  Of these, every
 program asks for the first bytes of a step of its own, so that the next kernel finds parts in L2 all along its way: L2
 alone is little faster than the memory, but both together are.
 
@@ -43,21 +43,29 @@ def _activated(gate, up, ACT: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
-def _scaled(x, rstd, norm, cols, ok, NORM: tl.constexpr, DT: tl.constexpr):
-    w = tl.load(norm + cols, mask=ok, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    h = x * rstd
+def _scaled(x, rstd, w, NORM: tl.constexpr, DT: tl.constexpr):
+    h = x.to(tl.float32) * rstd
     if NORM == 1:  # the normalised x is rounded before it is multiplied with the weight
         h = h.to(DT).to(tl.float32)
-    return (h * w).to(DT).to(tl.float32)
+    return (h * w.to(tl.float32)).to(DT).to(tl.float32)
 
 
 @triton.jit
-def _finish(y, rows, at, ok, bias, residual, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, DT: tl.constexpr):
-    if HAS_BIAS:
-        y = y + tl.load(bias + rows, mask=ok, other=0.0).to(tl.float32)
-    y = y.to(DT)
-    if HAS_RESIDUAL:
-        y = (y.to(tl.float32) + tl.load(residual + at, mask=ok, other=0.0).to(tl.float32)).to(DT)
+def _tile(w, rows, cols, ok, K: tl.constexpr):
+    return tl.load(w + rows[:, None] * K + cols[None, :], mask=ok & (cols < K)[None, :], other=0.0,
+                   eviction_policy="evict_first")
+
+
+@triton.jit
+def _columns(x, cols, K: tl.constexpr):
+    return tl.load(x + cols[None, :], mask=(cols < K)[None, :], other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def _beside(at, rows, N: tl.constexpr, HAS: tl.constexpr):
+    y = tl.zeros(rows.shape, tl.float32)
+    if HAS:
+        y = tl.load(at + rows, mask=rows < N, other=0.0).to(tl.float32)
     return y
 
 
@@ -90,6 +98,7 @@ def one_row(x, w, w1, w2, norm, bias, residual, out, next0, next1,
             SHARE1: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, REPEAT: tl.constexpr):
     DT: tl.constexpr = out.dtype.element_ty
     TILES: tl.constexpr = (K + BK - 1) // BK
+    EARLY: tl.constexpr = 2 if TILES > 1 and REPEAT == 1 else 1  # tiles of the first rows that are read before the wait
     cols = tl.arange(0, BK)
     start = tl.program_id(0) * (BN * REPEAT)
     if UP == 0:  # the up rows lie in a tensor of their own
@@ -104,18 +113,23 @@ def one_row(x, w, w1, w2, norm, bias, residual, out, next0, next1,
     rows = start + tl.arange(0, BN)
     if WIDE:
         rows = rows.to(tl.int64)
-    ok = (rows < N)[:, None] & (cols < K)[None, :]
-    first = tl.load(w + rows[:, None] * K + cols[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
+    ok = (rows < N)[:, None]
+    first = _tile(w, rows, cols, ok, K)
     if ACT != "":
-        first_up = tl.load(u + (rows + UP)[:, None] * K + cols[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
+        first_up = _tile(u, rows + UP, cols, ok, K)
+    if EARLY > 1:
+        second = _tile(w, rows, BK + cols, ok, K)
+        if ACT != "":
+            second_up = _tile(u, rows + UP, BK + cols, ok, K)
     if OWN:
         size = tl.minimum(BN * REPEAT, N - start) * (K * 2)
         first_row = start
         if WIDE:
             first_row = start.to(tl.int64)
-        _fetch(w + first_row * K, size)
-        if ACT != "":
-            _fetch(u + (first_row + UP) * K, size)
+        if TILES > EARLY or REPEAT > 1:
+            _fetch(w + first_row * K, size)
+            if ACT != "":
+                _fetch(u + (first_row + UP) * K, size)
         if SHARE0 > 0:
             _fetch(next0 + tl.program_id(0).to(tl.int64) * STEP0, SHARE0)
         if SHARE1 > 0:
@@ -124,52 +138,71 @@ def one_row(x, w, w1, w2, norm, bias, residual, out, next0, next1,
         gdc_wait()
     if NEXT:
         gdc_launch_dependents()
-    xv = tl.load(x + cols, mask=cols < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    # what a program reads besides is on its way before the first sum, at which its threads wait for each other
+    xv = _columns(x, cols, K)
+    if EARLY > 1:
+        x1 = _columns(x, BK + cols, K)
     if NORM != 0:
-        if TILES == 1:
-            total = tl.sum(xv * xv, 0)
-        else:
-            squares = xv * xv
-            for t in range(1, TILES):
-                c = t * BK + cols
-                v = tl.load(x + c, mask=c < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
-                squares += v * v
-            total = tl.sum(squares, 0)
-        rstd = 1.0 / tl.sqrt_rn(total / K + EPS)
-        xv = _scaled(xv, rstd, norm, cols, cols < K, NORM, DT)
+        scale = _columns(norm, cols, K)
+        if EARLY > 1:
+            scale1 = _columns(norm, BK + cols, K)
+    b = _beside(bias, rows, N, HAS_BIAS)
+    b_up = _beside(bias + N, rows, N, HAS_BIAS and ACT != "")
+    r0 = _beside(residual, rows, N, HAS_RESIDUAL)
+    if NORM != 0:
+        squares = xv.to(tl.float32) * xv.to(tl.float32)
+        if EARLY > 1:
+            squares += x1.to(tl.float32) * x1.to(tl.float32)
+        for t in range(EARLY, TILES):
+            v = _columns(x, t * BK + cols, K).to(tl.float32)
+            squares += v * v
+        total = tl.sum(squares, 1)
+        rstd = (1.0 / tl.sqrt_rn(total / K + EPS))[:, None]
+        xv = _scaled(xv, rstd, scale, NORM, DT)
+        if EARLY > 1:
+            x1 = _scaled(x1, rstd, scale1, NORM, DT)
     for r in tl.static_range(REPEAT):
-        if r > 0:
-            rows += BN
-            ok = (rows < N)[:, None] & (cols < K)[None, :]
-            first = tl.load(w + rows[:, None] * K + cols[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
-            if ACT != "":
-                first_up = tl.load(u + (rows + UP)[:, None] * K + cols[None, :], mask=ok, other=0.0,
-                                   eviction_policy="evict_first")
-        acc = first.to(tl.float32) * xv[None, :]
+        acc = first.to(tl.float32) * xv.to(tl.float32)
         if ACT != "":
-            acc_up = first_up.to(tl.float32) * xv[None, :]
-        for t in range(1, TILES):
+            acc_up = first_up.to(tl.float32) * xv.to(tl.float32)
+        if EARLY > 1:
+            acc += second.to(tl.float32) * x1.to(tl.float32)
+            if ACT != "":
+                acc_up += second_up.to(tl.float32) * x1.to(tl.float32)
+        for t in range(EARLY, TILES):
             c = t * BK + cols
-            ok = (rows < N)[:, None] & (c < K)[None, :]
-            tile = tl.load(w + rows[:, None] * K + c[None, :], mask=ok, other=0.0, eviction_policy="evict_first")
+            tile = _tile(w, rows, c, ok, K)
             if ACT != "":
-                tile_up = tl.load(u + (rows + UP)[:, None] * K + c[None, :], mask=ok, other=0.0,
-                                  eviction_policy="evict_first")
-            v = tl.load(x + c, mask=c < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+                tile_up = _tile(u, rows + UP, c, ok, K)
+            v = _columns(x, c, K)
             if NORM != 0:
-                v = _scaled(v, rstd, norm, c, c < K, NORM, DT)
-            acc += tile.to(tl.float32) * v[None, :]
+                v = _scaled(v, rstd, _columns(norm, c, K), NORM, DT)
+            acc += tile.to(tl.float32) * v.to(tl.float32)
             if ACT != "":
-                acc_up += tile_up.to(tl.float32) * v[None, :]
+                acc_up += tile_up.to(tl.float32) * v.to(tl.float32)
+        here = rows
+        y_bias, y_up_bias, y_residual = b, b_up, r0
+        if r < REPEAT - 1:
+            rows += BN
+            ok = (rows < N)[:, None]
+            first = _tile(w, rows, cols, ok, K)
+            if ACT != "":
+                first_up = _tile(u, rows + UP, cols, ok, K)
+            b = _beside(bias, rows, N, HAS_BIAS)
+            b_up = _beside(bias + N, rows, N, HAS_BIAS and ACT != "")
+            r0 = _beside(residual, rows, N, HAS_RESIDUAL)
         y = tl.sum(acc, 1)
+        if HAS_BIAS:
+            y += y_bias
         if ACT != "":
             up = tl.sum(acc_up, 1)
             if HAS_BIAS:
-                y += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
-                up += tl.load(bias + N + rows, mask=rows < N, other=0.0).to(tl.float32)
+                up += y_up_bias
             y = _activated(y, up, ACT, DT)
-        y = _finish(y, rows, rows, rows < N, bias, residual, HAS_BIAS and ACT == "", HAS_RESIDUAL, DT)
-        tl.store(out + rows, y, mask=rows < N)
+        y = y.to(DT)
+        if HAS_RESIDUAL:
+            y = (y.to(tl.float32) + y_residual).to(DT)
+        tl.store(out + here, y, mask=here < N)
 '''
 
 
