@@ -34,6 +34,7 @@ _SHAPE = {_X: "[XBLOCK, 1]", _R: "[1, RBLOCK]", _X | _R: "[XBLOCK, RBLOCK]"}
 _INT32 = (1 << 31) - 1
 _MAX_TILE = 1 << 17  # elements of one tile; more cannot be kept in the registers of a block
 _LINE = 60  # index texts longer than this get a name
+_EACH = 8  # elements of a thread up to which a kernel reads everything first
 
 
 class Unrenderable(FusioncError, NotImplementedError):
@@ -185,9 +186,21 @@ class _Writer:
         else:
             if self.rank2:
                 self.axis_variables("rbase")
-            self.emit([e for s in k.stores for e in (s.index, s.value)])
+            roots = [e for s in k.stores for e in (s.index, s.value)]
+            if self.few_each():
+                self.emit([n for n in self.order(roots) if isinstance(n, Load) and n.level == 0])
+            self.emit(roots)
             for s in k.stores:
                 self.store(s)
+
+    def few_each(self) -> bool:
+        """All is read before the first reduction, where that takes few registers of a thread.
+
+        Threads wait for each other in a reduction, and then again for what is read after it: a microsecond of a short kernel.
+        """
+        if not self.rank2 or not self.k.reductions:
+            return False
+        return self.plan.xblock * self.rblock <= _EACH * 32 * self.plan.warps
 
     def module(self) -> str:
         k = self.k

@@ -272,6 +272,14 @@ def test_passes_are_merged() -> None:
     assert text.index("tl.store(out1") < text.index("tl.store(out0")
 
 
+def test_small_tiles_are_read_before_the_first_reduction() -> None:
+    kernel = CASES["layernorm_f32_4_96"].kernel
+    assert len(kernel.buffers) > 3, "weight and bias are read for the result only"
+    small, large = (render(kernel, Plan("triton", rows, 0), "k0") for rows in (2, 64))
+    assert small.rindex("tl.load(") < small.index("tl.reduce(")
+    assert large.rindex("tl.load(") > large.rindex("tl.reduce("), "64 elements a thread: registers are worth more"
+
+
 def test_index_width() -> None:
     assert index_width(kernels.pointwise(1 << 20, "f32").kernel) == 32
     assert index_width(kernels.pointwise(1 << 31, "f32").kernel) == 64

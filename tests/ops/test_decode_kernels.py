@@ -144,6 +144,9 @@ def _linear() -> None:
         (half, 1, (24, 8, 16), 33, 2, "", True, False, 4, 16, 2),
         (half, 1, (8, 16), 40, 0, "", False, True, 4, 64, 1),
         (brain, 1, (16, 16), 100, 2, "silu", False, False, 4, 32, 2),
+        (brain, 1, (16, 16), 100, 1, "silu", True, False, 4, 32, 1),  # two tiles before the wait, then two
+        (half, 1, (13,), 40, 2, "", True, True, 4, 32, 1),  # two in all
+        (half, 1, (13,), 100, 0, "", True, True, 4, 32, 2),
     ):
         n = sum(parts) // (2 if act else 1)
         x, w = torch.randn(m, k).to(dtype), (torch.randn(sum(parts), k) * k**-0.5).to(dtype)
