@@ -112,7 +112,7 @@ class _Plan:
             )  # fmt: skip
             found = self._kernels[tile] = template(
                 texts.TEXT, "one_row", self.kinds, constants, self.device, tile.warps, dependent=self.chained,
-                registers=128 if self.gated else None,  # a few more, and one program fewer fits on a multiprocessor
+                registers=texts.registers(tile, self.gated),
             )  # fmt: skip
         return found
 
