@@ -62,13 +62,14 @@ def test_compiles_for_hopper_without_spills(width: int, length: int) -> None:
     assert built.spills <= 0 and built.registers <= 255
 
 
-def _plan(heights: tuple[int, ...], inner: int, activation: str, ahead: tuple[int, ...], chained: bool = True) -> Any:
+def _plan(heights: tuple[int, ...], inner: int, activation: str, ahead: tuple[int, ...], chained: bool = True,
+          norm: torch.dtype | None = None, bias: bool = False, residual: bool = True) -> Any:  # fmt: skip
     from fusionc.targets import skinny
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(skinny, "dependent", lambda _: True)
-        return skinny._Plan(heights, inner, torch.bfloat16, torch.bfloat16, 1e-5, 0, activation, False, not activation,
-                            chained, ahead, torch.device("cuda", 0))  # fmt: skip
+        return skinny._Plan(heights, inner, torch.bfloat16, norm or torch.bfloat16, 1e-5, int(norm is not None), activation, bias,
+                            residual and not activation, chained, ahead, torch.device("cuda", 0))  # fmt: skip
 
 
 @pytest.mark.cross
@@ -90,6 +91,24 @@ def test_weights_are_asked_for(
         assert built.spills <= 0, tile
     alone = _plan(heights, inner, activation, ahead, chained=False)
     assert not dict(alone.kernel(alone.tiles[0]).constants)["OWN"], "without waiting there is no time to use"
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize(
+    ("heights", "inner", "activation", "norm", "bias"),
+    [((2048, 512, 512), 2048, "", torch.bfloat16, False), ((3072, 1024, 1024), 3072, "", torch.bfloat16, False),
+     ((8192, 8192), 3072, "silu", torch.bfloat16, False), ((14336, 14336), 4096, "silu", torch.bfloat16, False),
+     ((4096, 1024, 1024), 4096, "", torch.float32, True), ((8192, 8192), 2048, "silu", torch.bfloat16, True)],
+)  # fmt: skip
+def test_few_registers_of_one_row_are_spilled(
+    heights: tuple[int, ...], inner: int, activation: str, norm: torch.dtype, bias: bool
+) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    plan = _plan(heights, inner, activation, (), norm=norm, bias=bias, residual=False)
+    for tile in plan.tiles:
+        built = plan.kernel(tile).build(GPUTarget("cuda", 90, 32), usage=True)
+        assert built.spills <= 64, tile
 
 
 def test_shares_lie_inside_the_weight() -> None:
