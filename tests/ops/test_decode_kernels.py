@@ -26,7 +26,7 @@ def run(part: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("part", ["linear", "attention"])
+@pytest.mark.parametrize("part", ["linear", "attention", "far"])
 def test_kernels(part: str) -> None:
     run(part)
 
@@ -43,6 +43,20 @@ def test_ranges() -> None:
             for width in (16, 64, 128, 256):
                 count, rows, step = ranges(heads, length, width, 132)
                 assert count * rows >= length > (count - 1) * rows and rows % step == 0 and count <= 32
+
+
+@pytest.mark.parametrize(
+    ("strides", "wide"),
+    [((1 << 20, 1 << 16, 64), False), ((1 << 30, 64, 64), True), ((64, 1 << 28, 64), True), ((64, 64, 1 << 20), True)],
+)
+def test_addresses_are_wide_whatever_of_a_cache_lies_far_apart(strides: tuple[int, ...], wide: bool) -> None:
+    from fusionc.targets import decode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "properties", lambda _: type("H200", (), {"processors": 132}))
+        kernel, _ = decode._kernel.__wrapped__(torch.bfloat16, 8, 8, 64, 1024, 0.1, False, False, None, 2,
+                                               (0,) * 7 + strides * 2 + (0, 0, 0), True, torch.device("cuda", 0))  # fmt: skip
+    assert dict(kernel.constants)["WIDE"] is wide
 
 
 @pytest.mark.cross
@@ -238,6 +252,26 @@ def _attention() -> None:
         assert torch.equal(key, key2) and torch.equal(value, value2) and not counters.any()
 
 
+def _far() -> None:
+    """Rows of a cache more than 2³¹ elements apart, as in one laid out [S, B, H, D]; its pages between them are never touched."""
+    from fusionc.codegen.templates.decode_attention import TEXT
+    from fusionc.ops.decode_attention import attention
+    from fusionc.runtime import interpreter, launch
+
+    module, (s, d, step) = launch.load_module(TEXT, interpret=True), (70, 16, 1 << 25)
+    cache = torch.empty(s * step, dtype=torch.float16).as_strided((1, 1, s, d), (0, 0, step, 1))
+    cache.copy_(torch.randn(1, 1, s, d))
+    q, out = torch.randn(1, 2, 1, d).half(), torch.empty(1, 1, 2, d, dtype=torch.float16)
+    names = "QB QH KNB KNH VNB VNH CB KB KH KS VB VH VS MB MH MS".split()
+    strides = dict.fromkeys(names, 0) | {"QH": d, "KS": step, "VS": step}
+    for block in (128, 32):  # one step, then several
+        with interpreter.lock, interpreter.repaired(), launch._interpreting(True):
+            module.decode[(1, 1, 1)](q, q, q, q, q, cache, cache, q, q, out, out, out, H=2, HKV=1, D=d, S=s, SCALE=0.25,
+                                     UPDATE=False, ROPE=False, MASK=0, **strides, WIDE=True, PDL=False, SPLITS=1, ROWS=128,
+                                     BS=block)  # fmt: skip
+        torch.testing.assert_close(out, attention(q, cache, cache, None, 0.25), rtol=1e-2, atol=2e-3)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    {"linear": _linear, "attention": _attention}[sys.argv[1]]()
+    {"linear": _linear, "attention": _attention, "far": _far}[sys.argv[1]]()

@@ -81,7 +81,10 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
         hk = hk.to(tl.int64)
     d = tl.arange(0, D)
     g = tl.arange(0, 16)
-    n = split * ROWS + tl.arange(0, BS)
+    rows = tl.arange(0, BS)
+    if WIDE:
+        rows = rows.to(tl.int64)
+    n = split * ROWS + rows
     n_ok = n < S
     at_k = kc + b * KB + hk * KH + d[:, None]
     at_v = vc + b * VB + hk * VH + d[None, :]
@@ -130,7 +133,7 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
         top, total, acc = _step(qv, kt, vt, n, p, k_new, v_new, bias, n_ok, top, total, acc, SCALE, UPDATE)
     else:
         for start in range(split * ROWS, tl.minimum(split * ROWS + ROWS, S), BS):
-            n = start + tl.arange(0, BS)
+            n = start + rows
             n_ok = n < S
             bias = _bias(at_mask + n[None, :] * MS, g_ok & n_ok[None, :], BS, MASK)
             read = True
