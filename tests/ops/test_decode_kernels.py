@@ -6,6 +6,7 @@ In a process of its own: parts of Triton's library are made for the interpreter 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,9 @@ def test_compiles_for_hopper_without_spills(width: int, length: int) -> None:
                                                True, device)  # fmt: skip
     built = kernel.build(GPUTarget("cuda", 90, 32), usage=True)
     assert built.spills <= 0 and built.registers <= 255
+    moved = re.findall(r"ttg.convert_layout [^\n]* : tensor<(\d+)x(\d+)x[^\n]*->", built.asm["ttgir"])
+    tile = width * dict(kernel.constants)["BS"]
+    assert all(int(a) * int(b) < tile for a, b in moved), "keys or values pass through shared memory once, for the product"
 
 
 def _plan(heights: tuple[int, ...], inner: int, activation: str, ahead: tuple[int, ...], chained: bool = True,
@@ -217,6 +221,8 @@ def _attention() -> None:
         (1, 6, 2, 16, 200, False, False, 1, 4, 64, 0),
         (1, 4, 1, 64, 130, True, True, 0, 3, 64, 3),
         (1, 4, 2, 16, 96, True, True, 3, 2, 64, 20),  # nothing is visible, with numbers: the softmax of them counts
+        (1, 4, 2, 128, 70, True, True, 2, 2, 64, 40),
+        (1, 2, 1, 256, 70, True, False, 1, 2, 64, 69),
         (1, 4, 2, 16, 70, True, True, 2, 2, 64, 70),  # a position outside of the cache is not written
     )
     # in one step a range, then in several
