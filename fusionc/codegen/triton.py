@@ -18,7 +18,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..errors import FusioncError
-from ..ir.expr import FLOATS, ITEMSIZE, Const, Expr, FloorDiv, Index, Load, Mod, Op, Reduce, Scan, Size, Var, bounds, index
+from ..ir.expr import (
+    FLOATS,
+    ITEMSIZE,
+    Const,
+    Expr,
+    FloorDiv,
+    Index,
+    Load,
+    Mod,
+    Op,
+    Reduce,
+    Scan,
+    Size,
+    Var,
+    bounds,
+    index,
+)
 from ..ir.loop import Kernel, Store, Write
 from ..ir.online import online_pairs
 from ..ir.ops import COMPARE
