@@ -360,13 +360,17 @@ def run_program(call: Callable[[list[Any]], Any], specs: Sequence[Any]) -> int:
             what = f"{str(r.dtype).removeprefix('torch.')}{list(r.shape)}" if isinstance(r, torch.Tensor) else repr(r)
             print(f"result {number}: {what}")
 
+        def settle() -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
         def once() -> float:
             for t, values in zip(integers, kept, strict=True):
                 t.copy_(values)
+            settle()
             start = time.perf_counter()
             call(list(inputs))
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            settle()
             return time.perf_counter() - start
 
         first = once()

@@ -18,7 +18,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..errors import FusioncError
-from ..ir.expr import FLOATS, Const, Expr, FloorDiv, Index, Load, Mod, Op, Reduce, Scan, Size, Var, bounds, index
+from ..ir.expr import (
+    FLOATS,
+    ITEMSIZE,
+    Const,
+    Expr,
+    FloorDiv,
+    Index,
+    Load,
+    Mod,
+    Op,
+    Reduce,
+    Scan,
+    Size,
+    Var,
+    bounds,
+    index,
+)
 from ..ir.loop import Kernel, Store, Write
 from ..ir.online import online_pairs
 from ..ir.ops import COMPARE
@@ -35,6 +51,7 @@ _INT32 = (1 << 31) - 1
 _MAX_TILE = 1 << 17  # elements of one tile; more cannot be kept in the registers of a block
 _LINE = 60  # index texts longer than this get a name
 _EACH = 8  # elements of a thread up to which a kernel reads everything first
+_HELD = 32  # registers of a thread that all of it may take
 
 
 class Unrenderable(FusioncError, NotImplementedError):
@@ -200,7 +217,9 @@ class _Writer:
         """
         if not self.rank2 or not self.k.reductions:
             return False
-        return self.plan.xblock * self.rblock <= _EACH * 32 * self.plan.warps
+        each = max(1.0, self.plan.xblock * self.rblock / (32 * self.plan.warps))
+        words = sum(ITEMSIZE[n.dtype] / 4 for n in self.k.loads if n.level == 0 and n.free & self.axis)
+        return each <= _EACH and each * words <= _HELD
 
     def module(self) -> str:
         k = self.k

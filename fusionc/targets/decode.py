@@ -95,7 +95,7 @@ def _kernel(dtype: torch.dtype, heads: int, groups: int, width: int, length: int
     p = POINTER[dtype]
     kinds = (p, p, p, p, p, p, p, "*i64", p if mask is None else POINTER[mask], p, "*fp32", "*i32")
     names = "QB QH KNB KNH VNB VNH CB KB KH KS VB VH VS MB MH MS".split()
-    wide = max(batch * strides[7], batch * strides[10], length * max(strides[9], strides[12])) >= 1 << 30
+    wide = max(n * step for n, step in zip((batch, groups, length) * 2, strides[7:13])) >= 1 << 30
     constants: tuple[tuple[str, Any], ...] = (
         ("H", heads), ("HKV", groups), ("D", width), ("S", length), ("SCALE", scale), ("UPDATE", update),
         ("ROPE", rope), ("MASK", 0 if mask is None else 1 if mask is torch.bool else 2), *zip(names, strides),

@@ -86,6 +86,7 @@ class _Plan:
         self.width, self.device, self.chained, self.gated = width, device, chained, activation != ""
         self.ahead = ahead if chained else ()  # bytes
         self.own = sum(heights) * inner * dtype.itemsize
+        self.inner, self.heavy = inner, kind != 0 and norm_dtype.itemsize > 2 or self.gated and bias
         wide = sum(heights) * inner >= 1 << 31
         several = len(heights) > 1 and not activation
         ends = (heights[0], heights[0] + heights[1]) if several else (0, 0)
@@ -112,7 +113,7 @@ class _Plan:
             )  # fmt: skip
             found = self._kernels[tile] = template(
                 texts.TEXT, "one_row", self.kinds, constants, self.device, tile.warps, dependent=self.chained,
-                registers=texts.registers(tile, self.gated),
+                registers=texts.registers(tile, self.inner, self.gated, self.heavy),
             )  # fmt: skip
         return found
 

@@ -280,6 +280,17 @@ def test_small_tiles_are_read_before_the_first_reduction() -> None:
     assert large.rindex("tl.load(") > large.rindex("tl.reduce("), "64 elements a thread: registers are worth more"
 
 
+@pytest.mark.parametrize(("inputs", "first"), [(4, True), (20, False)])
+def test_many_inputs_are_not_all_held_during_a_reduction(inputs: int, first: bool) -> None:
+    added = "mul(in0[512*x0 + r0], sum[r0](in0[512*x0 + r0]))"
+    for i in range(1, inputs):
+        added = f"add({added}, in{i}[512*x0 + r0])"
+    lines = [f"  in    in{i}: f32[2048]" for i in range(inputs)]
+    loops = ["  out   out0: f32[2048]", "  for   x0 < 4", "  axis  r0 < 512", f"    inner out0[512*x0 + r0] = {added}"]
+    text = render(parse_kernel("\n".join(["kernel", *lines, *loops, ""])), Plan("triton", 1, 0, warps=2), "k0")
+    assert (text.rindex("tl.load(") < text.index("tl.reduce(")) is first, "8 registers of each"
+
+
 def test_index_width() -> None:
     assert index_width(kernels.pointwise(1 << 20, "f32").kernel) == 32
     assert index_width(kernels.pointwise(1 << 31, "f32").kernel) == 64

@@ -6,6 +6,7 @@ In a process of its own: parts of Triton's library are made for the interpreter 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def run(part: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("part", ["linear", "attention"])
+@pytest.mark.parametrize("part", ["linear", "attention", "far"])
 def test_kernels(part: str) -> None:
     run(part)
 
@@ -45,6 +46,20 @@ def test_ranges() -> None:
                 assert count * rows >= length > (count - 1) * rows and rows % step == 0 and count <= 32
 
 
+@pytest.mark.parametrize(
+    ("strides", "wide"),
+    [((1 << 20, 1 << 16, 64), False), ((1 << 30, 64, 64), True), ((64, 1 << 28, 64), True), ((64, 64, 1 << 20), True)],
+)
+def test_addresses_are_wide_whatever_of_a_cache_lies_far_apart(strides: tuple[int, ...], wide: bool) -> None:
+    from fusionc.targets import decode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "properties", lambda _: type("H200", (), {"processors": 132}))
+        kernel, _ = decode._kernel.__wrapped__(torch.bfloat16, 8, 8, 64, 1024, 0.1, False, False, None, 2,
+                                               (0,) * 7 + strides * 2 + (0, 0, 0), True, torch.device("cuda", 0))  # fmt: skip
+    assert dict(kernel.constants)["WIDE"] is wide
+
+
 @pytest.mark.cross
 @pytest.mark.parametrize(("width", "length"), [(64, 1024), (64, 50000), (128, 1024), (128, 50000), (256, 1024), (256, 5000)])
 def test_compiles_for_hopper_without_spills(width: int, length: int) -> None:
@@ -60,15 +75,19 @@ def test_compiles_for_hopper_without_spills(width: int, length: int) -> None:
                                                True, device)  # fmt: skip
     built = kernel.build(GPUTarget("cuda", 90, 32), usage=True)
     assert built.spills <= 0 and built.registers <= 255
+    moved = re.findall(r"ttg.convert_layout [^\n]* : tensor<(\d+)x(\d+)x[^\n]*->", built.asm["ttgir"])
+    tile = width * dict(kernel.constants)["BS"]
+    assert all(int(a) * int(b) < tile for a, b in moved), "keys or values pass through shared memory once, for the product"
 
 
-def _plan(heights: tuple[int, ...], inner: int, activation: str, ahead: tuple[int, ...], chained: bool = True) -> Any:
+def _plan(heights: tuple[int, ...], inner: int, activation: str, ahead: tuple[int, ...], chained: bool = True,
+          norm: torch.dtype | None = None, bias: bool = False, residual: bool = True) -> Any:  # fmt: skip
     from fusionc.targets import skinny
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(skinny, "dependent", lambda _: True)
-        return skinny._Plan(heights, inner, torch.bfloat16, torch.bfloat16, 1e-5, 0, activation, False, not activation,
-                            chained, ahead, torch.device("cuda", 0))  # fmt: skip
+        return skinny._Plan(heights, inner, torch.bfloat16, norm or torch.bfloat16, 1e-5, int(norm is not None), activation, bias,
+                            residual and not activation, chained, ahead, torch.device("cuda", 0))  # fmt: skip
 
 
 @pytest.mark.cross
@@ -90,6 +109,24 @@ def test_weights_are_asked_for(
         assert built.spills <= 0, tile
     alone = _plan(heights, inner, activation, ahead, chained=False)
     assert not dict(alone.kernel(alone.tiles[0]).constants)["OWN"], "without waiting there is no time to use"
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize(
+    ("heights", "inner", "activation", "norm", "bias"),
+    [((2048, 512, 512), 2048, "", torch.bfloat16, False), ((3072, 1024, 1024), 3072, "", torch.bfloat16, False),
+     ((8192, 8192), 3072, "silu", torch.bfloat16, False), ((14336, 14336), 4096, "silu", torch.bfloat16, False),
+     ((4096, 1024, 1024), 4096, "", torch.float32, True), ((8192, 8192), 2048, "silu", torch.bfloat16, True)],
+)  # fmt: skip
+def test_few_registers_of_one_row_are_spilled(
+    heights: tuple[int, ...], inner: int, activation: str, norm: torch.dtype, bias: bool
+) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    plan = _plan(heights, inner, activation, (), norm=norm, bias=bias, residual=False)
+    for tile in plan.tiles:
+        built = plan.kernel(tile).build(GPUTarget("cuda", 90, 32), usage=True)
+        assert built.spills <= 64, tile
 
 
 def test_shares_lie_inside_the_weight() -> None:
@@ -184,6 +221,8 @@ def _attention() -> None:
         (1, 6, 2, 16, 200, False, False, 1, 4, 64, 0),
         (1, 4, 1, 64, 130, True, True, 0, 3, 64, 3),
         (1, 4, 2, 16, 96, True, True, 3, 2, 64, 20),  # nothing is visible, with numbers: the softmax of them counts
+        (1, 4, 2, 128, 70, True, True, 2, 2, 64, 40),
+        (1, 2, 1, 256, 70, True, False, 1, 2, 64, 69),
         (1, 4, 2, 16, 70, True, True, 2, 2, 64, 70),  # a position outside of the cache is not written
     )
     # in one step a range, then in several
@@ -219,6 +258,26 @@ def _attention() -> None:
         assert torch.equal(key, key2) and torch.equal(value, value2) and not counters.any()
 
 
+def _far() -> None:
+    """Rows of a cache more than 2³¹ elements apart, as in one laid out [S, B, H, D]; its pages between them are never touched."""
+    from fusionc.codegen.templates.decode_attention import TEXT
+    from fusionc.ops.decode_attention import attention
+    from fusionc.runtime import interpreter, launch
+
+    module, (s, d, step) = launch.load_module(TEXT, interpret=True), (70, 16, 1 << 25)
+    cache = torch.empty(s * step, dtype=torch.float16).as_strided((1, 1, s, d), (0, 0, step, 1))
+    cache.copy_(torch.randn(1, 1, s, d))
+    q, out = torch.randn(1, 2, 1, d).half(), torch.empty(1, 1, 2, d, dtype=torch.float16)
+    names = "QB QH KNB KNH VNB VNH CB KB KH KS VB VH VS MB MH MS".split()
+    strides = dict.fromkeys(names, 0) | {"QH": d, "KS": step, "VS": step}
+    for block in (128, 32):  # one step, then several
+        with interpreter.lock, interpreter.repaired(), launch._interpreting(True):
+            module.decode[(1, 1, 1)](q, q, q, q, q, cache, cache, q, q, out, out, out, H=2, HKV=1, D=d, S=s, SCALE=0.25,
+                                     UPDATE=False, ROPE=False, MASK=0, **strides, WIDE=True, PDL=False, SPLITS=1, ROWS=128,
+                                     BS=block)  # fmt: skip
+        torch.testing.assert_close(out, attention(q, cache, cache, None, 0.25), rtol=1e-2, atol=2e-3)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    {"linear": _linear, "attention": _attention}[sys.argv[1]]()
+    {"linear": _linear, "attention": _attention, "far": _far}[sys.argv[1]]()

@@ -109,6 +109,22 @@ def test_kernel_builds_for_hopper_without_spills(rows: int, width: int, inner: i
 
 
 @pytest.mark.interpret
+@pytest.mark.cross
+def test_large_tiles_hold_nothing_but_their_sums() -> None:
+    """GPT-2's head with a gate on an A100: biases and places held during the products spilled 128 bytes and more."""
+    from triton.backends.compiler import GPUTarget
+
+    from fusionc.targets import few_rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_rows, "dependent", lambda _: False)
+        device = torch.device("cuda", 0)
+        plan = few_rows._Plan(128, (2 * 50257,), 768, 768, torch.float16, "silu", True, True, False, False, device)
+    for tile in plan.tiles[:-1]:
+        built = plan.kernel(tile).build(GPUTarget("cuda", 80, 32), usage=True)
+        assert built.spills <= 64, tile
+
+
 def test_odd_width_by_columns() -> None:
     from fusionc.targets.few_rows import by_columns, odd
 

@@ -81,7 +81,10 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
         hk = hk.to(tl.int64)
     d = tl.arange(0, D)
     g = tl.arange(0, 16)
-    n = split * ROWS + tl.arange(0, BS)
+    rows = tl.arange(0, BS)
+    if WIDE:
+        rows = rows.to(tl.int64)
+    n = split * ROWS + rows
     n_ok = n < S
     at_k = kc + b * KB + hk * KH + d[:, None]
     at_v = vc + b * VB + hk * VH + d[None, :]
@@ -94,22 +97,33 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
     g_ok = (g < G)[:, None]
     half = (d + D // 2) % D
     # all that is read, before anything is done with it: each wait for memory costs a tenth of the kernel's time
+    if ROPE:
+        c = tl.load(cos + b * CB + d[None, :])
+        s = tl.load(sin + b * CB + d[None, :])
     qv = tl.load(q + b * QB + ((hk * G + g) * QH)[:, None] + d[None, :], mask=g_ok, other=0.0)
     if ROPE:
         q_half = tl.load(q + b * QB + ((hk * G + g) * QH)[:, None] + half[None, :], mask=g_ok, other=0.0)
-        c = tl.load(cos + b * CB + d[None, :])
-        s = tl.load(sin + b * CB + d[None, :])
+    # a column is laid out like the keys, for nothing, if it has fewer elements than there are threads; a longer one would
+    # have all keys moved to its own layout, through shared memory: a vector is moved itself
+    FLAT: tl.constexpr = D >= 128
+    d_k = d[:, None]
+    d_v = d[None, :]
+    half_k = half[:, None]
+    if FLAT:
+        d_k = d
+        d_v = d
+        half_k = half
     p = 0
     k_new = 0
     v_new = 0
     if UPDATE:
         p = tl.load(pos)
-        k_new = tl.load(kn + b * KNB + hk * KNH + d[:, None])
-        v_new = tl.load(vn + b * VNB + hk * VNH + d[None, :])
+        k_new = tl.load(kn + b * KNB + hk * KNH + d_k)
+        v_new = tl.load(vn + b * VNB + hk * VNH + d_v)
         if ROPE:
-            k_half = tl.load(kn + b * KNB + hk * KNH + half[:, None])
-            c_k = tl.load(cos + b * CB + d[:, None])
-            s_k = tl.load(sin + b * CB + d[:, None])
+            k_half = tl.load(kn + b * KNB + hk * KNH + half_k)
+            c_k = tl.load(cos + b * CB + d_k)
+            s_k = tl.load(sin + b * CB + d_k)
     at_mask = mask + b * MB + ((hk * G + g) * MH)[:, None]
     if ROWS == BS:
         bias = _bias(at_mask + n[None, :] * MS, g_ok & n_ok[None, :], BS, MASK)
@@ -122,15 +136,20 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
     inside = (p >= 0) & (p < S)
     if UPDATE:
         if ROPE:
-            k_new = _rotated(k_new, k_half, d[:, None], c_k, s_k, D)
+            k_new = _rotated(k_new, k_half, d_k, c_k, s_k, D)
+    k_row = k_new
+    v_row = v_new
+    if UPDATE and FLAT:
+        k_row = k_new[:, None]
+        v_row = v_new[None, :]
     top = tl.full([16], float("-inf"), tl.float32)
     total = tl.full([16], 0.0, tl.float32)
     acc = tl.full([16, D], 0.0, tl.float32)
     if ROWS == BS:
-        top, total, acc = _step(qv, kt, vt, n, p, k_new, v_new, bias, n_ok, top, total, acc, SCALE, UPDATE)
+        top, total, acc = _step(qv, kt, vt, n, p, k_row, v_row, bias, n_ok, top, total, acc, SCALE, UPDATE)
     else:
         for start in range(split * ROWS, tl.minimum(split * ROWS + ROWS, S), BS):
-            n = start + tl.arange(0, BS)
+            n = start + rows
             n_ok = n < S
             bias = _bias(at_mask + n[None, :] * MS, g_ok & n_ok[None, :], BS, MASK)
             read = True
@@ -152,11 +171,11 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
                         kt, vt = _rows(at_k, at_v, n, n_ok, KS, VS)
                 else:
                     kt, vt = _rows(at_k, at_v, n, n_ok, KS, VS)
-                top, total, acc = _step(qv, kt, vt, n, p, k_new, v_new, bias, n_ok, top, total, acc, SCALE, UPDATE)
+                top, total, acc = _step(qv, kt, vt, n, p, k_row, v_row, bias, n_ok, top, total, acc, SCALE, UPDATE)
     if UPDATE:
         if split == 0:  # (nobody reads the row from the cache)
-            tl.store(kc + b * KB + hk * KH + p * KS + d[:, None], k_new, mask=(d < D)[:, None] & inside)
-            tl.store(vc + b * VB + hk * VH + p * VS + d[None, :], v_new, mask=(d < D)[None, :] & inside)
+            tl.store(kc + b * KB + hk * KH + p * KS + d_k, k_new, mask=(d_k < D) & inside)
+            tl.store(vc + b * VB + hk * VH + p * VS + d_v, v_new, mask=(d_v < D) & inside)
     to = out + (b * H + hk * G + g)[:, None] * D + d[None, :]
     if SPLITS == 1:
         tl.store(to, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(DT), mask=g_ok)

@@ -110,15 +110,14 @@ def few_rows(x, w, w1, w2, bias, residual, out, part, counters,
                         _fetch(u + at)
         gdc_wait()
         gdc_launch_dependents()
-    ok = m_ok[:, None] & n_ok[None, :]
-    at = m[:, None] * N + n[None, :]
-    HELD: tl.constexpr = HAS_RESIDUAL and BM * BN <= 4096  # few registers, and nothing to wait for at the end
-    if HAS_BIAS:
+    SMALL: tl.constexpr = BM * BN <= 4096  # few registers, and nothing to wait for at the end
+    HELD: tl.constexpr = HAS_RESIDUAL and SMALL
+    if HAS_BIAS and SMALL:
         bias_n = tl.load(bias + n, mask=n_ok, other=0.0)
         if GATED:
             bias_up = tl.load(bias + N + n, mask=n_ok, other=0.0)
     if HELD:
-        beside = tl.load(residual + at, mask=ok, other=0.0)
+        beside = tl.load(residual + m[:, None] * N + n[None, :], mask=m_ok[:, None] & n_ok[None, :], other=0.0)
     acc = tl.zeros([BM, BN], tl.float32)
     acc_up = tl.zeros([BM, BN], tl.float32)
     for i in tl.range(STEPS, num_stages=STAGES):
@@ -160,9 +159,15 @@ def few_rows(x, w, w1, w2, bias, residual, out, part, counters,
                 for j in tl.static_range(1, SPLIT):
                     acc_up += tl.load(whole + j * size + BM * BN + cell, cache_modifier=".cg")
     if last:
+        ok = m_ok[:, None] & n_ok[None, :]
+        at = m[:, None] * N + n[None, :]
         if HAS_BIAS:
+            if not SMALL:
+                bias_n = tl.load(bias + n, mask=n_ok, other=0.0)
             acc += bias_n.to(tl.float32)[None, :]
             if GATED:
+                if not SMALL:
+                    bias_up = tl.load(bias + N + n, mask=n_ok, other=0.0)
                 acc_up += bias_up.to(tl.float32)[None, :]
         y = acc.to(DT)
         if ACT != "":

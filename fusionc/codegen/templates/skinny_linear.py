@@ -216,12 +216,15 @@ class Tile:
     repeat: int = 1
 
 
-def registers(tile: Tile, gated: bool) -> int | None:
+def registers(tile: Tile, inner: int, gated: bool, heavy: bool) -> int | None:
     """The most of a thread: left alone it takes some more, and fewer programs fit on a multiprocessor, for a spill of 16 bytes.
 
-    Llama 1B's q, k and v are 768 programs: six times the 132 of an H200 hold them, five do not.
+    Llama 1B's q, k and v are 768 programs: six times the 132 of an H200 hold them, five do not. A third and last tile is no
+    loop: all three are read at once, and a cap spills 100 to 340 bytes (Llama 3B); ``heavy`` kernels, up to 140.
     """
-    return None if tile.repeat > 1 else 128 if gated else 80
+    if tile.repeat > 1 or heavy or -(-inner // tile.bk) == 3:
+        return None
+    return 128 if gated else 80
 
 
 def share(size: int, programs: int, room: int) -> tuple[int, int]:
