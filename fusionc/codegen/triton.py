@@ -213,7 +213,7 @@ class _Writer:
     def few_each(self) -> bool:
         """All is read before the first reduction, where that takes few registers of a thread.
 
-        Threads wait for each other in a reduction, and then again for what is read after it: a microsecond of a short kernel.
+        Threads wait for each other in a reduction, and then once more for what is read after it.
         """
         if not self.rank2 or not self.k.reductions:
             return False

@@ -96,7 +96,7 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
         gdc_launch_dependents()
     g_ok = (g < G)[:, None]
     half = (d + D // 2) % D
-    # all that is read, before anything is done with it: each wait for memory costs a tenth of the kernel's time
+    # all that is read, before anything is done with it: loads are not moved across barriers, and would wait one by one
     if ROPE:
         c = tl.load(cos + b * CB + d[None, :])
         s = tl.load(sin + b * CB + d[None, :])
