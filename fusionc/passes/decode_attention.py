@@ -24,7 +24,7 @@ from ..graph import edit
 from ..graph.facts import Facts, device, dtype, is_static_shape, shape, stride, tensor
 from ..ops import decode_attention as op  # noqa: F401  registers the operators
 from .base import Match, Pass, Reassociates, Refuse
-from .skinny_linear import _follows, served
+from .skinny_linear import _follows, _is, served
 
 aten = torch.ops.aten
 _SDPA = {
@@ -166,10 +166,6 @@ def _arguments(node: Node) -> dict[str, Any]:
     """Arguments by the names of the schema."""
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     return {**dict(zip(names, node.args)), **node.kwargs}
-
-
-def _is(node: Any, *targets: Any) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
 def _covers(mask: Node, q: Node, key: Node) -> bool:

@@ -19,15 +19,13 @@ from torch.fx import Node
 
 from ..graph import edit
 from ..graph.facts import Facts, device, shape, tensor
-from ..ops import decode_attention, skinny_linear  # noqa: F401  register the operators
 from .base import Exact, Match, Pass, Refuse
-from .skinny_linear import _VIEWS
+from .decode_attention import _arguments
+from .skinny_linear import _VIEWS, _is
 
 aten = torch.ops.aten
 _ATTENTION = (torch.ops.fusionc.decode_attention.default, torch.ops.fusionc.decode_attention_update.default)
 _LINEAR = torch.ops.fusionc.skinny_linear.default
-_DEFAULTS = (None, True, False)  # of the arguments between ``chained`` and ``ahead``
-_FIXED = 9  # arguments without a default
 
 
 class WeightPrefetch(Pass):
@@ -42,17 +40,18 @@ class WeightPrefetch(Pass):
 
     def find(self, facts: Facts) -> Iterator[Match]:
         """Each such layer that asks for nothing yet, with the one that comes next."""
-        layers = [n for n in facts.gm.graph.nodes if n.op == "call_function" and n.target is _LINEAR]
+        layers = [n for n in facts.gm.graph.nodes if _is(n, _LINEAR)]
         for layer, following in itertools.pairwise(layers):
-            where = device(layer)
-            if where is not None and where.type in self.devices and len(layer.args) <= _FIXED + len(_DEFAULTS):
-                if _of_attention(layer.args[0]):
-                    yield Match({"layer": layer, "next": following}, (layer,))
+            given, where = _arguments(layer), device(layer)
+            if where is None or where.type not in self.devices:
+                continue
+            if "ahead" not in given and _of_attention(given["x"]):
+                yield Match({"layer": layer, "next": following}, (layer,))
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality."""
         layer: Node = match.layer
-        if shape(layer.args[0])[0] != 1:  # type: ignore[index]
+        if shape(layer)[0] != 1:  # type: ignore[index]
             return Refuse("it has more than one row", layer)
         for weight in _weights(match.next):
             like = tensor(weight)
@@ -65,22 +64,22 @@ class WeightPrefetch(Pass):
     def replace(self, match: Match, facts: Facts) -> None:
         """The same call with one more argument."""
         layer: Node = match.layer
-        given = layer.args[_FIXED:]
+        given = {**_arguments(layer), "ahead": _weights(match.next)}
+        args = [given.get(a.name, a.default_value) for a in _LINEAR._schema.arguments]
         with facts.gm.graph.inserting_before(layer):
-            new = edit.insert(facts.gm.graph, _LINEAR, (*layer.args, *_DEFAULTS[len(given) :], _weights(match.next)),
-                              origin=[layer], val=layer.meta["val"])  # fmt: skip
+            new = edit.insert(facts.gm.graph, _LINEAR, args, origin=[layer], val=layer.meta["val"])
         layer.replace_all_uses_with(new)
         edit.erase_dead([layer])
 
 
 def _weights(layer: Node) -> list[Node]:
     """All of the layer's weights."""
-    more: Any = layer.args[_FIXED] if len(layer.args) > _FIXED else None
-    return [layer.args[1], *(more or ())]  # type: ignore[list-item]
+    given = _arguments(layer)
+    return [given["weight"], *(given.get("more") or ())]
 
 
 def _of_attention(x: Any) -> bool:
     """It is the result of attention over a cache, in another shape."""
-    while isinstance(x, Node) and x.op == "call_function" and (x.target in _VIEWS or x.target is aten.transpose.int):
+    while _is(x, aten.transpose.int, *_VIEWS):
         x = x.args[0]
-    return isinstance(x, Node) and x.op == "call_function" and x.target in _ATTENTION
+    return _is(x, *_ATTENTION)

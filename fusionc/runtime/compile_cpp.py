@@ -297,7 +297,8 @@ def _compile_missing(
     result: BuildResult,
     done: Callable[[str, int], Any] | None = None,
 ) -> None:
-    units = _chunks(texts, _cores())
+    cores = _cores()
+    units = _chunks(texts, cores)
     if not units:
         return
     compiler = find_compiler()
@@ -318,7 +319,7 @@ def _compile_missing(
                 done(symbols[0], len(symbols))
             return symbols, data, message, source
 
-        with ThreadPoolExecutor(max_workers=_cores()) as pool:
+        with ThreadPoolExecutor(max_workers=cores) as pool:
             tried = list(pool.map(attempt, enumerate(units)))
             single = [[s] for symbols, data, _, _ in tried if data is None and len(symbols) > 1 for s in symbols]
             again = list(pool.map(attempt, enumerate(single, len(units))))

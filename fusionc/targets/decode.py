@@ -99,8 +99,7 @@ def _kernel(dtype: torch.dtype, heads: int, groups: int, width: int, length: int
     constants: tuple[tuple[str, Any], ...] = (
         ("H", heads), ("HKV", groups), ("D", width), ("S", length), ("SCALE", scale), ("UPDATE", update),
         ("ROPE", rope), ("MASK", 0 if mask is None else 1 if mask is torch.bool else 2), *zip(names, strides),
-        ("WIDE", wide), ("PDL", chained), ("SPLITS", count), ("ROWS", rows),
-        ("BS", step),
+        ("WIDE", wide), ("PDL", chained), ("SPLITS", count), ("ROWS", rows), ("BS", step),
     )  # fmt: skip
     return template(TEXT, "decode", kinds, constants, device, warps(width, count, rows, step), 2, chained, exact=True), count
 

@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: b
         spare,
         *([t.data_ptr() & -16 for t in ahead[:2]] if ahead else ()),
     ]
-    args += [spare] * (10 - len(args))
+    args += [spare] * (len(plan.kinds) - len(args))
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
 
     def run(tile: Tile) -> None:

@@ -134,9 +134,8 @@ def decode(q, kn, vn, cos, sin, kc, vc, pos, mask, out, part, counters,
     if ROPE:
         qv = _rotated(qv, q_half, d[None, :], c, s, D)
     inside = (p >= 0) & (p < S)
-    if UPDATE:
-        if ROPE:
-            k_new = _rotated(k_new, k_half, d_k, c_k, s_k, D)
+    if UPDATE and ROPE:
+        k_new = _rotated(k_new, k_half, d_k, c_k, s_k, D)
     k_row = k_new
     v_row = v_new
     if UPDATE and FLAT:

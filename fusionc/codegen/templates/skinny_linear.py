@@ -122,11 +122,11 @@ def one_row(x, w, w1, w2, norm, bias, residual, out, next0, next1,
         if ACT != "":
             second_up = _tile(u, rows + UP, BK + cols, ok, K)
     if OWN:
-        size = tl.minimum(BN * REPEAT, N - start) * (K * 2)
-        first_row = start
-        if WIDE:
-            first_row = start.to(tl.int64)
         if TILES > EARLY or REPEAT > 1:
+            size = tl.minimum(BN * REPEAT, N - start) * (K * 2)
+            first_row = start
+            if WIDE:
+                first_row = start.to(tl.int64)
             _fetch(w + first_row * K, size)
             if ACT != "":
                 _fetch(u + (first_row + UP) * K, size)
