@@ -89,7 +89,7 @@ def test_a_layer_that_asks_for_weights_ahead_is_another_kernel() -> None:
     target, (x, w, *rest) = linear(1)
     later = [fake(8192, 4096), fake(8192, 4096)]
     ahead_of = (target, (x, w, *rest[:6], True, None, True, False, later))
-    assert len(prepared(graph(linear(1), ahead_of))) == 2 * len(prepared(graph(linear(1))))
+    assert len(prepared(graph(linear(1), ahead_of))) == len(prepared(graph(linear(1)))) + 1, "in a chain nothing is chosen"
     constants = {dict(j.func.__self__.kernel(j.args[0]).constants)["OWN"] for j in ahead.jobs(graph(ahead_of))}
     assert constants == {True}
 
@@ -102,7 +102,7 @@ def test_weights_of_another_gpu_are_not_asked_for() -> None:
     assert constants["SHARE0"] == 0 < constants["SHARE1"]
 
 
-@pytest.mark.parametrize(("width", "inner", "asked"), [(2048, 8192, 32), (4096, 14336, 18), (16384, 53248, 0)])
+@pytest.mark.parametrize(("width", "inner", "asked"), [(2048, 8192, 12), (4096, 14336, 18), (16384, 53248, 0)])
 def test_no_more_is_asked_for_than_stays_in_the_cache(width: int, inner: int, asked: int) -> None:
     """Llama 1B's step is as it was measured; 8B's weights are larger than L2; 405B's first one is, by itself."""
     x, w, later = fake(1, width), fake(width, width), fake(inner, width)

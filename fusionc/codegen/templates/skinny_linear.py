@@ -1,11 +1,12 @@
 """Kernels for y = epilogue(norm(x) Wᵀ) with one row of x, where reading W once is all the work.
 
-`one_row` multiplies and adds in float32: each program owns BN rows of W (twice that with a gate) and walks along K.  It
-computes the row statistics of x itself, which is small and lies in L2.  The rows of W may lie in up to three tensors.
-Results are rounded where separate operators would round: after the norm, after the product, after the activation, after
-the sum.
+`one_row` multiplies and adds in float32: each program owns BN rows of W (twice that with a gate) and walks along K, the
+next DEPTH tiles always on their way.  It computes the row statistics of x itself, which is small and lies in L2.  The rows
+of W may lie in up to three tensors.  Results are rounded where separate operators would round: after the norm, after the
+product, after the activation, after the sum.  Programs of one warp do not wait for each other at the sums; the eight
+neighbouring columns that one load brings a thread are added at once, so that registers hold tiles and not sums.
 
-With PDL a program loads its first tile of W, which no kernel of the chain writes, before it waits for the kernel in
+With PDL a program loads its first tiles of W, which no kernel of the chain writes, before it waits for the kernel in
 front of it (programmatic dependent launch).  Every program waits, and only then (NEXT) lets the next kernel start: so
 whatever the next kernel reads before its own wait was complete unless this kernel wrote it.  The first of a chain starts
 when all in front has finished, and lets the next one start at once.
@@ -21,9 +22,11 @@ on an H200 (NOTES.md).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-TEXT = '''
+_HELPERS = '''
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -51,14 +54,28 @@ def _scaled(x, rstd, w, NORM: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
-def _tile(w, rows, cols, ok, K: tl.constexpr):
-    return tl.load(w + rows[:, None] * K + cols[None, :], mask=ok & (cols < K)[None, :], other=0.0,
-                   eviction_policy="evict_first")
+def _tile(w, rows, cols, ok, K: tl.constexpr, EVEN: tl.constexpr):
+    at = w + rows[:, None] * K + cols[None, :]
+    if EVEN:
+        return tl.load(at, eviction_policy="evict_first")
+    return tl.load(at, mask=ok & (cols < K)[None, :], other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
-def _columns(x, cols, K: tl.constexpr):
+def _columns(x, cols, K: tl.constexpr, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(x + cols[None, :], eviction_policy="evict_last")
     return tl.load(x + cols[None, :], mask=(cols < K)[None, :], other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def _again(x, cols, K: tl.constexpr):  # (without the policy: else the compiler takes the two for one, and keeps all of x)
+    return tl.load(x + cols[None, :], mask=(cols < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _products(w, v, BN: tl.constexpr, BK: tl.constexpr):
+    return tl.sum(tl.reshape(w.to(tl.float32) * v.to(tl.float32), [BN, BK // 8, 8]), 2)
 
 
 @triton.jit
@@ -87,7 +104,9 @@ def _fetch(at, size):
         @some cp.async.bulk.prefetch.L2.global [from], left;
         mov.u32 $0, 0;
         }""", "=r,l,r,r", [at, size, part], tl.int32, False, 1)
+'''
 
+_START = '''
 
 @triton.jit
 def one_row(x, w, w1, w2, norm, bias, residual, out, next0, next1,
@@ -95,12 +114,12 @@ def one_row(x, w, w1, w2, norm, bias, residual, out, next0, next1,
             N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
             HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
             NEXT: tl.constexpr, OWN: tl.constexpr, STEP0: tl.constexpr, SHARE0: tl.constexpr, STEP1: tl.constexpr,
-            SHARE1: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, REPEAT: tl.constexpr):
+            SHARE1: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr):
     DT: tl.constexpr = out.dtype.element_ty
     TILES: tl.constexpr = (K + BK - 1) // BK
-    EARLY: tl.constexpr = 2 if TILES > 1 and REPEAT == 1 else 1  # tiles of the first rows that are read before the wait
+    ROUNDS: tl.constexpr = (TILES + DEPTH - 1) // DEPTH
     cols = tl.arange(0, BK)
-    start = tl.program_id(0) * (BN * REPEAT)
+    start = tl.program_id(0) * BN
     if UP == 0:  # the up rows lie in a tensor of their own
         u = w1
     else:
@@ -114,16 +133,11 @@ def one_row(x, w, w1, w2, norm, bias, residual, out, next0, next1,
     if WIDE:
         rows = rows.to(tl.int64)
     ok = (rows < N)[:, None]
-    first = _tile(w, rows, cols, ok, K)
-    if ACT != "":
-        first_up = _tile(u, rows + UP, cols, ok, K)
-    if EARLY > 1:
-        second = _tile(w, rows, BK + cols, ok, K)
-        if ACT != "":
-            second_up = _tile(u, rows + UP, BK + cols, ok, K)
-    if OWN:
-        if TILES > EARLY or REPEAT > 1:
-            size = tl.minimum(BN * REPEAT, N - start) * (K * 2)
+'''
+
+_BEFORE = '''    if OWN:
+        if ROUNDS > 1:
+            size = tl.minimum(BN, N - start) * (K * 2)
             first_row = start
             if WIDE:
                 first_row = start.to(tl.int64)
@@ -139,112 +153,132 @@ def one_row(x, w, w1, w2, norm, bias, residual, out, next0, next1,
     if NEXT:
         gdc_launch_dependents()
     # what a program reads besides is on its way before the first sum, at which its threads wait for each other
-    xv = _columns(x, cols, K)
-    if EARLY > 1:
-        x1 = _columns(x, BK + cols, K)
-    if NORM != 0:
-        scale = _columns(norm, cols, K)
-        if EARLY > 1:
-            scale1 = _columns(norm, BK + cols, K)
-    b = _beside(bias, rows, N, HAS_BIAS)
-    b_up = _beside(bias + N, rows, N, HAS_BIAS and ACT != "")
-    r0 = _beside(residual, rows, N, HAS_RESIDUAL)
-    if NORM != 0:
-        squares = xv.to(tl.float32) * xv.to(tl.float32)
-        if EARLY > 1:
-            squares += x1.to(tl.float32) * x1.to(tl.float32)
-        for t in range(EARLY, TILES):
-            v = _columns(x, t * BK + cols, K).to(tl.float32)
-            squares += v * v
-        total = tl.sum(squares, 1)
-        rstd = tl.rsqrt(total / K + EPS)[:, None]
-        xv = _scaled(xv, rstd, scale, NORM, DT)
-        if EARLY > 1:
-            x1 = _scaled(x1, rstd, scale1, NORM, DT)
-    for r in tl.static_range(REPEAT):
-        acc = first.to(tl.float32) * xv.to(tl.float32)
-        if ACT != "":
-            acc_up = first_up.to(tl.float32) * xv.to(tl.float32)
-        if EARLY > 1:
-            acc += second.to(tl.float32) * x1.to(tl.float32)
-            if ACT != "":
-                acc_up += second_up.to(tl.float32) * x1.to(tl.float32)
-        for t in range(EARLY, TILES):
-            c = t * BK + cols
-            tile = _tile(w, rows, c, ok, K)
-            if ACT != "":
-                tile_up = _tile(u, rows + UP, c, ok, K)
-            v = _columns(x, c, K)
-            if NORM != 0:
-                v = _scaled(v, rstd, _columns(norm, c, K), NORM, DT)
-            acc += tile.to(tl.float32) * v.to(tl.float32)
-            if ACT != "":
-                acc_up += tile_up.to(tl.float32) * v.to(tl.float32)
-        here = rows
-        y_bias, y_up_bias, y_residual = b, b_up, r0
-        if r < REPEAT - 1:
-            rows += BN
-            ok = (rows < N)[:, None]
-            first = _tile(w, rows, cols, ok, K)
-            if ACT != "":
-                first_up = _tile(u, rows + UP, cols, ok, K)
-            b = _beside(bias, rows, N, HAS_BIAS)
-            b_up = _beside(bias + N, rows, N, HAS_BIAS and ACT != "")
-            r0 = _beside(residual, rows, N, HAS_RESIDUAL)
-        y = tl.sum(acc, 1)
-        if HAS_BIAS:
-            y += y_bias
-        if ACT != "":
-            up = tl.sum(acc_up, 1)
-            if HAS_BIAS:
-                up += y_up_bias
-            y = _activated(y, up, ACT, DT)
-        y = y.to(DT)
-        if HAS_RESIDUAL:
-            y = (y.to(tl.float32) + y_residual).to(DT)
-        tl.store(out + here, y, mask=here < N)
 '''
+
+_BESIDE = '''    b = _beside(bias, rows, N, HAS_BIAS)
+    b_up = _beside(bias + N, rows, N, HAS_BIAS and ACT != "")
+    r = _beside(residual, rows, N, HAS_RESIDUAL)
+    if NORM != 0:
+        squares = tl.zeros([1, BK], tl.float32)
+'''
+
+_STATISTICS = '''        if TILES <= 16:
+            for t in tl.static_range(DEPTH, TILES):
+                v = _again(x, t * BK + cols, K).to(tl.float32)
+                squares += v * v
+        else:
+            for t in range(DEPTH, TILES):
+                v = _again(x, t * BK + cols, K).to(tl.float32)
+                squares += v * v
+        rstd = tl.rsqrt(tl.sum(squares, 1) / K + EPS)[:, None]
+    acc = tl.zeros([BN, BK // 8], tl.float32)
+    acc_up = acc
+'''
+
+_END = '''    y = tl.sum(acc, 1)
+    if HAS_BIAS:
+        y += b
+    if ACT != "":
+        up = tl.sum(acc_up, 1)
+        if HAS_BIAS:
+            up += b_up
+        y = _activated(y, up, ACT, DT)
+    y = y.to(DT)
+    if HAS_RESIDUAL:
+        y = (y.to(tl.float32) + r).to(DT)
+    tl.store(out + rows, y, mask=rows < N)
+'''
+
+
+@functools.cache
+def text(depth: int) -> str:
+    """The kernel's text with ``depth`` tiles of W on their way: each has variables of its own, which Triton cannot index."""
+    lines: list[str] = []
+
+    def put(pre: str, *some: str) -> None:
+        lines.extend(pre + line for line in some)
+
+    def with_gate(pre: str, *some: str) -> None:
+        put(pre, 'if ACT != "":', *("    " + line for line in some))
+
+    def tiles(pre: str, at: Callable[[int], str], which: range) -> None:
+        put(pre, *(f"tile{j} = _tile(w, rows, {at(j)} * BK + cols, ok, K, EVEN)" for j in which))
+        with_gate(pre, *(f"up{j} = _tile(u, rows + UP, {at(j)} * BK + cols, ok, K, EVEN)" for j in which))
+
+    def columns(pre: str, at: Callable[[int], str]) -> None:
+        put(pre, *(f"x{j} = _columns(x, {at(j)} * BK + cols, K, EVEN)" for j in each))
+        put(pre, "if NORM != 0:", *(f"    n{j} = _columns(norm, {at(j)} * BK + cols, K, EVEN)" for j in each))
+
+    def use(pre: str, following: Callable[[int], str] | None = None) -> None:
+        for j in each:
+            put(pre, f"v = x{j}", "if NORM != 0:", f"    v = _scaled(x{j}, rstd, n{j}, NORM, DT)",
+                f"acc += _products(tile{j}, v, BN, BK)")  # fmt: skip
+            with_gate(pre, f"acc_up += _products(up{j}, v, BN, BK)")
+            if following is not None:
+                tiles(pre, following, range(j, j + 1))
+
+    each = range(depth)
+    tiles("    ", str, each)
+    lines += _BEFORE.splitlines()
+    columns("    ", str)
+    lines += _BESIDE.splitlines()
+    put("        ", *(f"squares += x{j}.to(tl.float32) * x{j}.to(tl.float32)" for j in each))
+    lines += _STATISTICS.splitlines()
+    put("    ", "if ROUNDS == 1:")
+    use("        ")
+    put("    ", "else:")
+    use("        ", lambda j: f"{depth + j}")
+    put("        ", "for t in range(1, ROUNDS - 1):")
+    columns("            ", lambda j: f"(t * {depth} + {j})")
+    use("            ", lambda j: f"(t * {depth} + {depth + j})")
+    columns("        ", lambda j: f"((ROUNDS - 1) * {depth} + {j})")
+    use("        ")
+    return _HELPERS + (_START + "\n".join(lines) + "\n" + _END).replace("DEPTH", str(depth))
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One way to cut the work: rows of W and columns a step, warps, row blocks that a program does one after another."""
+    """One way to cut the work: rows of W and columns of a tile, warps, tiles on their way, and the most registers of a thread
+    (None: what the compiler takes)."""
 
     bn: int
     bk: int
     warps: int
-    repeat: int = 1
-
-
-def registers(tile: Tile, inner: int, gated: bool, heavy: bool) -> int | None:
-    """The most of a thread: left alone it takes some more, and fewer programs fit on a multiprocessor, for a spill of 16 bytes.
-
-    Llama 1B's q, k and v are 768 programs: six times the 132 of an H200 hold them, five do not. A third and last tile is no
-    loop: all three are read at once, and a cap spills 100 to 340 bytes (Llama 3B); ``heavy`` kernels, up to 140.
-    """
-    if tile.repeat > 1 or heavy or -(-inner // tile.bk) == 3:
-        return None
-    return 128 if gated else 80
+    depth: int = 1
+    registers: int | None = None
 
 
 def share(size: int, programs: int, room: int) -> tuple[int, int]:
-    """(step, bytes of it) of each of ``programs`` in asking for half of a weight of ``size`` bytes, at most ``room``.
+    """(step, bytes of it) of each of ``programs`` in asking for a part of a weight of ``size`` bytes, at most ``room``.
 
-    H200, Llama 1B: of the 67 MB of gate and up a quarter, half, three quarters, all: 0.769, 0.753 to 0.765, 0.767, 0.784 ms
-    a decode step (0.795 to 0.804 without); with evenly spread parts of the other kernels' weights as well 0.786 and more.
+    H200, Llama 1B, a decode step of 0.69 ms (NOTES.md): of the 67 MB of gate and up 5 %, 10 %, 15 to 25 %, 30 %, 40 %: 1.02,
+    1.01, 1, 1.007, 1.013 of that. With evenly spread parts of the other kernels' weights as well it is slower.
     """
     step = size // programs // 256 * 256
-    return step, min(step // 2, room // programs // 128 * 128)
+    return step, min(step // 5 // 128 * 128, room // programs // 128 * 128)
 
 
-def one_row_tiles(n: int, k: int, gated: bool) -> tuple[Tile, ...]:
-    """Candidates, the default (by what was the fastest on an H200) first."""
-    if k >= 8192:
-        order = [Tile(1, 2048, 2, repeat=2) if n <= 2048 else Tile(2, 2048, 8, repeat=2), Tile(4, 1024, 4)]
-    elif gated and k <= 2048:
-        order = [Tile(4, 512, 2), Tile(4, 1024, 4)]
+def one_row_tiles(n: int, k: int, gated: bool, normed: bool, heavy: bool) -> tuple[Tile, ...]:
+    """Candidates, the default (by what was the fastest on an H200, in a decode step of Llama 1B) first.
+
+    Left alone the compiler takes some registers more, and fewer programs fit on a multiprocessor; ``heavy`` kernels have
+    more to hold, and would spill.
+    """
+    if gated:
+        order = [Tile(4, 256, 1, 1, 128), Tile(4, 512, 2, 1, 128)]
+    elif k > 4096:
+        odd = -(-k // 2048) % 2  # an odd number of tiles is three rounds of three as well as four of two
+        order = [Tile(2, 2048, 8, 3) if odd else Tile(2, 2048, 8, 2, 64), Tile(4, 1024, 4, 2)]
+    elif n >= 16384:
+        order = [Tile(4, 256, 1, 2, 128), Tile(2, 512, 1, 2, 128)]
+    elif normed:
+        order = [Tile(2, 1024, 2, 1, 80), Tile(4, 1024, 4, 2, 80)]
     else:
-        order = [Tile(4, 1024, 4), Tile(4, 512, 4)]
+        order = [Tile(4, 1024, 4, 2), Tile(4, 512, 4, 2)]
     width = max(128, 1 << (k - 1).bit_length())
-    tiles = [replace(t, bk=min(t.bk, width), warps=max(1, t.warps * min(t.bk, width) // t.bk)) for t in order]
+    tiles = []
+    for t in order:
+        bk = min(t.bk, width)
+        tiles.append(replace(t, bk=bk, warps=max(1, t.warps * bk // t.bk), depth=min(t.depth, -(-k // bk)),
+                             registers=None if heavy or bk < t.bk else t.registers))  # fmt: skip
     return tuple(dict.fromkeys(tiles))
