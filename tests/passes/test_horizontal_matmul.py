@@ -166,8 +166,11 @@ def test_refuses_many_rows_on_a_cpu() -> None:
     (4096, 768, 768, torch.bfloat16, True),  # 32 x 4 tiles of 192 columns
     (2048, 768, 768, torch.bfloat16, False),
     (4096, 768, 800, torch.bfloat16, False),
-    (16, 4096, 4096, torch.bfloat16, True),  # 32 MiB of weight
-    (16, 4096, 4000, torch.bfloat16, False),
+    (17, 4096, 4096, torch.bfloat16, True),  # 32 MiB of weight
+    (17, 4096, 4000, torch.bfloat16, False),
+    (16, 4096, 14336, torch.bfloat16, False),  # skinny_linear reads it where it is
+    (16, 4096, 14336, torch.float32, True),
+    (16, 4096, 14340, torch.bfloat16, True),  # which it cannot: its kernels take 64 rows of a weight at a time
     (1, 4096, 14336, torch.bfloat16, False),
     (1, 4096, 14336, torch.float32, True),
 ])
