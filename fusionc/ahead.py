@@ -30,6 +30,7 @@ _WANTED: dict[str, Callable[[], Any]] = {
     "depthwise_conv": lambda: importlib.import_module("fusionc.runtime.depthwise_conv").wanted,
     "depthwise_conv_weight": lambda: importlib.import_module("fusionc.runtime.depthwise_conv").wanted_weight,
     "grouped_conv": lambda: importlib.import_module("fusionc.runtime.grouped_conv").wanted,
+    "grouped_rows": lambda: importlib.import_module("fusionc.targets.grouped_rows").wanted,
     "linear_act": lambda: importlib.import_module("fusionc.runtime.linear_act").wanted,
     "linear_cross_entropy": lambda: importlib.import_module("fusionc.runtime.linear_cross_entropy").wanted,
     "linear_cross_entropy_backward": lambda: importlib.import_module("fusionc.runtime.linear_cross_entropy").wanted_backward,

@@ -15,6 +15,7 @@ import fusionc.ops.conv_add_relu
 import fusionc.ops.decode_attention
 import fusionc.ops.depthwise_conv
 import fusionc.ops.grouped_conv
+import fusionc.ops.grouped_rows
 import fusionc.ops.linear_act
 import fusionc.ops.linear_cross_entropy
 import fusionc.ops.short_attention
@@ -24,7 +25,7 @@ from fusionc.codegen.templates.few_rows import sibling_tiles
 from fusionc.ops.skinny_linear import SIBLING_ROWS
 from fusionc.runtime import depthwise_conv, device, grouped_conv, linear_act, per_example_conv, templates, tune
 from fusionc.runtime.templates import Template
-from fusionc.targets import decode, few_rows, short_attention, skinny
+from fusionc.targets import decode, few_rows, grouped_rows, short_attention, skinny
 
 GPU = torch.device("cuda:0")
 ops = torch.ops.fusionc
@@ -83,6 +84,13 @@ def test_all_candidates_of_an_operator_once() -> None:
     assert [kind for kind, _ in one] == ["fusionc.targets.skinny"] * len(one) and len(one) == 2
     assert {kind for kind, _ in few} == {"fusionc.targets.few_rows"}
     assert [c for _, c in few].count(None) == 2, "two shapes, each with the library at its end"
+
+
+def test_groups_of_rows_are_compiled_without_data() -> None:
+    x, weight, ends = fake(64, 2048), fake(128, 1536, 2048), fake(128).to(torch.int32)
+    jobs = ahead.jobs(graph((ops.grouped_rows.default, (x, weight, ends))))
+    assert [j.args[0] for j in jobs] == list(grouped_rows._plan_of(x, weight).tiles)  # type: ignore[attr-defined]
+    assert jobs[-1].args[0] is None and len(jobs) == 3  # type: ignore[attr-defined]
 
 
 def test_a_layer_that_asks_for_weights_ahead_is_another_kernel() -> None:

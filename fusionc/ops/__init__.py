@@ -46,6 +46,8 @@ def load(name: str) -> None:
         from . import depthwise_cpu  # noqa: F401
     elif name in ("grouped_conv", "per_example_conv"):
         from . import grouped_conv  # noqa: F401
+    elif name == "grouped_rows":
+        from . import grouped_rows  # noqa: F401
     elif name == "linear_act":
         from . import linear_act  # noqa: F401
     elif name in ("linear_cross_entropy", "linear_cross_entropy_backward"):

@@ -32,6 +32,7 @@ from .depthwise_cpu import DepthwiseCPU
 from .fft_conv import FftConv
 from .grouped_conv import GroupedConv
 from .grouped_heads import GroupedHeads
+from .grouped_rows import GroupedRows
 from .horizontal_matmul import HorizontalMatmul
 from .known_numbers import KnownNumbers
 from .large_kernel import LargeKernel
@@ -109,6 +110,7 @@ PIPELINE: tuple[Step, ...] = (
     Step(44, TiledMLP(), "graph", "after siblings were merged: a merged product is none of its kind"),
     Step(45, PadMatmul(), "graph", "after siblings were merged: their width together counts"),
     Step(46, LinearActivation(), "graph", "what serves few rows or merges products goes first; takes aligned sizes only"),
+    Step(47, GroupedRows(), "graph", "nothing else takes these products"),
     Step(50, None, "graph", "the user's graph passes see a functional graph"),
     Step(90, Reinplace(), "graph", "late: it gives up the functional form"),
     Step(92, DecodeAttention(), "graph", "takes in the writes into the cache, once they are in place"),

@@ -78,7 +78,7 @@ LIBRARY = frozenset(
     "copy_ index_copy_ index_put_ index_fill_ scatter_ _foreach_add_ "
     # no kernel at all
     "empty empty_like empty_strided new_empty new_empty_strided "
-    "skinny_linear short_attention decode_attention decode_attention_update".split()
+    "skinny_linear grouped_rows short_attention decode_attention decode_attention_update".split()
 )
 
 

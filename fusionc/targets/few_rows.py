@@ -17,8 +17,10 @@ from ..runtime.counters import zeros
 from ..runtime.depthwise_conv import turn, turning
 from ..runtime.device import properties
 from ..runtime.templates import POINTER, Template, template
-from ..runtime.tune import Wanted, choose
+from ..runtime.tune import Sampler, Wanted, choose, cuda_sampler
 from .skinny import dependent, fits
+
+_BETWEEN = 0.002  # ms that the library's kernel costs between two of ours, which start while the one in front still runs
 
 
 def few_rows(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rounds: bool, bias: Tensor | None,
@@ -185,7 +187,22 @@ class _Plan:
             self.kernel(tile).prepare()
 
     def choose(self, run: Callable[[Tile | None], Tensor]) -> Tile | None:
-        return choose(self.key, self.tiles, run, device=self.device, prepare=self.prepare)
+        sampler = in_company if self.early else cuda_sampler
+        return choose(self.key, self.tiles, run, device=self.device, prepare=self.prepare, sampler=sampler)
+
+
+def in_company(launches: Sequence[Callable[[], Any]], device: torch.device) -> Sampler:
+    """`cuda_sampler`, the last of ``launches`` being the library's, with what alone it does not show (`_BETWEEN`).
+
+    GPT-2's q/k/v for 128 tokens on an H200: the library's kernel is the faster one alone, and 2.3 µs slower in the model.
+    """
+    alone, library = cuda_sampler(launches, device), len(launches) - 1
+
+    def sample(left: Sequence[int], count: int) -> dict[int, list[float]]:
+        found = alone(left, count)
+        return {i: [ms + _BETWEEN for ms in times] if i == library else times for i, times in found.items()}
+
+    return sample
 
 
 _plan = functools.lru_cache(maxsize=4096)(_Plan)

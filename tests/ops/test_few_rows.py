@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,21 @@ def test_large_tiles_hold_nothing_but_their_sums() -> None:
     for tile in plan.tiles[:-1]:
         built = plan.kernel(tile).build(GPUTarget("cuda", 80, 32), usage=True)
         assert built.spills <= 64, tile
+
+
+def test_the_library_is_charged_for_its_place_between_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusionc.targets import few_rows
+
+    times = {0: [0.0055], 1: [0.0062], 2: [0.0050]}
+
+    def alone(launches: Any, device: Any) -> Any:
+        return lambda left, count: {i: times[i] * count for i in left}
+
+    monkeypatch.setattr(few_rows, "cuda_sampler", alone)
+    sample = few_rows.in_company([lambda: None] * 3, torch.device("cuda:0"))
+    found = sample([0, 2], 2)
+    assert set(found) == {0, 2} and found[0] == [0.0055] * 2 and found[2] == pytest.approx([0.007] * 2)
+    assert few_rows.in_company([lambda: None] * 4, torch.device("cuda:0"))([2], 1) == {2: [0.0050]}, "not the last one"
 
 
 def test_odd_width_by_columns() -> None:
