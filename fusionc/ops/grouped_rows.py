@@ -2,7 +2,8 @@
 
 x [R, K] with dense rows, in groups one after the other: group e ends before row ``ends[e]`` (int32 [E], not falling, at
 most R).  weight [E, N, K], as a linear layer stores it.  Returns [R, N], contiguous, in x's dtype: row r of group e is
-x[r] weight[e]ᵀ.  Rows behind the last group are not written.
+x[r] weight[e]ᵀ.  Rows behind the last group are not written.  (Where N is no multiple of 8 ATen pads the rows of its
+result; the pass does not make such calls.)
 
 The kernel takes 16 bits; the rest, and a CPU, is computed by ATen.
 """

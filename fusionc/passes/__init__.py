@@ -141,6 +141,8 @@ def _configured(item: Pass, config: Any) -> Pass:
     wanted = getattr(config, "remove_attention", None)
     if isinstance(item, LargeKernel) and getattr(config, "large_kernel", None) is not None:
         return LargeKernel(config.large_kernel)
+    if isinstance(item, HorizontalMatmul) and SkinnyLinear.name in (getattr(config, "disable", ()) or ()):
+        return HorizontalMatmul(apart=False)
     return RemoveAttention(wanted) if isinstance(item, RemoveAttention) and wanted is not None else item
 
 

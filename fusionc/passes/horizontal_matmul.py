@@ -8,7 +8,8 @@ Legality   inference; the weights (and biases) are parameters that the graph doe
            reading each result as columns of a wider one cost 4 to 8 % (SmolLM2 prefill, BERT, SwiGLU block, 2 cores); on a
            GPU only what does not keep it busy by itself: for larger ones an H200 showed no gain (SwiGLU block of 8192
            tokens 0.7 %, Llama 1B prefill -1 %) against 13 to 60 % more memory; nor can there be any for one that
-           fills whole waves of tiles (Llama's k and v there, whose copies were 67 MB; BERT's q, k and v, 42 MB)
+           fills whole waves of tiles (Llama's k and v there, whose copies were 67 MB; BERT's q, k and v, 42 MB). Few rows
+           of 16 bits are exempt where skinny_linear will read the weights apart
 Cost       one launch and one read of x instead of several; a copy of the weights, kept up to date at run time, unless
            skinny_linear reads them apart
 Source     the usual QKV and gate/up merge, here without freezing and for unequal widths
@@ -42,7 +43,7 @@ from ..graph.facts import (
 )
 from ..ops.skinny_linear import BLOCK
 from .base import Match, Pass, Reassociates, Refuse
-from .skinny_linear import FEW
+from .skinny_linear import FEW, served
 
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
@@ -92,6 +93,9 @@ class HorizontalMatmul(Pass):
     atomic = True
     exactness = Reassociates(rtol=1e-5)
 
+    def __init__(self, apart: bool = True) -> None:
+        self.apart = apart  # skinny_linear comes next, and reads large weights of few rows where they are
+
     def find(self, facts: Facts) -> Iterator[Match]:
         """Groups of at least two matmuls with one input; members that cannot join are left out by ``check``."""
         groups: dict[tuple[Node, Any], list[Node]] = {}
@@ -127,12 +131,17 @@ class HorizontalMatmul(Pass):
             found = _sibling(node, facts)
             if isinstance(found, Sibling) and group:
                 found = _fits(group[0], found) or found
-            if isinstance(found, Sibling) and _busy(node):
+            if isinstance(found, Sibling) and _busy(node) and not (self.apart and _apart(node)):
                 found = Refuse("it keeps the GPU busy by itself", node)
             if isinstance(found, Sibling):
                 group.append(found)
             else:
                 blame = found
+        if any(_busy(sibling.node) for sibling in group):  # it is here only to be read where it is: so must be the others
+            alone = [sibling.node for sibling in group if not _apart(sibling.node)]
+            if alone:
+                blame = Refuse("its weight would be copied, and a large one beside it", alone[0])
+                group[:] = [sibling for sibling in group if sibling.node not in alone]
         if len({sibling.weight.source for sibling in group}) < len(group):
             return Refuse("two siblings use one weight", members[-1])
         if len(group) < 2:
@@ -215,24 +224,41 @@ def _rows(x: Node) -> int:
 
 
 def _busy(node: Node) -> bool:
-    """A product on a GPU that gains nothing from company, and whose weight is not worth a copy.
-
-    Few rows of 16 bits are exempt: skinny_linear reads the weights where they are, and takes in what follows. (16 tokens
-    of a SwiGLU block, H200: gate and up 57 µs as one kernel, 73 as two and one for the activation.)
-    """
+    """A product on a GPU that gains nothing from company, and whose weight is not worth a copy."""
     x, weight = node.args[-2:]
     assert isinstance(x, Node) and isinstance(weight, Node)
     rows, (inner, width) = _rows(x), shape(weight) or (0, 0)
     kind = dtype(node)
     if (device(node) or _CPU).type == "cpu" or kind is None:
         return False
-    if kind.itemsize == 2 and (rows == 1 or is_static_shape(x) and rows <= FEW and width % BLOCK == 0):
-        return False
     high = -(-rows // 128)
     if high * -(-width // 256) >= _BUSY_TILES or inner * width * kind.itemsize >= _BUSY_BYTES:
         return True
     counts = [high * (width // columns) for columns in (256, 192) if width % columns == 0]
     return any(tiles >= _WHOLE * _PROCESSORS * -(-tiles // _PROCESSORS) for tiles in counts)
+
+
+def _apart(node: Node) -> bool:
+    """A large weight may be merged: skinny_linear will read it where it is, and take in what follows.
+
+    (16 tokens of a SwiGLU block, H200: gate and up 57 µs as one kernel, 73 as two and one for the activation.)  So is, for
+    one row, a weight that is cast: the copy is smaller than what a call would read and write for it.
+    """
+    x, right = node.args[-2:]
+    assert isinstance(x, Node) and isinstance(right, Node)
+    if dtype(node) not in (torch.bfloat16, torch.float16) or not is_static_shape(x) or not served(device(node), ("cuda",)):
+        return False
+    (rows, inner), (_, width), (step, line) = shape(x), shape(right), stride(x)  # type: ignore[misc]
+    if rows > FEW or inner % 8 or line != 1 or rows > 1 and step % 8:
+        return False
+    if width % (8 if rows == 1 else BLOCK):
+        return False
+    weight = right.args[0] if right.target in _TRANSPOSES else right
+    if rows == 1 and isinstance(weight, Node) and weight.target is aten._to_copy.default:
+        return True
+    if not isinstance(weight, Node) or weight.op != "placeholder" or weight is right:
+        return False  # computed, or stored the other way
+    return shape(weight) == (width, inner) and stride(weight) == (inner, 1)
 
 
 def _sibling(node: Node, facts: Facts) -> Sibling | Refuse:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,7 +103,10 @@ class SkinnyLinear(Pass):
         if rows <= (FEW if base.siblings and inner * shape(mm)[1] > SMALL else self.rows):  # type: ignore[index]
             _epilogue(base)  # else the library may be faster, and what follows is a kernel of its own
         if any(mm < writer < base.last for writers in facts.writers.values() for writer in writers):
-            return Refuse("memory is written between the product and what follows it", mm)
+            if not base.siblings:
+                return Refuse("memory is written between the product and what follows it", mm)
+            # else large weights would be copied for a product that nobody reads apart
+            base = replace(base, last=mm, activation="", gated=False, residual=None)
         match.fused.append(base)
         return None
 

@@ -457,7 +457,7 @@ def _entry_key(key: str, names: Sequence[str], device: torch.device) -> dict[str
         "choice": key,
         "candidates": hashlib.sha256(text.encode()).hexdigest(),
         "environment": environment_key(str(device)),
-        "source": source_fingerprint(("ops", "codegen", "runtime")),
+        "source": source_fingerprint(("ops", "codegen", "runtime", "targets")),
     }
 
 

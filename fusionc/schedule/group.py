@@ -77,8 +77,7 @@ LIBRARY = frozenset(
     # writes into the memory of an input: ATen's kernel is one launch as well
     "copy_ index_copy_ index_put_ index_fill_ scatter_ _foreach_add_ "
     # no kernel at all
-    "empty empty_like empty_strided new_empty new_empty_strided "
-    "skinny_linear grouped_rows short_attention decode_attention decode_attention_update".split()
+    "empty empty_like empty_strided new_empty new_empty_strided".split()
 )
 
 

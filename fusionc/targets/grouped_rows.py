@@ -26,7 +26,8 @@ def grouped_rows(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         if tile is None:
             return reference(x, weight, ends)
         out = torch.empty((x.shape[0], plan.width), dtype=x.dtype, device=x.device)
-        plan.kernel(tile).launch(plan.programs(tile), stream, x.data_ptr(), weight.data_ptr(), ends.data_ptr(), out.data_ptr())
+        plan.kernel(tile).launch(plan.programs(tile), stream, x.data_ptr(), weight.data_ptr(), ends.data_ptr(),
+                                 out.data_ptr(), x.shape[0])  # fmt: skip
         return out
 
     return run(choose(plan.key, plan.tiles, run, device=x.device, prepare=plan.prepare))
@@ -55,7 +56,7 @@ class _Plan:
             ("BM", 16),
         )  # fmt: skip
         p = POINTER[dtype]
-        self.kinds = (p, p, "*i32", p)
+        self.kinds = (p, p, "*i32", p, "i32")
         self.tiles = (*tiles(inner), None)  # the last candidate is the library
         self.key = f"grouped_rows {dtype} {rows} {groups} {width} {inner}"
         self._kernels: dict[Tile, Template] = {}

@@ -102,7 +102,7 @@ class _Plan:
         self.tiles = texts.one_row_tiles(width, inner, self.gated, kind != 0, heavy)
         if chained:  # a measurement of the kernel alone knows nothing of what runs beside it: H200, Llama 3B, 3 % slower a step
             self.tiles = self.tiles[:1]
-        what = [dtype, "+".join(map(str, heights)), inner, kind, activation, bias, residual, chained, *self.ahead]
+        what = [dtype, norm_dtype, "+".join(map(str, heights)), inner, kind, activation, bias, residual, chained, *self.ahead]
         self.key = f"skinny_linear {' '.join(map(str, what))}"
         self._kernels: dict[Tile, Template] = {}
 

@@ -123,10 +123,18 @@ def test_few_registers_of_one_row_are_spilled(
 ) -> None:
     from triton.backends.compiler import GPUTarget
 
-    plan = _plan(heights, inner, activation, (), norm=norm, bias=bias, residual=False)
+    plan = _plan(heights, inner, activation, (), chained=False, norm=norm, bias=bias, residual=False)
+    assert len(plan.tiles) == 2
     for tile in plan.tiles:
         built = plan.kernel(tile).build(GPUTarget("cuda", 90, 32), usage=True)
         assert built.spills <= 64, tile
+
+
+def test_what_decides_the_tiles_is_in_the_key() -> None:
+    wide = _plan((2048,), 2048, "", (), chained=False, norm=torch.float32, residual=False)
+    same = _plan((2048,), 2048, "", (), chained=False, norm=torch.bfloat16, residual=False)
+    assert wide.tiles != same.tiles and wide.key != same.key
+    assert len(_plan((2048,), 2048, "", ()).tiles) == 1, "in a chain nothing is chosen"
 
 
 def test_shares_lie_inside_the_weight() -> None:
@@ -176,6 +184,7 @@ def _linear() -> None:
         (half, 1, (10,), 48, 1, "", False, True, 4, 64, 1),
         (brain, 1, (20,), 100, 2, "silu", False, False, 4, 32, 1),
         (brain, 1, (14,), 64, 0, "gelu", True, False, 2, 64, 1),
+        (half, 1, (12, 12), 64, 1, "relu", False, False, 4, 32, 1),
         (half, 1, (18,), 33, 1, "gelu_tanh", False, False, 2, 16, 3),
         (half, 1, (24, 8, 16), 33, 2, "", True, False, 4, 16, 2),
         (half, 1, (8, 16), 64, 0, "", False, True, 4, 16, 4),  # one round, nothing masked
@@ -186,6 +195,7 @@ def _linear() -> None:
     ):
         n = sum(parts) // (2 if act else 1)
         x, w = torch.randn(m, k).to(dtype), (torch.randn(sum(parts), k) * k**-0.5).to(dtype)
+        x[:, -8:] *= 4  # so that a tile left out of the sum of squares shows
         apart = [part.clone() for part in w.split(parts)]
         ends = (parts[0], sum(parts[:2])) if len(parts) > 1 and not act else (0, 0)
         nw = (1 + 0.1 * torch.randn(k)).to(dtype) if norm else None

@@ -138,6 +138,12 @@ def test_the_library_is_charged_for_its_place_between_two_kernels(monkeypatch: p
     sample = few_rows.in_company([lambda: None] * 3, torch.device("cuda:0"))
     found = sample([0, 2], 2)
     assert set(found) == {0, 2} and found[0] == [0.0055] * 2 and found[2] == pytest.approx([0.007] * 2)
+    asked: list[Any] = []
+    monkeypatch.setattr(few_rows, "choose", lambda *args, sampler, **more: asked.append(sampler))
+    for early in (True, False):
+        monkeypatch.setattr(few_rows, "dependent", lambda _, early=early: early)
+        few_rows._Plan(16, (64,), 64, 64, torch.bfloat16, "", False, False, False, False, torch.device("cuda", 0)).choose(str)
+    assert asked == [few_rows.in_company, few_rows.cuda_sampler], "where kernels of ours start early"
     assert few_rows.in_company([lambda: None] * 4, torch.device("cuda:0"))([2], 1) == {2: [0.0050]}, "not the last one"
 
 

@@ -77,22 +77,34 @@ def _kernel() -> None:
     half, brain = torch.float16, torch.bfloat16
     for dtype, sizes, width, inner, bn, bk, wide in (
         (half, (2, 0, 4), 32, 64, 16, 32, False),
-        (brain, (0, 20, 1, 0, 0), 40, 24, 16, 16, False),  # a group of two blocks of rows; masks on both sides
+        (brain, (0, 20, 1, 0, 2), 40, 24, 16, 16, False),  # a group of two blocks of rows; masks on both sides
         (half, (0, 0), 16, 16, 16, 16, False),  # nothing at all
         (half, (33, 3), 16, 48, 32, 16, True),
     ):
         rows, groups = sum(sizes), len(sizes)
         x = torch.randn(max(rows, 1) + 2, inner + 8).to(dtype)[:, :inner]  # dense rows, some of them behind the last group
-        w = (torch.randn(groups, width, inner) * inner**-0.5).to(dtype)
-        ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+        around = torch.full((groups * width * inner + 1024,), float("nan"), dtype=dtype)
+        w = around[512:-512].view(groups, width, inner)
+        w.copy_(torch.randn(groups, width, inner) * inner**-0.5)
+        ends = torch.full((groups + 2,), 1, dtype=torch.int32)[1:-1]
+        ends.copy_(torch.tensor(sizes).cumsum(0))
         out = torch.full((x.shape[0], width), float("nan"), dtype=dtype)
         with interpreter.lock, interpreter.repaired(), launch._interpreting(True):
             module.grouped_rows[(groups * -(-width // bn), 1, 1)](
-                x, w, ends, out, N=width, K=inner, XS=x.stride(0), WIDE=wide, PDL=False, BM=16, BN=bn, BK=bk, STAGES=2)
+                x, w, ends, out, x.shape[0], N=width, K=inner, XS=x.stride(0), WIDE=wide, PDL=False, BM=16, BN=bn, BK=bk,
+                STAGES=2)
         group = torch.repeat_interleave(torch.arange(groups), torch.tensor(sizes))
         want = torch.einsum("rk,rnk->rn", x[:rows].float(), w[group].float())
         torch.testing.assert_close(out[:rows].float(), want, rtol=2e-2, atol=2e-2)
         assert out[rows:].isnan().all()
+    # ends that are none: nothing outside of x and out is read or written
+    around = torch.full((11, 16), float("nan"), dtype=half)
+    x, out, w = torch.ones(7, 16, dtype=half), around[2:9], torch.ones(4, 16, 16, dtype=half)
+    ends = torch.tensor([0, 10, -2, 7], dtype=torch.int32)
+    with interpreter.lock, interpreter.repaired(), launch._interpreting(True):
+        module.grouped_rows[(4, 1, 1)](x, w, ends, out, 7, N=16, K=16, XS=16, WIDE=False, PDL=False, BM=16, BN=16, BK=16,
+                                       STAGES=2)
+    assert around[:2].isnan().all() and around[9:].isnan().all() and (out == 16).all()
 
 
 if __name__ == "__main__":

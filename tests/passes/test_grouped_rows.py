@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -62,6 +64,33 @@ def test_equal_values(how: str) -> None:
 )  # fmt: skip
 def test_refusals(text: str, reason: str) -> None:
     assert refusals(PASS, text) == [reason]
+
+
+def test_refuses_sizes_that_are_not_known() -> None:
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    gm = parse(TEXT)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    for node in gm.graph.nodes:
+        if node.name == "x":
+            node.meta["val"] = mode.from_tensor(torch.randn(6, 16).bfloat16(), symbolic_context=sizes)
+    _, (record,) = run([(1, PASS)], gm, "graph", None, stage="inference")
+    assert [r.reason for r in record.refusals] == ["its sizes are not known"]
+
+
+def test_refuses_a_type_without_a_kernel() -> None:
+    gm = parse(TEXT)
+    for node in gm.graph.nodes:
+        if node.name == "x":
+            node.meta["val"] = node.meta["val"].double()
+    _, (record,) = run([(1, PASS)], gm, "graph", None, stage="inference")
+    assert [r.reason for r in record.refusals] == ["its type has no kernel"]
+
+
+def test_a_second_run_changes_nothing() -> None:
+    assert rewritten(PASS, TEXT) == rewritten(PASS, apply(PASS, TEXT)[0])
 
 
 def test_refuses_a_result_with_wider_rows() -> None:

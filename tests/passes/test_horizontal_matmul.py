@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,10 +171,7 @@ def test_refuses_many_rows_on_a_cpu() -> None:
     (4096, 768, 800, torch.bfloat16, False),
     (17, 4096, 4096, torch.bfloat16, True),  # 32 MiB of weight
     (17, 4096, 4000, torch.bfloat16, False),
-    (16, 4096, 14336, torch.bfloat16, False),  # skinny_linear reads it where it is
-    (16, 4096, 14336, torch.float32, True),
-    (16, 4096, 14340, torch.bfloat16, True),  # which it cannot: its kernels take 64 rows of a weight at a time
-    (1, 4096, 14336, torch.bfloat16, False),
+    (1, 4096, 14336, torch.bfloat16, True),
     (1, 4096, 14336, torch.float32, True),
 ])
 def test_products_that_keep_a_gpu_busy_stay_apart(rows: int, inner: int, width: int, kind: torch.dtype, busy: bool) -> None:
@@ -341,3 +341,68 @@ def _fill(gm: torch.fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:
             node.meta["val"] = edit.compute_value(node.target, node.args, node.kwargs)
+
+
+def _large(rows: int, widths: tuple[int, ...], inner: int = 4096, turned: bool = False, cast: bool = False,
+           step: int | None = None) -> str:  # fmt: skip
+    lines, results = [], []
+    kind = "f32" if cast else "bf16"
+    for i, n in enumerate(widths):
+        lines.append(f"%w{i}: {kind}[{f'{inner}, {n}' if turned else f'{n}, {inner}'}] = input  # static")
+    lines.insert(0, f"%x: bf16[{rows}, {inner}]{f'{{{step}, 1}}' if step else ''} = input")
+    for i, n in enumerate(widths):
+        name = f"%w{i}"
+        if cast:
+            name = f"%c{i}"
+            lines.append(f"{name}: bf16[{n}, {inner}] = aten._to_copy(%w{i}, dtype=torch.bfloat16)")
+        if not turned:
+            lines.append(f"%t{i}: bf16[{inner}, {n}]{{1, {inner}}} = aten.t({name})")
+        lines.append(f"%y{i}: bf16[{rows}, {n}] = aten.mm(%x, {f'%w{i}' if turned else f'%t{i}'})")
+        lines.append(f"%s{i}: bf16[{rows}, {n}] = aten.sin(%y{i})")
+        results.append(f"%s{i}")
+    return "\n" + "\n".join(lines) + f"\nreturn ({', '.join(results)})\n"
+
+
+@pytest.mark.parametrize("why, text, apart, merged, copied", [
+    ("read where they are", _large(16, (14336, 14336)), True, 2, 0),
+    ("one row", _large(1, (14336, 14336, 8)), True, 3, 0),
+    ("skinny_linear is disabled", _large(16, (14336, 14336)), False, 0, 0),
+    ("stored the other way", _large(16, (14336, 14336), turned=True), True, 0, 0),
+    ("stored the other way, one row", _large(1, (14336, 14336), turned=True), True, 0, 0),
+    ("more rows", _large(17, (14336, 14336)), True, 0, 0),
+    ("a router beside them", _large(16, (14336, 14336, 8)), True, 2, 0),
+    ("a router beside one", _large(16, (14336, 8)), True, 0, 0),
+    ("a gate of one column beside one", _large(1, (14336, 1)), True, 0, 0),
+    ("columns that no kernel takes", _large(16, (14340, 14340)), True, 0, 0),
+    ("rows of x that are not aligned", _large(16, (14336, 14336), step=4100), True, 0, 0),
+    ("cast, one row: less than casting them", _large(1, (14336, 14336), cast=True), True, 2, 1),
+    ("cast", _large(16, (14336, 14336), cast=True), True, 0, 0),
+    ("small ones of any kind", _large(16, (512, 512), inner=512, turned=True), True, 2, 1),
+])  # fmt: skip
+def test_large_weights_are_merged_only_to_be_read_where_they_are(
+    why: str, text: str, apart: bool, merged: int, copied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusionc.passes import horizontal_matmul
+    from fusionc.passes.manager import run
+    from fusionc.passes.skinny_linear import SkinnyLinear
+
+    monkeypatch.setattr(horizontal_matmul, "device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(horizontal_matmul, "served", lambda *_: True)
+    gm = parse(text)
+    static = tuple(k for k, n in enumerate(gm.graph.find_nodes(op="placeholder")) if n.name != "x")
+    passes = [(1, HorizontalMatmul(apart=apart)), (2, SkinnyLinear(rows=16, devices=("cpu",)))]
+    new, (record, _) = run(passes, gm, "graph", None, static=static)
+    assert record.fired == (merged > 0), record.refusals
+    products = [n for n in new.graph.nodes if n.target in (torch.ops.aten.mm.default, torch.ops.fusionc.skinny_linear.default)]
+    assert len(products) == len(static) - max(0, merged - 1)
+    assert len(new.meta.get("fusionc_derived") or ()) == copied
+
+
+def test_without_skinny_linear_nothing_large_is_merged() -> None:
+    from fusionc.passes import pipeline
+
+    def made(**options: Any) -> bool:
+        (found,) = [item for _, item in pipeline("graph", types.SimpleNamespace(**options)) if item.name == PASS.name]
+        return found.apart  # type: ignore[attr-defined, no-any-return]
+
+    assert made() and made(disable=("cse",)) and not made(disable=("skinny_linear",))

@@ -296,6 +296,29 @@ def test_sibling_weights_are_read_where_they_are() -> None:
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
+def test_siblings_are_read_where_they_are_without_what_follows_a_write() -> None:
+    text = """
+%x: bf16[1, 16] = input
+%w1: bf16[8, 16] = input  # static
+%w2: bf16[8, 16] = input  # static
+%t1: bf16[16, 8]{1, 16} = aten.t(%w1)
+%y1: bf16[1, 8] = aten.mm(%x, %t1)
+%t2: bf16[16, 8]{1, 16} = aten.t(%w2)
+%y2: bf16[1, 8] = aten.mm(%x, %t2)
+%s: bf16[1, 8] = aten.silu(%y1)
+%c: bf16[1, 16] = aten.copy_(%x, %x)
+%z: bf16[1, 8] = aten.mul(%s, %y2)
+return (%z)
+"""
+    new = _after_merging(text)
+    shown = graph_text(new)
+    assert "fusionc.skinny_linear(%x, %w1, None, 0.0, False, None, \"\", None, False, [%w2])" in shown and "aten.silu" in shown
+    assert not new.meta["fusionc_derived"] and shown.index("skinny_linear") < shown.index("copy_")
+    inputs = inputs_for(parse(text))
+    for got, want in zip(call(new, inputs)[0], call(parse(text), inputs)[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
 MANY = """
 %x: bf16[20, 16] = input
 %w1: bf16[64, 16] = input  # static

@@ -17,20 +17,22 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def grouped_rows(x, w, ends, out, N: tl.constexpr, K: tl.constexpr, XS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
+def grouped_rows(x, w, ends, out, rows, N: tl.constexpr, K: tl.constexpr, XS: tl.constexpr, WIDE: tl.constexpr,
+                 PDL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     group = tl.program_id(0) // BLOCKS
     n = tl.program_id(0) % BLOCKS * BN + tl.arange(0, BN)
-    end = tl.load(ends + group)
-    start = tl.load(ends + group - 1, mask=group > 0, other=0)
+    # whatever stands there, nothing outside is read or written
+    end = tl.minimum(tl.load(ends + group), rows)
+    start = tl.maximum(tl.load(ends + group - 1, mask=group > 0, other=0), 0)
     c = tl.arange(0, BK)
     n_ok = n < N
     if WIDE:
         group = group.to(tl.int64)
+        n = n.to(tl.int64)
     at_w = w + group * (N * K) + n[None, :] * K + c[:, None]
     for first in range(start, end, BM):
         m = first + tl.arange(0, BM)
