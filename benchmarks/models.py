@@ -227,11 +227,13 @@ class SmallImages(nn.Module):
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """Random biases and norm weights instead of the initial zeros and ones, which would hide a wrong bias or scale."""
+    """Random biases, norm weights and heads instead of the initial zeros and ones, which would hide what is wrong with them."""
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 1:
                 p += 0.05 * torch.randn_like(p)
+            elif not p.any():  # timm's mixers start with a head of zeros, and all results were its bias
+                p.normal_(std=0.02)
     return model.eval()
 
 
