@@ -225,15 +225,20 @@ def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int
         if cuda:
             torch.cuda.synchronize()
 
-    with locked(lock, shared=True):
-        case = workload.build(Where(device, size))
-        first, probe = case.inputs(100), case.inputs(7)
-        reset = case.reset or (lambda: None)
-        ref = [t.detach() for t in reference(case, probe)]
-        reset()
-        eager = step(case, case.fn, probe)
-        eager_check = vars(check(eager, eager, ref))
-        sync()
+    def prepared() -> tuple[Any, ...]:
+        with locked(lock, shared=True):
+            case = workload.build(Where(device, size))
+            first, probe = case.inputs(100), case.inputs(7)
+            ref = [t.detach() for t in reference(case, probe)]
+            (case.reset or (lambda: None))()
+            eager = step(case, case.fn, probe)
+            eager_check = vars(check(eager, eager, ref))
+            sync()
+        return case, first, probe, ref, eager, eager_check
+
+    # the pause is outside of the lock: who has the memory needs it to get on
+    case, first, probe, ref, eager, eager_check = with_patience(prepared, torch.OutOfMemoryError, torch.cuda.empty_cache)
+    reset = case.reset or (lambda: None)
     if cuda:
         torch.cuda.empty_cache()
     prime()
@@ -285,6 +290,21 @@ def child(name: str, backends: list[str], device: str, size: str, repeat_ms: int
         if cuda:
             torch._C._cuda_clearCublasWorkspaces()  # the recording's own
             torch.cuda.empty_cache()
+
+
+def with_patience(
+    work: Callable[[], Any], trouble: type[Exception], clean: Callable[[], None], tries: int = 5, pause: float = 8.0
+) -> Any:
+    """``work()``, again after a pause where it meets ``trouble``: float64 references of several processes share one memory."""
+    for _ in range(tries - 1):
+        try:
+            return work()
+        except trouble:
+            pass
+        gc.collect()  # (after the handler, which holds the frames of what failed)
+        clean()
+        time.sleep(pause)
+    return work()
 
 
 def timings(

@@ -311,6 +311,22 @@ def verdict(ms, **more):
     return {"ms": ms, "compile_s": 12.3, "warm_s": 2.0, "peak_gb": 1.0, "check": check, **more}
 
 
+def test_a_process_that_finds_no_memory_tries_again():
+    done, cleaned = [], []
+
+    def work():
+        done.append(1)
+        if len(done) < 3:
+            raise MemoryError
+        return "made"
+
+    assert gpu.with_patience(work, MemoryError, lambda: cleaned.append(1), pause=0) == "made" and len(cleaned) == 2
+    with pytest.raises(MemoryError):
+        gpu.with_patience(lambda: [done.clear(), work()], MemoryError, lambda: None, tries=2, pause=0)
+    with pytest.raises(ZeroDivisionError):
+        gpu.with_patience(lambda: 1 / 0, MemoryError, lambda: None, pause=0)
+
+
 def test_gpu_table_stays_short():
     backends = ["eager", "inductor", "inductor:reduce-overhead", "fusionc"]
     rows = [
