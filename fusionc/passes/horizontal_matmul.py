@@ -30,7 +30,6 @@ from ..graph.facts import (
     device,
     dtype,
     is_pointwise_op,
-    is_static_shape,
     is_view,
     packet_name,
     same,
@@ -41,9 +40,8 @@ from ..graph.facts import (
     tensor,
     written_by,
 )
-from ..ops.skinny_linear import BLOCK
 from .base import Match, Pass, Reassociates, Refuse
-from .skinny_linear import FEW, served
+from .skinny_linear import reads_apart
 
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
@@ -131,14 +129,14 @@ class HorizontalMatmul(Pass):
             found = _sibling(node, facts)
             if isinstance(found, Sibling) and group:
                 found = _fits(group[0], found) or found
-            if isinstance(found, Sibling) and _busy(node) and not (self.apart and _apart(node)):
+            if isinstance(found, Sibling) and _busy(node) and not (self.apart and reads_apart(node)):
                 found = Refuse("it keeps the GPU busy by itself", node)
             if isinstance(found, Sibling):
                 group.append(found)
             else:
                 blame = found
         if any(_busy(sibling.node) for sibling in group):  # it is here only to be read where it is: so must be the others
-            alone = [sibling.node for sibling in group if not _apart(sibling.node)]
+            alone = [sibling.node for sibling in group if not reads_apart(sibling.node)]
             if alone:
                 blame = Refuse("its weight would be copied, and a large one beside it", alone[0])
                 group[:] = [sibling for sibling in group if sibling.node not in alone]
@@ -236,29 +234,6 @@ def _busy(node: Node) -> bool:
         return True
     counts = [high * (width // columns) for columns in (256, 192) if width % columns == 0]
     return any(tiles >= _WHOLE * _PROCESSORS * -(-tiles // _PROCESSORS) for tiles in counts)
-
-
-def _apart(node: Node) -> bool:
-    """A large weight may be merged: skinny_linear will read it where it is, and take in what follows.
-
-    (16 tokens of a SwiGLU block, H200: gate and up 57 µs as one kernel, 73 as two and one for the activation.)  So is, for
-    one row, a weight that is cast: the copy is smaller than what a call would read and write for it.
-    """
-    x, right = node.args[-2:]
-    assert isinstance(x, Node) and isinstance(right, Node)
-    if dtype(node) not in (torch.bfloat16, torch.float16) or not is_static_shape(x) or not served(device(node), ("cuda",)):
-        return False
-    (rows, inner), (_, width), (step, line) = shape(x), shape(right), stride(x)  # type: ignore[misc]
-    if rows > FEW or inner % 8 or line != 1 or rows > 1 and step % 8:
-        return False
-    if width % (8 if rows == 1 else BLOCK):
-        return False
-    weight = right.args[0] if right.target in _TRANSPOSES else right
-    if rows == 1 and isinstance(weight, Node) and weight.target is aten._to_copy.default:
-        return True
-    if not isinstance(weight, Node) or weight.op != "placeholder" or weight is right:
-        return False  # computed, or stored the other way
-    return shape(weight) == (width, inner) and stride(weight) == (inner, 1)
 
 
 def _sibling(node: Node, facts: Facts) -> Sibling | Refuse:

@@ -83,7 +83,7 @@ class _Plan:
                  kind: int, activation: str, bias: bool, residual: bool, chained: bool, ahead: tuple[int, ...],
                  device: torch.device) -> None:  # fmt: skip
         width = sum(heights) // (2 if activation else 1)
-        self.width, self.device, self.chained, self.gated = width, device, chained, activation != ""
+        self.width, self.device, self.chained, gated = width, device, chained, activation != ""
         self.ahead = ahead if chained else ()  # bytes
         self.own = sum(heights) * inner * dtype.itemsize
         self.inner = inner
@@ -98,8 +98,8 @@ class _Plan:
         )  # fmt: skip
         p, n = POINTER[dtype], POINTER[norm_dtype]
         self.kinds = (p, p, p, p, n, p, p, p, "*i8", "*i8")
-        heavy = kind != 0 and norm_dtype.itemsize > 2 or self.gated and bias
-        self.tiles = texts.one_row_tiles(width, inner, self.gated, kind != 0, heavy)
+        heavy = kind != 0 and norm_dtype.itemsize > 2 or gated and bias
+        self.tiles = texts.one_row_tiles(width, inner, gated, kind != 0, heavy)
         if chained:  # a measurement of the kernel alone knows nothing of what runs beside it: H200, Llama 3B, 3 % slower a step
             self.tiles = self.tiles[:1]
         what = [dtype, norm_dtype, "+".join(map(str, heights)), inner, kind, activation, bias, residual, chained, *self.ahead]

@@ -5,31 +5,22 @@ In a process of its own: parts of Triton's library are made for the interpreter 
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import fusionc.ops
+from tests.ops.own_process import interpreted
 
 pytestmark = pytest.mark.interpret
-HERE = Path(__file__).resolve()
-
-
-def run(part: str) -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(HERE), part], capture_output=True, text=True, env=env, cwd=HERE.parents[2])
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("part", ["linear", "attention", "far"])
 def test_kernels(part: str) -> None:
-    run(part)
+    interpreted(__file__, part)
 
 
 def test_ranges() -> None:

@@ -5,24 +5,16 @@ The kernel runs in a process of its own: parts of Triton's library are made for 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import fusionc.ops
-
-HERE = Path(__file__).resolve()
+from tests.ops.own_process import interpreted
 
 
 @pytest.mark.interpret
 def test_kernel() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(HERE)], capture_output=True, text=True, env=env, cwd=HERE.parents[2])
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpreted(__file__)
 
 
 def test_operator_is_well_formed() -> None:

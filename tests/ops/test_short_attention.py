@@ -6,9 +6,6 @@ The kernel runs in a process of its own: parts of Triton's library are made for 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,16 +16,14 @@ import fusionc.ops
 from fusionc.codegen.templates.short_attention import TEXT, Tile, tiles
 from fusionc.ops.short_attention import reference
 from fusionc.targets.short_attention import constants, tiled
+from tests.ops.own_process import interpreted
 
-HERE = Path(__file__).resolve()
 INF = float("inf")
 
 
 @pytest.mark.interpret
 def test_kernel() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(HERE)], capture_output=True, text=True, env=env, cwd=HERE.parents[2])
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpreted(__file__)
 
 
 def test_operator_is_well_formed() -> None:

@@ -382,12 +382,12 @@ def _large(rows: int, widths: tuple[int, ...], inner: int = 4096, turned: bool =
 def test_large_weights_are_merged_only_to_be_read_where_they_are(
     why: str, text: str, apart: bool, merged: int, copied: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusionc.passes import horizontal_matmul
+    from fusionc.passes import horizontal_matmul, skinny_linear
     from fusionc.passes.manager import run
     from fusionc.passes.skinny_linear import SkinnyLinear
 
     monkeypatch.setattr(horizontal_matmul, "device", lambda _: torch.device("cuda", 0))
-    monkeypatch.setattr(horizontal_matmul, "served", lambda *_: True)
+    monkeypatch.setattr(skinny_linear, "served", lambda *_: True)
     gm = parse(text)
     static = tuple(k for k, n in enumerate(gm.graph.find_nodes(op="placeholder")) if n.name != "x")
     passes = [(1, HorizontalMatmul(apart=apart)), (2, SkinnyLinear(rows=16, devices=("cpu",)))]

@@ -44,8 +44,11 @@ return (%y)
 
 def close(text: str, item: SkinnyLinear = PASS) -> None:
     """Same values but for the order of sums (bfloat16)."""
+    same_values(apply(item, text)[0], text)
+
+
+def same_values(new: torch.fx.GraphModule, text: str) -> None:
     old = parse(text)
-    new, _ = apply(item, text)
     inputs = inputs_for(old)
     torch.testing.assert_close(call(new, inputs)[0], call(old, inputs)[0], rtol=2e-2, atol=2e-2)
 
@@ -291,9 +294,7 @@ def test_sibling_weights_are_read_where_they_are() -> None:
     text = graph_text(new)
     assert "fusionc.skinny_linear(%x, %w1, None, 0.0, False, None, \"\", None, False, [%w2, %w3])" in text
     assert "derived" not in text and not new.meta["fusionc_derived"]
-    inputs = inputs_for(parse(SIBLINGS))
-    for got, want in zip(call(new, inputs)[0], call(parse(SIBLINGS), inputs)[0], strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    same_values(new, SIBLINGS)
 
 
 def test_siblings_are_read_where_they_are_without_what_follows_a_write() -> None:
@@ -314,9 +315,7 @@ return (%z)
     shown = graph_text(new)
     assert "fusionc.skinny_linear(%x, %w1, None, 0.0, False, None, \"\", None, False, [%w2])" in shown and "aten.silu" in shown
     assert not new.meta["fusionc_derived"] and shown.index("skinny_linear") < shown.index("copy_")
-    inputs = inputs_for(parse(text))
-    for got, want in zip(call(new, inputs)[0], call(parse(text), inputs)[0], strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    same_values(new, text)
 
 
 MANY = """
@@ -338,9 +337,7 @@ def test_siblings_of_many_rows_are_read_where_they_are() -> None:
     text = graph_text(new)  # the pass takes 16 rows of other weights
     assert "fusionc.skinny_linear(%x, %w1, None, 0.0, False, None, \"\", None, False, [%w2])" in text and "aten.relu" in text
     assert not new.meta["fusionc_derived"]
-    inputs = inputs_for(parse(MANY))
-    for got, want in zip(call(new, inputs)[0], call(parse(MANY), inputs)[0], strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    same_values(new, MANY)
 
 
 def test_siblings_of_many_rows_that_cannot_be_read_apart_keep_the_copy() -> None:
