@@ -24,6 +24,7 @@ with eager again for these, so that a table of hours can be made in calls of min
 
 With ``--jobs`` > 1 processes overlap in importing, building and compiling; a file lock lets one time while no other
 checks, but another's compilation may launch a kernel now and then: only the default of one job is for publishing.
+With ``--gpus`` the jobs are spread over several GPUs, each row on one of them, with a lock for each.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import argparse
 import fcntl
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -387,11 +389,18 @@ class Runner:
 
     def __init__(self, args: argparse.Namespace, backends: list[str], folder: str, known: dict[str, Any]) -> None:
         self.args, self.backends, self.folder = args, backends, folder
-        self.lock = os.path.join(folder, "lock")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self.gpus = (visible.split(",") if visible else [str(i) for i in range(args.gpus)])[: args.gpus]
+        self.turn = itertools.count()
+        self.mine = threading.local()  # what a thread's children see
         self.start = time.monotonic()
         self.rows: dict[str, dict[str, Any]] = known
         self.guard = threading.Lock()
         self.facts: dict[str, Any] = machine()
+
+    def take_gpu(self) -> None:
+        """Give the calling thread one of the GPUs, in turns."""
+        self.mine.gpu = self.gpus[next(self.turn) % len(self.gpus)]
 
     def run(self, name: str, limit_ms: float | None) -> None:
         """Measure what is missing of one row."""
@@ -414,7 +423,8 @@ class Runner:
         elif lacking:
             # eager is timed again beside what is new: ratios are taken within one process
             wanted = [b for b in self.backends if b in lacking or b == "eager"]
-            more = ["--backends", ",".join(wanted), "--repeat-ms", str(self.args.repeat_ms), "--lock", self.lock]
+            lock = os.path.join(self.folder, f"lock-{self.mine.gpu}")
+            more = ["--backends", ",".join(wanted), "--repeat-ms", str(self.args.repeat_ms), "--lock", lock]
             self.spawn(row, [*arguments, *more], caches, min(self.args.limit, left))
             cause = row.pop("error", "ended without a result")
             if left > self.args.limit or not cause.startswith("stopped"):  # else a later call may have the time
@@ -471,6 +481,8 @@ class Runner:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or jobs) // jobs)))
             if jobs > 1:  # each process would start as many as the machine has cores for
                 environment.setdefault("FUSIONC_WORKERS", str(8 // jobs))
+            if len(self.gpus) > 1:
+                environment["CUDA_VISIBLE_DEVICES"] = self.mine.gpu
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(
                 command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
@@ -675,6 +687,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", dest="size", action="store_const", const="quick", help="about an eighth of the work")
     parser.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="sizes for a CPU")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time; more than 1 is not for publishing")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that the jobs are spread over")
     parser.add_argument("--limit", type=float, default=240, help="seconds for one process")
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything; what is left is not started")
     parser.add_argument("--repeat-ms", type=int, default=150, help="do_bench's measuring time")
@@ -715,7 +728,7 @@ def main(argv: list[str] | None = None) -> int:
     known = read([args.json])[0] if args.resume and args.json else {}
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
         runner = Runner(args, backends, folder, known)
-        with ThreadPoolExecutor(args.jobs) as pool:
+        with ThreadPoolExecutor(args.jobs, initializer=runner.take_gpu) as pool:
             done = [pool.submit(runner.run, w.name, w.limit_ms if args.size == "full" else None)
                     for w in sorted(chosen, key=lambda w: -w.weight)]  # fmt: skip
             for future in done:
