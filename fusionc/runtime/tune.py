@@ -6,8 +6,9 @@ and in the private cache on disk.  The measuring itself is in ``race``, a functi
 that its decisions are tested without a GPU; the tuner of generated kernels uses the same race.
 
 How the times are taken: candidates in turns, so that a drift of clocks hits all alike; CUDA events around each launch;
-L2 filled with other data before it, which also keeps the GPU busy while the host prepares the launch, so that slow host
-code is not taken for a slow kernel.  Rounds of 3, 9 and 27 samples; after each, those that cannot win any more leave
+L2 filled with other data before it.  The GPU sleeps until the host has queued a batch of launches, and if it woke too soon
+the batch is taken again after a longer sleep: slow host code (threads that compile hold Python's lock) is not taken for a
+slow kernel.  Rounds of 3, 9 and 27 samples; after each, those that cannot win any more leave
 (after Freeze-Thaw and Hyperband's idea of spending measurements on survivors only).  The first candidate is the default
 and stays unless another is clearly faster: noise must not change decisions.
 
@@ -47,7 +48,11 @@ KIND = "choice"
 LEVELS = ("off", "default", "max")
 ROUNDS = (3, 9, 27)
 MARGIN = 0.03  # how much faster than the first candidate another must be
-_AHEAD = 200_000  # GPU cycles, 0.1 ms: by that much the host is ahead before the first sample
+_CYCLES = 2e9  # of the GPU in a second, about
+_AHEAD = 50e-6  # seconds of the host that a sample may take, at first
+_SLEEP = 20e-3  # the longest sleep, about
+_QUEUE = 64  # samples of a batch: of up to a dozen launches each, of which the driver holds a thousand
+_TRIES = 3  # of a batch
 _HOPELESS = 1.5  # times the leader's best: out after three samples
 
 
@@ -192,27 +197,18 @@ def cuda_sampler(
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             filler = torch.empty(2 * l2, dtype=torch.int8, device=device)
     calls: dict[int, Callable[[], Any]] = {}
+    ahead = _AHEAD
 
-    def sample(candidates: Sequence[int], n: int) -> dict[int, list[float]]:
-        events: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {c: [] for c in candidates}
-        dead: set[int] = set()
-        for c in candidates:
-            if c not in calls:
-                try:
-                    calls[c] = launches[c] if repeat == 1 else _replayed(launches[c], repeat)
-                except Exception:  # noqa: BLE001 - it loses, whatever it was
-                    dead.add(c)
-        torch.cuda._sleep(_AHEAD)
-        for _ in range(n):
-            for c in candidates:
+    def queue(left: Sequence[int], turns: int, dead: set[int]) -> dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
+        events: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {c: [] for c in left}
+        for _ in range(turns):
+            for c in left:
                 if c in dead:
                     continue
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 try:
                     if filler is not None:
                         filler.zero_()
-                    else:
-                        torch.cuda._sleep(_AHEAD // 4)
                     start.record()
                     calls[c]()
                     end.record()
@@ -220,8 +216,38 @@ def cuda_sampler(
                     dead.add(c)
                     continue
                 events[c].append((start, end))
-        torch.cuda.synchronize(device)
-        return {c: [] if c in dead else [a.elapsed_time(b) / repeat for a, b in events[c]] for c in candidates}
+        return events
+
+    def batch(left: Sequence[int], turns: int, dead: set[int]) -> dict[int, list[float]]:
+        nonlocal ahead
+        for _ in range(_TRIES):
+            awake, begun = torch.cuda.Event(), time.perf_counter()
+            torch.cuda._sleep(int(_CYCLES * ahead * turns * len(left)))
+            awake.record()
+            events = queue(left, turns, dead)
+            late = awake.query()
+            took = time.perf_counter() - begun
+            torch.cuda.synchronize(device)
+            if not late:
+                break
+            ahead = min(1.5 * max(ahead, took / (turns * len(left))), _SLEEP)
+        return {c: [] if c in dead else [a.elapsed_time(b) / repeat for a, b in pairs] for c, pairs in events.items()}
+
+    def sample(candidates: Sequence[int], n: int) -> dict[int, list[float]]:
+        found: dict[int, list[float]] = {c: [] for c in candidates}
+        dead: set[int] = set()
+        for c in candidates:
+            if c not in calls:
+                try:
+                    calls[c] = launches[c] if repeat == 1 else _replayed(launches[c], repeat)
+                except Exception:  # noqa: BLE001 - it loses, whatever it was
+                    dead.add(c)
+        while n > 0 and (left := [c for c in candidates if c not in dead]):
+            turns = max(1, min(n, int(min(_QUEUE, _SLEEP / ahead) / len(left))))
+            for c, times in batch(left, turns, dead).items():
+                found[c] += times
+            n -= turns
+        return {c: [] if c in dead else times for c, times in found.items()}
 
     return sample
 

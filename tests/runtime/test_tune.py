@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,3 +230,70 @@ def test_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tune.level() == "max"
     with pytest.raises(ValueError, match="tuning level"):
         tune.configure("loud")
+
+
+class Machine:
+    """A host and a GPU in virtual seconds: what is queued runs in order, once the host has queued it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.gpu = 0.0
+        self.slept: list[float] = []
+        machine = self
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                machine.run(1e-6, 0.0)
+                self.at = machine.gpu
+
+            def query(self) -> bool:
+                return self.at <= machine.host
+
+            def elapsed_time(self, other: Any) -> float:
+                return 1e3 * (other.at - self.at)
+
+        def sleep(cycles: int) -> None:
+            self.slept.append(cycles / 2e9)
+            self.run(1e-6, cycles / 2e9)
+
+        def synchronize(device: torch.device) -> None:
+            self.host = max(self.host, self.gpu)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        monkeypatch.setattr(tune.time, "perf_counter", lambda: self.host)
+
+    def run(self, host: float, gpu: float) -> None:
+        self.host += host
+        self.gpu = max(self.gpu, self.host) + gpu
+
+
+@pytest.mark.parametrize("slow", [5e-6, 40e-6, 300e-6])
+def test_samples_are_the_gpus_time_however_slow_the_host(monkeypatch: pytest.MonkeyPatch, slow: float) -> None:
+    machine = Machine(monkeypatch)
+    launches = [lambda: machine.run(slow, 6e-6), lambda: machine.run(3 * slow, 5e-6)]
+    sample = tune.cuda_sampler(launches, CPU, cold=False)
+    for n in (3, 9, 27):
+        for c, times in sample([0, 1], n).items():
+            assert len(times) == n
+            # (between the events the host takes a microsecond for the second one)
+            assert statistics.median(times) == pytest.approx([6e-3, 5e-3][c], abs=1e-6), (n, c)
+    assert max(machine.slept) <= 0.03 and len(machine.slept) <= 8
+
+
+def test_a_host_that_is_never_ahead_and_a_launch_that_fails_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+
+    def waits() -> None:
+        torch.cuda.synchronize(CPU)
+        machine.run(1e-6, 5e-6)
+
+    def fails() -> None:
+        raise RuntimeError("no")
+
+    found = tune.cuda_sampler([waits, fails], CPU, cold=False)([0, 1], 200)
+    assert len(found[0]) == 200 and found[1] == []
+    assert sum(machine.slept) < 1.0
