@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "verify": "FUSIONC_VERIFY",
     "tune": "FUSIONC_TUNE",
 }
+_ONE_LAUNCH = "horizontal_launch"  # no pass, but may be disabled too: several kernels in one launch (many.py)
 _TRUE, _FALSE = ("1", "true", "on", "yes"), ("0", "false", "off", "no")
 
 
@@ -87,6 +88,7 @@ class Config:
             if key not in _CHECKS:
                 raise OptionError(_unknown_option(key))
             values[key] = _checked(f"option {key!r}", key, value)
+        _check_disabled(values.get("disable", ()), values.get("passes", ()))
         if values["mode"] == "max-autotune":
             values.setdefault("tune", "max")
         return cls(**values)
@@ -182,6 +184,19 @@ def _names(where: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) for v in value):
         return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
     raise OptionError(f"{where} must be a list of pass names, found {_show(value)}.")
+
+
+def _check_disabled(disabled: tuple[str, ...], passes: tuple[Any, ...]) -> None:
+    """Each name is that of a pass, ours or the user's: a misspelled one would leave the pass running."""
+    if not disabled:
+        return
+    from fusionc.passes import PIPELINE
+
+    valid = {step.item.name for step in PIPELINE if step.item is not None} | {p.name for p in passes} | {_ONE_LAUNCH}
+    for name in disabled:
+        if name not in valid:
+            raise OptionError(f"option 'disable': there is no pass {_show(name)}.{_did_you_mean(name, sorted(valid))} "
+                              f"Passes: {', '.join(sorted(valid))}.")  # fmt: skip
 
 
 def _passes(where: str, value: Any) -> tuple[Any, ...]:

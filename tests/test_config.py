@@ -34,7 +34,7 @@ def test_frozen():
 def test_all_options_at_once_and_input_unchanged(tmp_path):
     p = SomePass()
     options = {
-        "dump": tmp_path, "strict": True, "target": "cpp", "weights": "frozen", "passes": [p], "disable": ["a", "b"],
+        "dump": tmp_path, "strict": True, "target": "cpp", "weights": "frozen", "passes": [p], "disable": ["cse", "some_pass"],
         "deterministic": False, "cache": str(tmp_path), "cudagraphs": False, "verify": True,
         "progress": False, "tune": "off", "remove_attention": 2, "large_kernel": {"method": "low_rank", "error": 0.1},
             "fft_conv": True,
@@ -42,7 +42,7 @@ def test_all_options_at_once_and_input_unchanged(tmp_path):
     before = copy.copy(options)
     config = Config.parse("max-autotune", options)
     assert options == before
-    assert config.mode == "max-autotune" and config.passes == (p,) and config.disable == ("a", "b")
+    assert config.mode == "max-autotune" and config.passes == (p,) and config.disable == ("cse", "some_pass")
     assert config.dump == str(tmp_path)
     # every field but the mode can be given as an option
     assert {f.name for f in dataclasses.fields(Config)} == set(options) | {"mode"}
@@ -92,6 +92,8 @@ def test_mode_is_not_an_option():
         ({"passes": [3]}, "with a name"),
         ({"disable": "abc"}, "list of pass names"),
         ({"disable": [1]}, "list of pass names"),
+        ({"disable": ["conv_bnn"]}, "Did you mean 'conv_bn'?"),
+        ({"disable": ["some_pass"]}, "horizontal_launch, horizontal_matmul"),  # the user's, but it was not given
         ({3: 1}, "unknown option 3"),
         ({("a",): 1}, "unknown option"),
     ],
