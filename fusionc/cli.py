@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("name", nargs="?", metavar="NAME")
 
     p = command("cache", _cache, "Look after the kernel cache.")
-    p.add_argument("action", choices=["list", "show", "verify", "prune", "clear", "export", "import"])
+    p.add_argument("action", choices=["path", "list", "show", "verify", "prune", "clear", "export", "import"])
     p.add_argument(
         "argument", nargs="?", help="show: start of an entry's name; export, import: a tar file; prune: bytes"
     )
@@ -133,7 +133,7 @@ def _option(text: str) -> tuple[str, Any]:
     try:
         return key, json.loads(value)
     except json.JSONDecodeError:
-        return key, value
+        return key, {"True": True, "False": False, "None": None}.get(value, value)
 
 
 def _input(text: str) -> Any:
@@ -170,21 +170,29 @@ def _target(text: str, inputs: list[Any]) -> tuple[Any, list[Any], dict[str, Any
     if not callable(found):
         raise FusioncError(f"{text} is not callable.")
     if inspect.isclass(found):
+        needed = _needed(found)
+        if needed:
+            raise FusioncError(f"{text} needs arguments ({', '.join(needed)}); name a function that makes one and its inputs.")
         found = found()
     if inputs:
         return found, inputs, {}
-    try:
-        needed = [p for p in inspect.signature(found).parameters.values() if p.default is p.empty]
-        needed = [p for p in needed if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    except (TypeError, ValueError):
-        needed = []
+    needed = _needed(found)
     if needed:
-        raise FusioncError(f"{text} needs arguments ({', '.join(p.name for p in needed)}); give --input for each.")
+        raise FusioncError(f"{text} needs arguments ({', '.join(needed)}); give --input for each.")
     made = found()
     if isinstance(made, tuple) and len(made) in (2, 3) and callable(made[0]):
         positional = made[1] if isinstance(made[1], (tuple, list)) else (made[1],)
         return made[0], list(positional), dict(made[2]) if len(made) == 3 else {}
     return found, [], {}
+
+
+def _needed(f: Any) -> list[str]:
+    """Names of the parameters that ``f`` cannot be called without, as far as can be told."""
+    try:
+        needed = [p for p in inspect.signature(f).parameters.values() if p.default is p.empty]
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in needed if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 # graph files
@@ -380,6 +388,8 @@ def _cache(args: argparse.Namespace) -> Result:
     word = args.argument
     if word is None and args.action in ("show", "export", "import"):
         raise FusioncError(f"fusionc cache {args.action} needs an argument (see fusionc cache --help).")
+    if args.action == "path":
+        return 0, {"root": where}, where
     if args.action == "list":
         entries = cache.entries()
         size = sum(e.size for e in entries)

@@ -81,6 +81,7 @@ def models(tmp_path, monkeypatch):
         ["cli_models:build"],
         ["cli_models:f", "--input", "2x3", "--input", "2x3:float64"],
         ["cli_models:M", "--input", "3:int64"],
+        ["cli_models:build", "--option", "verify=True", "--option", "dump=None"],  # as Python writes them
     ],
 )
 def test_explain(capsys, models, backend, arguments):
@@ -98,6 +99,7 @@ def test_explain(capsys, models, backend, arguments):
         (["cli_models:g"], "has no 'g'"),
         (["cli_models:constant"], "not callable"),
         (["cli_models:f"], "needs arguments (x, y)"),
+        (["torch.nn:Linear", "--input", "2x3"], "needs arguments (in_features, out_features)"),
         (["cli_models:f", "--input", "axb"], "2x16:float32"),
         (["cli_models:f", "--input", "3:float33"], "2x16:float32"),
         (["cli_models:f", "--option", "dmp=1"], "Did you mean 'dump'"),
@@ -146,6 +148,7 @@ def test_cache(capsys, tmp_path):
     Cache(folder).put("kernel", {"a": 1}, {"text": "x"})
     status, value = run_json(capsys, "cache", "list", "--dir", folder)
     assert status == 0 and len(value["entries"]) == 1
+    assert run(capsys, "cache", "path", "--dir", folder) == (0, value["root"] + "\n")
     name = value["entries"][0]["name"]
     status, value = run_json(capsys, "cache", "show", name[:8], "--dir", folder)
     assert status == 0 and value[0]["key"] == {"a": 1}
