@@ -114,16 +114,18 @@ def kernel_record(cx: Context, symbol: str, kernel: Kernel, plan: Any, source: s
 def report_problems(cx: Context, problems: dict[str, str]) -> None:
     """One warning for each reason why kernels could not be built, with their names; an error under ``strict``."""
     by_reason: dict[str, list[str]] = {}
-    for symbol, why in problems.items():
-        by_reason.setdefault(why, []).append(symbol)
-    for why, symbols in by_reason.items():
+    for symbol, why in problems.items():  # a compiler that fails says the same of each, but for the name and where its source is
+        by_reason.setdefault(clean_reason(why).replace(symbol, "…"), []).append(symbol)
+    for symbols in by_reason.values():
+        why = problems[symbols[0]]
         some = ", ".join(symbols[:3]) + (f" and {len(symbols) - 3} more" if len(symbols) > 3 else "")
+        whose = "their" if len(symbols) > 1 else "its"
         what = f"kernel{'s' * (len(symbols) > 1)} {some} could not be built"
         if cx.config.strict:
             raise errors.StrictError(f"{what}: {why}")
         place = f" (the dump in {cx.config.dump} lists them)" if cx.config.dump else ""
-        errors.warn_once(f"kernel:{why}", f"fusionc: {what}; their nodes run in ATen{place}: {why}")
-        cx.record.fallbacks += [f"kernel {symbol}: {clean_reason(why)}" for symbol in symbols]
+        errors.warn_once(f"kernel:{why}", f"fusionc: {what}; {whose} nodes run in ATen{place}: {why}")
+        cx.record.fallbacks += [f"kernel {symbol}: {clean_reason(problems[symbol])}" for symbol in symbols]
 
 
 def clean_reason(why: str) -> str:
