@@ -197,6 +197,8 @@ def repro_text(gm: GraphModule, inputs: Sequence[Any], config: Config) -> str:
         if getattr(config, key) != getattr(default, key):
             given = getattr(config, key)
             options[key] = list(given) if isinstance(given, tuple) else given
+    if "disable" in options:  # the user's passes are not in the program: there is nothing of these names to leave out
+        options["disable"] = [name for name in options["disable"] if name not in {p.name for p in config.passes}]
     try:
         return repro_source(gm, [_value(n, x) for n, x in zip(_placeholders(gm), inputs, strict=True)], options)
     except Exception as e:  # noqa: BLE001 - a dump is a convenience

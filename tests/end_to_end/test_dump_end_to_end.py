@@ -215,3 +215,17 @@ def test_programs_of_a_dump_run_on_the_gpu(tmp_path: Path) -> None:
     assert "registers" in said and "us a launch" in said and "WRONG" not in said
     rest = [*sorted(graph.glob("k*/kernel.py")), graph / "program.py", graph / "repro.py"]
     assert "all ran" in run("-c", RUN_ALL, *rest)
+
+
+def test_a_repro_leaves_out_no_pass_that_it_does_not_know() -> None:
+    from fusionc.artifacts import repro_text
+    from fusionc.config import Config
+    from fusionc.graph.text import parse
+
+    class Mine:
+        name = "mine"
+
+    config = Config.parse(None, {"passes": [Mine()], "disable": ["mine", "cse"]})
+    gm = parse("%x: f32[2] = input\n%y: f32[2] = aten.sin(%x)\nreturn (%y)\n")
+    text = repro_text(gm, [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"], config)
+    assert "OPTIONS = {'disable': ['cse']}" in text
