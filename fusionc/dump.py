@@ -80,8 +80,8 @@ def summary(graphs: list[GraphRecord], measured: bool = False) -> str:
     n_kernels = sum(len(g.kernels) for g in graphs)
     head = (
         f"fusionc: {_count(len(graphs), 'graph')}, {_count(sum(len(g.groups) for g in graphs), 'group')}, "
-        f"{_count(n_kernels, 'kernel')}, {_count(sum(len(g.calls) for g in graphs), 'library call')}, "
-        f"{_count(sum(len(g.fallbacks) + sum(bool(c.reason) for c in g.calls) for g in graphs), 'fallback')}"
+        f"{_count(n_kernels, 'kernel')}, {_count(sum(not c.reason for g in graphs for c in g.calls), 'library call')}, "
+        f"{_count(sum(g.left_to_aten() for g in graphs), 'fallback')}"
     )
     parts = [head]
     for i, g in enumerate(graphs):

@@ -108,7 +108,7 @@ def _cards(graph: GraphRecord) -> str:
         (str(len(graph.kernels)), "distinct kernels"),
         (str(launches), "launches"),
         (str(sum(not c.reason for c in graph.calls)), "library calls"),
-        (str(sum(bool(c.reason) for c in graph.calls) + len(graph.fallbacks)), "fallbacks"),
+        (str(graph.left_to_aten()), "fallbacks"),
         (number(moved) + "B", "moved by kernels"),
         (number(flops), "operations in kernels"),
     ]

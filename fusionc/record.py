@@ -97,6 +97,8 @@ class GroupRecord:
 class GraphRecord:
     """One compiled graph. ``edges`` are (producer node, consumer node) of the final graph; ``timings`` are seconds.
 
+    An operation left to ATen for lack of a lowering is one of ``calls``, with a ``reason``; ``fallbacks`` are sentences about
+    kernels and graphs that could not be built.
     ``device`` says in words what it was compiled for; ``cache`` whether its Program came from the cache or
     went there; ``cudagraph`` whether it is replayed as a CUDA graph, or why not (empty on a CPU; changes as calls are
     made); ``peak_gbs`` and ``peak_gflops`` are the copy bandwidth (GB/s)
@@ -121,6 +123,10 @@ class GraphRecord:
     cudagraph: str = ""
     peak_gbs: float | None = None
     peak_gflops: float | None = None
+
+    def left_to_aten(self) -> int:
+        """How much fell back to ATen: calls with a reason, among them the nodes of kernels that failed, and whole graphs."""
+        return sum(bool(c.reason) for c in self.calls) + sum(not f.startswith("kernel ") for f in self.fallbacks)
 
     def to_json(self) -> dict[str, Any]:
         """The record as dictionaries, lists, strings and numbers."""

@@ -111,16 +111,29 @@ def repro_source(gm: GraphModule, inputs: Sequence[Any], options: dict[str, Any]
 
 def main(module: torch.nn.Module, specs: Sequence[Any], options: dict[str, Any] | None = None) -> int:
     """What a repro runs: print the differences between eager and fusionc, return the exit status."""
-    problems = compare(module, specs, options)
+    try:
+        problems = compare(module, specs, options)
+    except NothingToCompare as error:
+        problems = [str(error)]
     print("\n".join(problems) if problems else "eager and fusionc agree")
     return 1 if problems else 0
 
 
+class NothingToCompare(FusioncError):
+    """Eager itself fails."""
+
+
 def compare(module: torch.nn.Module, specs: Sequence[Any], options: dict[str, Any] | None = None) -> list[str]:
-    """Sentences about where fusionc differs from eager: outputs, inputs written to, or an error. Empty: agreement."""
+    """Sentences about where fusionc differs from eager: outputs, inputs written to, or an error. Empty: agreement.
+
+    Raises NothingToCompare if eager fails on these inputs.
+    """
     expected, expected_inputs = _outcome(module, specs)
     if isinstance(expected, Exception):
-        return []  # eager itself fails on these inputs: nothing to compare with
+        raise NothingToCompare(
+            f"nothing was compared: eager fails on these random inputs with {type(expected).__name__}: {str(expected)[:500]}. "
+            "Edit INPUTS, or how Repro uses them."
+        )
     exact, _ = _outcome(module, specs, wide=True)
     torch._dynamo.reset()
     compiled = torch.compile(module, backend=explanation._backend(), options=dict(options or {}) or None)
@@ -220,7 +233,10 @@ def _trace(module: torch.nn.Module) -> GraphModule:
 
 def fails(gm: GraphModule, specs: Sequence[Any], options: dict[str, Any] | None = None) -> bool:
     """Whether fusionc differs from eager on this graph."""
-    return bool(compare(gm, specs, options))
+    try:
+        return bool(compare(gm, specs, options))
+    except NothingToCompare:
+        return False
 
 
 def fails_alone(gm: GraphModule, specs: Sequence[Any], options: dict[str, Any] | None = None) -> bool:
