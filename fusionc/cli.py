@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fusionc
 from fusionc.errors import FusioncError
 from fusionc.explanation import Explanation, explain, explain_with
 from fusionc.record import name_kernels
@@ -40,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(text, file=sys.stderr)
             return status
     shown = json.dumps(value, indent=2, sort_keys=True, default=str) if args.json else text.rstrip("\n")
+    encoding = sys.stdout.encoding or "utf-8"  # what a terminal of ASCII cannot show (µ, ·, →) becomes a question mark
     try:
         if shown:
-            print(shown, flush=True)
+            print(shown.encode(encoding, "replace").decode(encoding), flush=True)
     except BrokenPipeError:  # the reader (head, less) has seen enough; keep Python's last flush quiet too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(status)
@@ -52,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON value")
     parser = argparse.ArgumentParser(prog="fusionc", description="Look into the fusionc compiler.")
+    parser.add_argument("--version", action="version", version=f"fusionc {fusionc.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], Result], text: str) -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fusionc
 from fusionc import cli, dump, explanation, progress, record, repro
 from fusionc.config import Config
 from fusionc.errors import FusioncError
@@ -323,6 +325,15 @@ def test_repro_runs_by_itself(tmp_path):
     path.write_text(repro.repro_source(chain(), [torch.ones(3, 4)] * 2))
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "eager and fusionc agree\n"), done.stderr
+
+
+def test_version_and_terminals_without_unicode(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"fusionc {fusionc.__version__}\n"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "fusionc.cli", "passes", "fft_conv"], capture_output=True, env=env, check=False)
+    assert done.returncode == 0 and done.stdout.isascii() and b"fft_conv" in done.stdout, done.stderr
 
 
 @pytest.mark.skipif(not REAL, reason="fusionc.compiler does not exist yet")
