@@ -145,7 +145,8 @@ def layout(value: Any, symbols: dict[str, Any]) -> Any:
 
 
 def number(n: Any, symbols: dict[str, Any]) -> Any:
-    """A size as JSON; `symbols` receives range and magnitude of each symbol in it."""
+    """A size as JSON; `symbols` receives range and magnitude of each symbol in it, and what is known of all of them:
+    two graphs of the same operators and inputs may differ in it, and then in the sizes of their results."""
     if type(n) in (int, bool):
         return n
     if type(n) is float:
@@ -157,6 +158,8 @@ def number(n: Any, symbols: dict[str, Any]) -> Any:
         return int(node.maybe_as_int())
     env = node.shape_env
     table = size_hints(env)
+    if "guards" not in symbols:
+        symbols["guards"] = sorted({str(guard.expr) for guard in env.guards})
     for s in node.expr.free_symbols:
         hint, bounds = table.get(s), env.var_to_range.get(s)
         # plans look at the magnitude of a size, never at its value

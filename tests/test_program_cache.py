@@ -296,6 +296,23 @@ def test_training_graphs(compiled: Callable[..., Any]) -> None:
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_graphs_of_other_guards_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_start: bool) -> None:
+    """The operators, inputs and magnitudes are equal; whether the pieces are one or two is known from a guard alone."""
+    if not warm_start:
+        monkeypatch.setattr(warm.Warm, "load", lambda self: None)
+
+    def fn(x: torch.Tensor, n: int) -> torch.Tensor:
+        return x.split(n)[0] * 2
+
+    x = torch.randn(6, 4)
+    for _ in range(2):
+        for n in (7, 4):
+            torch._dynamo.reset()
+            run = torch.compile(fn, backend="fusionc", dynamic=True, options={"verify": False, "cache": str(tmp_path)})
+            torch.testing.assert_close(run(x, n), fn(x, n))
+
+
 def test_reasons_are_in_the_record(compiled: Callable[..., Any]) -> None:
     with torch.no_grad(), collect() as records:
         compiled(lambda x: x.sin(), verify=True)(torch.randn(3))
