@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from .expr import Expr, Index, Size, floordiv, index, mod
+from .expr import Expr, Index, Size, bounds, floordiv, index, mod
 
 
 class Unsupported(Exception):
     """This node cannot be expressed in the loop IR; the text says why.  The caller leaves it to ATen."""
 
+
+_LEAST = -(2**63)  # what a symbol without a lower bound is at least
 
 _static: dict[tuple[int, ...], tuple[Index, ...]] = {}  # most sizes are plain numbers, asked for again and again
 
@@ -71,11 +73,8 @@ def _convert(e: Any, env: Any) -> Index:
             raise Unsupported(f"size {name} depends on data")
         lower = 0
         found = env.var_to_range.get(e) if env is not None else None
-        if found is not None:
-            try:
-                lower = max(0, int(found.lower))
-            except (TypeError, OverflowError, ValueError):
-                lower = 0
+        if found is not None:  # sizes are at least 0; a number that the user passes may be negative
+            lower = int(found.lower) if found.lower.is_Integer else _LEAST
         return index(Size(name, lower))
     if e.is_Add:
         total = index(0)
@@ -104,8 +103,9 @@ def _convert(e: Any, env: Any) -> Index:
 
 
 def _positive(d: Index) -> Index:
-    if d.is_const and d.value <= 0:
-        raise Unsupported("division of a size by a number that is not positive")
+    low = bounds(d)[0]
+    if low is None or low < 0 or (d.is_const and d.value == 0):
+        raise Unsupported("division of a size by a number that may be negative or zero")
     return d
 
 

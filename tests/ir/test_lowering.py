@@ -95,3 +95,37 @@ def test_reshape_splits_only_what_must_be() -> None:
     assert remap((b * a - b, c), (b, a - 1, c)) == "((x0//(a - 1)), (x0 % (a - 1)), x1)"
     assert remap((b, a - 1, c), (b * (a - 1), c)) == "(a*x0 - x0 + x1, x2)"
     assert remap((ONE,), ()) == "()"
+
+
+NUMBERS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "quotient": lambda x, n: x + n // 2,
+    "remainder": lambda x, n: x * ((n - 1) % 5),
+    "negative divisor": lambda x, n: x + 7 // n,
+    "shift": lambda x, n: x + (n >> 1),
+    "select": lambda x, n: x[n] * 2,
+    "select_scatter": lambda x, n: x.select_scatter(x[0] * 2, 0, n),
+    "slice from": lambda x, n: x[n:] * 2,
+    "slice from the negative": lambda x, n: x[-n:] * 2,
+    "slice_scatter": lambda x, n: x.slice_scatter(x[n:] * 2, 0, n),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_may_be_negative(name: str) -> None:
+    """A symbol is a size only where it stands for one; what the user passes may be below zero."""
+    fn, x = NUMBERS[name], rand(6, 4)
+    run = torch.compile(fn, backend=fusionc, dynamic=True, options=OPTIONS)
+    with collect() as records, torch.no_grad():
+        for n in (3, 5, -3, -4, 2):
+            torch.testing.assert_close(run(x, n), fn(x, n))
+    assert not [record.fallbacks for record in records if record.fallbacks]
+
+
+def test_numbers_with_a_negative_bound() -> None:
+    def fn(x: torch.Tensor, n: int) -> torch.Tensor:
+        torch._check(n > -100)
+        return x + n // 2
+
+    run = torch.compile(fn, backend=fusionc, dynamic=True, options=OPTIONS)
+    for n in (3, -3):
+        torch.testing.assert_close(run(rand(6), n), fn(rand(6), n))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..expr import ONE, ZERO, Const, Expr, Index, floordiv, index, mod
+from ..expr import ONE, ZERO, Const, Expr, Index, floordiv, index, mod, nonnegative
 from ..ops import cast, compute_dtype, op
 from ..sizes import Unsupported, size_index
 from ..value import Context, Idx, Value, normalize_dim, view
@@ -224,6 +224,8 @@ def _select_scatter(ctx: Context, node: Node, x: Value, src: Value, dim: int, at
     pos = at_index if isinstance(at_index, Index) else size_index(at_index)
     if pos.is_const and pos.value < 0:
         pos = pos + x.shape[d]
+    if not pos.is_const and not (nonnegative(pos) and nonnegative(x.shape[d] - 1 - pos)):
+        raise Unsupported("select_scatter at a position that may be negative or out of range")
     work = compute_dtype(x.dtype)
 
     def at(idx: Idx) -> Expr:

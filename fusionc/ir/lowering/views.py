@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..expr import ONE, ZERO, Index, index
-from ..sizes import Unsupported, sizes_index
+from ..expr import ONE, ZERO, Index, index, nonnegative
+from ..sizes import Unsupported, size_index, sizes_index
 from ..value import Context, Idx, Value, normalize_dim, reshape_index, view
 from .registry import register, shape_of
 
@@ -137,6 +137,8 @@ def _clamp(i: Any, size: Any, default: Any) -> Any:
         return size
     if isinstance(i, int) and i < 0:
         return size + i
+    if not isinstance(i, int) and not nonnegative(size_index(i)):
+        raise Unsupported("slice from a position that may be negative")
     return i
 
 
@@ -161,6 +163,8 @@ def _select(ctx: Context, node: Node, x: Value, dim: int, at: Any) -> Value:
     where = at if isinstance(at, Index) else index(at) if isinstance(at, int) else sizes_index([at])[0]
     if where.is_const and where.value < 0:
         where = where + x.shape[d]
+    if not where.is_const and not (nonnegative(where) and nonnegative(x.shape[d] - 1 - where)):
+        raise Unsupported("select at a position that may be negative or out of range")
     return view(x, shape_of(node), lambda idx: idx[:d] + (where,) + idx[d:])
 
 
