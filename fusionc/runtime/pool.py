@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def allocate(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype)
     else:
         local.lists.move_to_end(nbytes)
         for storage in reversed(known):
-            if _use_count(storage._cdata) == 1:
+            # a storage object that the caller keeps without a tensor is the one in our list: known, loop and argument hold it
+            if _use_count(storage._cdata) == 1 and getrefcount(storage) <= 3:
                 out = torch.empty((), dtype=dtype)
                 return out.set_(storage, 0, size, stride)
     tensor = _empty_strided(size, stride, dtype=dtype)
