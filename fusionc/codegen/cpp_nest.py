@@ -236,7 +236,7 @@ class Nest:
         """Declare and start the accumulators of every scan below `roots`, in order of dependence."""
         out, e = [], self.e
         for s in scans_below(roots):
-            name = e.fresh("s")
+            name = e.fresh("run")  # not "s": torch calls its sizes s0, s1, …
             if self.columns:
                 name = self.array(part_type(s), name)
                 self.open_vector()

@@ -167,6 +167,15 @@ KERNELS = {
   axis  r0 < 100
     inner out0[100*x0 + r0] = scan_sum[r0](in0[100*x0 + r0])
 """,
+    "cumsum_dynamic": """kernel
+  size  s0 >= 2
+  size  s1 >= 2
+  in    in0: i64[s0*s1]
+  out   out0: i64[s0*s1]
+  for   x0 < s1
+  axis  r0 < s0
+    inner out0[s1*r0 + x0] = scan_sum[r0](in0[s1*r0 + x0])
+""",
     "cumsum_columns": """kernel
   in    in0: f32[5000]
   in    in1: i64[5000]
