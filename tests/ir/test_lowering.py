@@ -97,6 +97,30 @@ def test_reshape_splits_only_what_must_be() -> None:
     assert remap((ONE,), ()) == "()"
 
 
+PARTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "softmax": lambda x: x.softmax(0),
+    "layer norm": lambda x: F.layer_norm(x.t(), (4,)).t(),
+    "logsumexp": lambda x: x - x.logsumexp(0),
+    "cumsum": lambda x: x.cumsum(0),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_writes_into_a_part_of_reduced_rows(name: str) -> None:
+    """The guard of what is written is about one element of a row, the reduction's about all."""
+
+    def fn(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        a, b, c = [PARTS[name](x + k) for k in range(3)]
+        a[1:] *= 2
+        b[0] = b[-1]
+        c[:1] += c[2:3]
+        return a, b, c, torch.cat([a[1:] * 3, b[:1]]) + c
+
+    x = rand(4, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(fn, backend=fusionc, options=OPTIONS)(x), fn(x))
+
+
 NUMBERS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "quotient": lambda x, n: x + n // 2,
     "remainder": lambda x, n: x * ((n - 1) % 5),

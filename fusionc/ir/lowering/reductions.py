@@ -75,6 +75,7 @@ class Rows:
             if kind == "sum" and body.dtype in FLOATS:
                 return add(body, fc(0, body))  # the sum of -0.0 alone is 0.0
             return Const(0, "i64") if kind.startswith("arg") else body
+        _not_captured(self.ctx)
         return Reduce(kind, self.ctx.axis_vars, body, dtype)
 
     def sum(self, body: Expr) -> Expr:
@@ -85,6 +86,12 @@ class Rows:
 
     def size(self, like: Expr) -> Expr:
         return cast(self.count, like.dtype)
+
+
+def _not_captured(ctx: Context) -> None:
+    """A guard of where along the axis the reader stands is about that place, and would be taken for one about each element."""
+    if ctx.guard is not None and ctx.guard.free.intersection(ctx.axis_vars):
+        raise Unsupported("a reduction is read under a guard along its own axis")
 
 
 def _kept_index(idx: Idx, dims: tuple[int, ...], rank: int, keepdim: bool) -> Idx:
@@ -418,6 +425,7 @@ def _cumulative(ctx: Context, node: Node, x: Value, dim: int, **_: Any) -> Value
             if x.shape[d] is ONE:
                 return cast(x.at(idx), work)
             raise Unsupported("scan read at another position")
+        _not_captured(ctx)
         return Scan(kind, var, cast(x.at(idx), work), work)
 
     return Value(ctx, x.shape, dtype_of(node), at)
