@@ -6,6 +6,7 @@ caller knows it already (much cheaper: fake operators cost ~0.1 ms each).
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .facts import is_pure, nodes_of, placeholders, value, written_by
+from .facts import is_pure, is_view, nodes_of, placeholders, same, value, written_by
 
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 DERIVED_KEY = "fusionc_derived"
@@ -112,8 +113,30 @@ def replace(old: Node, new: Node) -> None:
     if old is new:
         return
     provenance(new, [old])
-    old.replace_all_uses_with(new)
+    redirect(old, new)
     erase_dead([old])
+
+
+def redirect(old: Node, new: Node) -> None:
+    """Every use of ``old`` becomes a use of ``new``. Where it begins elsewhere in its storage (a copy begins at 0, the input
+    that it was copied from where the user says), the values of its views are made again: a view is found by their difference."""
+    readers = list(old.users)
+    old.replace_all_uses_with(new)
+    before, after = value(old), value(new)
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) \
+            or before.layout != torch.strided or after.layout != torch.strided \
+            or same(before.storage_offset(), after.storage_offset()):
+        return
+    key = value_key(old.graph)
+    while readers:
+        node = readers.pop()
+        root = node
+        while root.target is operator.getitem and isinstance(root.args[0], Node):
+            root = root.args[0]
+        if is_view(root):
+            node.meta[key] = compute_value(node.target, node.args, node.kwargs, node.op)
+            node.meta.pop("tensor_meta", None)
+            readers.extend(node.users)
 
 
 def erase_dead(nodes: Iterable[Node]) -> int:

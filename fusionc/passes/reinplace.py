@@ -134,9 +134,9 @@ class Reinplace(Pass):
                     written = current
             if written is current:
                 # later readers read the input itself: graph order, not a data edge, keeps them after the write
-                op.replace_all_uses_with(current)
+                edit.redirect(op, current)
             else:
-                op.replace_all_uses_with(written)
+                edit.redirect(op, written)
                 current = written
             graph.erase_node(op)
 

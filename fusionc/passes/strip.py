@@ -125,7 +125,7 @@ class Strip(Pass):
                 facts.escaping.add(current)
                 stack.extend(aliased_by(current))
         edit.provenance(source, [node])
-        node.replace_all_uses_with(source)
+        edit.redirect(node, source)
         facts.gm.graph.erase_node(node)  # not erase_dead: a dropout that does nothing draws nothing
 
 

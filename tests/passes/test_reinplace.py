@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,3 +163,18 @@ def test_random_graphs(steps: list[tuple[str, int]], copied: int, results: list[
         lines.append(f"%w2: f64[6, 4] = aten.copy_(%y, %{fresh[(copied + 1) % len(fresh)]})")
     lines.append(f"return ({', '.join('%' + fresh[r % len(fresh)] for r in results)}{',' if len(results) == 1 else ''})")
     check_values(Reinplace(), "\n".join(lines))
+
+
+def test_views_of_an_input_that_is_a_part() -> None:
+    """Readers of the result read the input, which begins where the caller says and not at 0 as the result did."""
+
+    def fn(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x[2:] *= 2
+        return x.t() @ w, x[1:] @ w
+
+    base, w = torch.arange(81.0).view(9, 9), torch.eye(6)
+    with torch.no_grad():
+        mine, theirs = base.clone(), base.clone()
+        run = torch.compile(fn, backend="fusionc", options={"cache": False, "target": "cpp"})
+        torch.testing.assert_close(run(mine[2:8, 1:7], w), fn(theirs[2:8, 1:7], w))
+    torch.testing.assert_close(mine, theirs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -226,3 +227,17 @@ return (%a)
 """
     assert "[0], [2, 2], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])" in rewritten(Strip(), text)
     check_values(Strip(), text, fired=1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_views_of_what_was_a_copy_of_a_part(dynamic: bool) -> None:
+    """A copy begins at 0 in its storage, the input that is read in its place where the caller says."""
+
+    def fn(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x.clone().t() @ w, (x * 1)[1:] @ w, torch.cat([x])[:, 2:].sort()[0], x.clone().split(3)[1] @ w
+
+    base = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    x, w = base[4:].view(6, 6), torch.eye(6)
+    with torch.no_grad():
+        got = torch.compile(fn, backend="fusionc", dynamic=dynamic, options={"cache": False, "target": "cpp"})(x, w)
+    torch.testing.assert_close(got, fn(x, w))
