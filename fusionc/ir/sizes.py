@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .expr import Expr, Index, Size, bounds, floordiv, index, mod
+from .expr import ONE, Expr, Index, Size, bounds, floordiv, index, mod
 
 
 class Unsupported(Exception):
@@ -29,6 +30,8 @@ def size_index(x: Any) -> Index:
         node = x.node
         if node.is_constant():
             return index(int(node.maybe_as_int()))
+        if not node.expr.is_Symbol and node.hint == 1 and statically_known_true(x == 1):
+            return ONE  # torch has broadcast by it, under a guard
         return _convert(node.expr, node.shape_env)
     raise Unsupported(f"size {x!r} is neither an int nor a SymInt")
 

@@ -80,6 +80,18 @@ def test_empty_results_of_symbolic_slices() -> None:
         torch.testing.assert_close(run(rand(*shape)), fn(rand(*shape)))
 
 
+def test_broadcasting_by_a_size_that_a_guard_makes_one() -> None:
+    """Halves of three columns are two and one: an expression of the size, which torch has found to be 1."""
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return a * b
+
+    run = torch.compile(fn, backend=fusionc, dynamic=True, options=OPTIONS)
+    for shape in ((3, 3), (5, 3), (5, 4)):
+        torch.testing.assert_close(run(rand(*shape)), fn(rand(*shape)))
+
+
 def _sizes(*names: str | int) -> tuple[Index, ...]:
     return tuple(index(Size(n, 2)) if isinstance(n, str) else index(n) for n in names)
 
