@@ -197,7 +197,7 @@ def cuda_sampler(
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             filler = torch.empty(2 * l2, dtype=torch.int8, device=device)
     calls: dict[int, Callable[[], Any]] = {}
-    ahead = _AHEAD
+    ahead, tries = _AHEAD, _TRIES
 
     def queue(left: Sequence[int], turns: int, dead: set[int]) -> dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
         events: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {c: [] for c in left}
@@ -219,8 +219,8 @@ def cuda_sampler(
         return events
 
     def batch(left: Sequence[int], turns: int, dead: set[int]) -> dict[int, list[float]]:
-        nonlocal ahead
-        for _ in range(_TRIES):
+        nonlocal ahead, tries
+        for _ in range(tries):
             awake, begun = torch.cuda.Event(), time.perf_counter()
             torch.cuda._sleep(int(_CYCLES * ahead * turns * len(left)))
             awake.record()
@@ -231,6 +231,8 @@ def cuda_sampler(
             if not late:
                 break
             ahead = min(1.5 * max(ahead, took / (turns * len(left))), _SLEEP)
+        else:  # a launch that waits for the GPU: no sleep is long enough
+            ahead, tries = _AHEAD, 1
         return {c: [] if c in dead else [a.elapsed_time(b) / repeat for a, b in pairs] for c, pairs in events.items()}
 
     def sample(candidates: Sequence[int], n: int) -> dict[int, list[float]]:

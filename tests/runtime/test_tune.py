@@ -296,4 +296,4 @@ def test_a_host_that_is_never_ahead_and_a_launch_that_fails_end(monkeypatch: pyt
 
     found = tune.cuda_sampler([waits, fails], CPU, cold=False)([0, 1], 200)
     assert len(found[0]) == 200 and found[1] == []
-    assert sum(machine.slept) < 1.0
+    assert sum(machine.slept) < 0.1 and len(machine.slept) <= 8
