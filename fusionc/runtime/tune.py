@@ -226,11 +226,12 @@ def cuda_sampler(
             awake.record()
             events = queue(left, turns, dead)
             late = awake.query()
-            took = time.perf_counter() - begun
+            took = (time.perf_counter() - begun) / (turns * len(left))
             torch.cuda.synchronize(device)
             if not late:
+                ahead = max(_AHEAD, 2 * took)  # less again after the first call of a library, or another thread's work
                 break
-            ahead = min(1.5 * max(ahead, took / (turns * len(left))), _SLEEP)
+            ahead = min(1.5 * max(ahead, took), _SLEEP)
         else:  # a launch that waits for the GPU: no sleep is long enough
             ahead, tries = _AHEAD, 1
         return {c: [] if c in dead else [a.elapsed_time(b) / repeat for a, b in pairs] for c, pairs in events.items()}
