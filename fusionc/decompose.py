@@ -23,7 +23,15 @@ def native_group_norm(
     work = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     stats = weight.dtype if weight is not None and x.device.type == "cpu" else x.dtype
     rows = x.reshape(n, groups, c // groups, points).to(work)
-    var, mean = torch.var_mean(rows, dim=(2, 3), correction=0, keepdim=True)
+    if x.device.type == "cpu":  # (where var_mean adds up float64, as ATen's does, and ATen's group norm float32)
+        mean = rows.mean((2, 3), keepdim=True)
+        var = (rows - mean).square().mean((2, 3), keepdim=True)
+        if x.is_contiguous():  # the rounding of large means counts beside small variances
+            rest = (rows - mean).mean((2, 3), keepdim=True)
+            var = (var - rest * rest).clamp_min(0)
+            mean = mean + rest
+    else:
+        var, mean = torch.var_mean(rows, dim=(2, 3), correction=0, keepdim=True)
     rstd = torch.rsqrt(var + eps)
     lead = [1, c] + [1] * (x.dim() - 2)
     if x.is_contiguous():

@@ -165,3 +165,25 @@ def test_numbers_with_a_negative_bound() -> None:
     run = torch.compile(fn, backend=fusionc, dynamic=True, options=OPTIONS)
     for n in (3, -3):
         torch.testing.assert_close(run(rand(6), n), fn(rand(6), n))
+
+
+FAR_FROM_ZERO: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "var": lambda x: x.var(-1),
+    "std of columns": lambda x: x.std(0, correction=0),
+    "var_mean": lambda x: torch.stack(torch.var_mean(x, -1)),
+    "group_norm": lambda x: F.group_norm(x.view(24, 8, 8), 2),
+}
+
+
+@pytest.mark.parametrize("name", FAR_FROM_ZERO)
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_variances_are_as_good_as_eagers(name: str, mean: float) -> None:
+    """ATen adds up variances in float64 on a CPU; beside large means it is the mean's rounding that counts."""
+    fn, x = FAR_FROM_ZERO[name], rand(24, 64) + mean
+    with torch.no_grad():
+        run = torch.compile(fn, backend=fusionc, options=OPTIONS)
+        exact = fn(x.double())
+        mine, eagers = ((y.double() - exact).abs().max() for y in (run(x), fn(x)))
+        assert mine <= 2 * eagers
+        constant = torch.full_like(x, 0.1)
+        torch.testing.assert_close(run(constant), fn(constant), rtol=0, atol=0 if "group" not in name else 1e-5)

@@ -219,7 +219,7 @@ def _correction(node: Node) -> Any:
 
 
 def _variance(r: Rows, body: Callable[[], Expr], correction: Any) -> tuple[Expr, Expr]:
-    """Two-pass variance and the mean: exact for constant rows, unlike E[x²] - E[x]²."""
+    """Two-pass variance and the mean: nothing of it cancels, unlike in E[x²] - E[x]²."""
     x = body()
     mean = r.mean(x)
     d = sub(x, mean)
@@ -230,9 +230,15 @@ def _variance(r: Rows, body: Callable[[], Expr], correction: Any) -> tuple[Expr,
     return div(r.sum(mul(d, d)), denominator), mean
 
 
+def _as_in_aten(node: Node, x: Value) -> str:
+    """The type of variances' sums: of float32, ATen adds up float64 on a CPU."""
+    on_cpu = node.args[0].meta["val"].device.type == "cpu"  # type: ignore[union-attr]
+    return "f64" if on_cpu and x.dtype == "f32" else compute_dtype(x.dtype)
+
+
 @register(["aten.var.correction", "aten.std.correction"], "reduce", dims=_dims_arg)
 def _var(ctx: Context, node: Node, x: Value, *_: Any, **__: Any) -> Value:
-    work = compute_dtype(dtype_of(node))
+    work = _as_in_aten(node, x)
     c = _correction(node)
     root = node.target.overloadpacket.__name__ == "std"  # type: ignore[union-attr]
 
@@ -245,7 +251,7 @@ def _var(ctx: Context, node: Node, x: Value, *_: Any, **__: Any) -> Value:
 
 @register("aten.var_mean.correction", "reduce", dims=_dims_arg)
 def _var_mean(ctx: Context, node: Node, x: Value, *_: Any, **__: Any) -> tuple[Value, Value]:
-    work = compute_dtype(x.dtype)
+    work = _as_in_aten(node, x)
     c = _correction(node)
     shape = shape_of_val(node.meta["val"][0])
     dims = _dims_arg(node)
