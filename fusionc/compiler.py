@@ -20,10 +20,10 @@ from torch.fx import GraphModule, Node
 from . import ahead, artifacts, errors, inplace, many, ops, program_cache, rescue
 from .codegen import program as prog
 from .config import Config
-from .graph.facts import size_hints
+from .graph.facts import KEEP_PLACE, packet_name, size_hints
 from .ir.alike import Alike
 from .ir.build import Builder, Built
-from .ir.expr import Index, Size, Var
+from .ir.expr import ONE, ZERO, Index, Size, Var
 from .ir.loop import Kernel
 from .ir.simplify import simplify
 from .ir.sizes import Unsupported, free_sizes, size_index, sizes_index, strides_index
@@ -562,6 +562,7 @@ class _Linker:
     direct: dict[Node, Node] = {}
     reused: dict[Node, Node] = {}
     over: dict[Node, Any] = {}  # calls → the operator that may write over an argument
+    leaving: frozenset[Node] = frozenset()  # whose memory the results of the graph are or view
 
     def output(self, node: Node) -> str:
         """Name of the buffer for a result: a new one, the input that it is written to, or the operand that it replaces."""
@@ -583,8 +584,33 @@ class _Linker:
         size, stride = sizes_index(val.shape), strides_index(val.stride())
         self.use([*size, *stride])
         name = self.name[node] = self.fresh("b")
-        self.program.steps.append(prog.Alloc(name, size, stride, val.dtype, val.device))
+        first = self.begins(node) if node in self.leaving else ZERO
+        if first is ZERO:
+            self.program.steps.append(prog.Alloc(name, size, stride, val.dtype, val.device))
+            return name
+        self.use([first])
+        reach = first + ONE  # at least what the elements span, and never negative
+        for n, step in zip(size, stride, strict=True):
+            reach = reach + n * step
+        self.program.steps.append(prog.Alloc(name, (reach,), (ONE,), val.dtype, val.device))
+        base, name = name, self.fresh("v")
+        self.program.steps.append(prog.View(name, base, size, stride, first))
+        self.name[node] = name
         return name
+
+    def begins(self, node: Node) -> Index:
+        """Where ATen's result would begin in its storage: AOTAutograd takes that for the place of the user's view, if the
+        result is a view of an input that the graph changes.  Fake values out of torch's cache say 0 for every scatter."""
+        first = ZERO
+        try:
+            while True:
+                base, _ = self.grouper.resolve(node)
+                here, there = size_index(node.meta["val"].storage_offset()), size_index(base.meta["val"].storage_offset())
+                if packet_name(base) not in KEEP_PLACE:
+                    return first + here
+                first, node = first + here - there, base.args[0]  # type: ignore[assignment]
+        except Unsupported:
+            return ZERO
 
     def launch(self, item: Lowered) -> None:
         p = self.program
@@ -668,6 +694,8 @@ def _link(
     p = link.program
     link.stable = _stable_inputs(cx)
     link.direct, link.reused, link.over = dict(direct or {}), dict(reused or {}), dict(over or {})
+    (output,) = cx.gm.graph.find_nodes(op="output")
+    link.leaving = frozenset(grouper.resolve(n)[0] for n in output.all_input_nodes)
     record = cx.record
     names = {r.symbol: r.name for r in record.kernels}
     bundle_of = {id(m): b for b in fused for m in b.members}
@@ -697,7 +725,6 @@ def _link(
                 )
             )
             p.uses_stream |= link.language != "cpp"
-    (output,) = cx.gm.graph.find_nodes(op="output")
     results = output.args[0]
     results = results if isinstance(results, (list, tuple)) else (results,)
     p.results = tuple(prog.literal(p, r, link.operand) for r in results)

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from . import errors
 from .codegen import program as prog
+from .graph.facts import KEEP_PLACE, packet_name
 from .schedule.group import Call, Group, Grouper, Unit, _mutates
 from .schedule.horizontal import Item, Many, Step, bundles, template
 
@@ -123,7 +124,7 @@ def _arenas(nodes: Sequence[Node], limit: int) -> list[Arena]:
     rows: dict[Any, list[Node]] = {}
     for n in nodes:
         val = n.meta["val"]
-        if not val.numel() or val.nbytes > limit // 2:
+        if not val.numel() or val.nbytes > limit // 2 or packet_name(n) in KEEP_PLACE:
             continue
         row = val.nbytes // val.shape[0] if val.dim() else 0
         if val.dim() and val.is_contiguous() and row * val.shape[0] % ALIGNMENT == 0:

@@ -130,6 +130,10 @@ def packet_name(node: Node) -> str:
     return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""
 
 
+# Operators whose result begins where their first argument does in its storage: ATen copies all of that.
+KEEP_PLACE = frozenset("slice_scatter select_scatter diagonal_scatter".split())
+
+
 @lru_cache(maxsize=None)
 def _schema(op: Any) -> tuple[frozenset[str], frozenset[str], tuple[str, ...]]:
     """(arguments written, arguments aliased by a result, all argument names)."""

@@ -198,3 +198,38 @@ def test_warm_start(fresh_cache: Any) -> None:
         torch.testing.assert_close(mine, theirs)
         said.append(records[0].cache)
     assert said[0] == "stored" and said[1].startswith("hit")
+
+
+@pytest.mark.parametrize("place", ["steps", "rows"])
+@pytest.mark.parametrize("write", ["select", "slice", "diagonal", "view"])
+def test_a_view_of_a_changed_input_lies_in_the_input(write: str, place: str) -> None:
+    """AOTAutograd makes it again from where the graph's result lies, which must be the place of the input."""
+
+    def f(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        half = x.shape[1] // 2
+        if write == "select":
+            x[0] = 1
+        elif write == "slice":
+            x[:, 1:] += 1
+            x[1:] *= 2
+        elif write == "diagonal":
+            x.diagonal().add_(1)
+        else:
+            x[half:][0] = 1
+        return x[:, half:], x[half:]
+
+    def make(rows: int, columns: int) -> torch.Tensor:
+        if place == "steps":
+            return rand(rows, 2 * columns + 1)[:, 1::2]
+        return rand(rows + 5, columns + 2)[5:, 2:]
+
+    torch._dynamo.reset()
+    g = torch.compile(f, backend=fusionc, options={"cache": False})
+    for rows, columns in ((8, 6), (9, 17), (6, 4)):
+        mine, theirs = make(rows, columns), make(rows, columns)
+        with torch.no_grad():
+            got, want = g(mine), f(theirs)
+        torch.testing.assert_close(got, want)
+        for a, b in zip(got, want, strict=True):
+            assert (a.stride(), a.storage_offset()) == (b.stride(), b.storage_offset())
+            assert a.untyped_storage().data_ptr() == mine.untyped_storage().data_ptr()
