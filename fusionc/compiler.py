@@ -187,7 +187,7 @@ def _hints(gm: GraphModule) -> dict[str, int]:
 
 
 def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
-    never: dict[Node, str] = {}
+    never = _told_where(cx.gm)
     if cx.target == "aten":
         never = {n: "target is aten" for n in cx.gm.graph.nodes if n.op == "call_function" and not is_view(n)}
     alone: set[Node] = set()
@@ -239,6 +239,18 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     clock = time.perf_counter()
     out = _link(cx, grouper, units, lowered, symbols, fused, direct, reused, over)
     cx.record.timings["program"] = time.perf_counter() - clock
+    return out
+
+
+def _told_where(gm: GraphModule) -> dict[Node, str]:
+    """Scatters whose storage `as_strided` reads, by positions in the storage of the input that they changed."""
+    out: dict[Node, str] = {}
+    for node in gm.graph.nodes:
+        read = node.args[0] if packet_name(node).startswith("as_strided") else None
+        while isinstance(read, Node) and (packet_name(read) in KEEP_PLACE or is_view(read)):
+            if packet_name(read) in KEEP_PLACE:
+                out[read] = f"{packet_name(node)} reads its storage"
+            read = read.args[0]
     return out
 
 

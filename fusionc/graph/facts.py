@@ -131,7 +131,7 @@ def packet_name(node: Node) -> str:
 
 
 # Operators whose result begins where their first argument does in its storage: ATen copies all of that.
-KEEP_PLACE = frozenset("slice_scatter select_scatter diagonal_scatter".split())
+KEEP_PLACE = frozenset("slice_scatter select_scatter diagonal_scatter as_strided_scatter".split())
 
 
 @lru_cache(maxsize=None)

@@ -233,3 +233,21 @@ def test_a_view_of_a_changed_input_lies_in_the_input(write: str, place: str) -> 
         for a, b in zip(got, want, strict=True):
             assert (a.stride(), a.storage_offset()) == (b.stride(), b.storage_offset())
             assert a.untyped_storage().data_ptr() == mine.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_as_strided_after_a_write(dynamic: bool) -> None:
+    """It counts from the beginning of the storage, of which the input is a part, and may read what the input is not."""
+
+    def f(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x.as_strided((2, 2), (1, 4), 3).add_(1)
+        x[1] = 0
+        y = torch.select_scatter(x, x[2], 0, 0)[1:]
+        return x.as_strided((2, 2), (1, 4), 3) + 1, y.as_strided((2, 2), (1, 1), 0) * 2
+
+    torch._dynamo.reset()
+    g = torch.compile(f, backend=fusionc, dynamic=dynamic, options={"cache": False})
+    mine, theirs = rand(5, 13)[:, 1::2], rand(5, 13)[:, 1::2]
+    with torch.no_grad():
+        torch.testing.assert_close(g(mine), f(theirs))
+    torch.testing.assert_close(mine, theirs)
