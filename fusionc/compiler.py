@@ -486,13 +486,13 @@ class _Linker:
             return name
         if not chain:
             raise errors.FusioncError(f"node {node.name} has no value")
-        if node.target is operator.getitem:
-            val = node.meta["val"]
         self.expect(base)
         source = self.tensor(base)
         val, base_val = node.meta["val"], base.meta["val"]
         name = self.fresh("v")
         try:
+            if not isinstance(val, torch.Tensor):
+                raise Unsupported("several views")
             if val.dtype != base_val.dtype or val.is_conj() != base_val.is_conj() or val.is_neg() != base_val.is_neg():
                 raise Unsupported("view of another type")
             offset = size_index(val.storage_offset()) - size_index(base_val.storage_offset())

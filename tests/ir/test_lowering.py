@@ -187,3 +187,17 @@ def test_variances_are_as_good_as_eagers(name: str, mean: float) -> None:
         assert mine <= 2 * eagers
         constant = torch.full_like(x, 0.1)
         torch.testing.assert_close(run(constant), fn(constant), rtol=0, atol=0 if "group" not in name else 1e-5)
+
+
+def test_one_of_several_views_that_aten_must_make() -> None:
+    """The row length of every second column is `Max(1, ...)`, and so is where the second part begins."""
+
+    def fn(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x[:, 1::2].cosh()
+        return y.split([1, y.shape[0] - 1])[1], y.unbind(0)[1], y.chunk(2)[1].sort()[0]
+
+    run = torch.compile(fn, backend=fusionc, dynamic=True, options=OPTIONS)
+    with collect() as records, torch.no_grad():
+        for x in (rand(4, 5), rand(6, 9)):
+            torch.testing.assert_close(run(x), fn(x))
+    assert not [f for record in records for f in record.fallbacks if "whole graph" in f]
