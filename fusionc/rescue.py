@@ -75,8 +75,9 @@ def _finish(error: Exception, frame: FrameType, rescue: Rescue, number: int, str
         "FUSIONC_DUMP=<folder> keeps its source, kernel.py there runs it alone",
     )
     values = {k: v for k, v in frame.f_locals.items() if k != "args"}
+    known = {**frame.f_globals, **values}  # constants of the graph are global
     with torch.no_grad():
-        _again(rescue.loops[step.kernel], [values[b] for b in step.buffers], values)
+        _again(rescue.loops[step.kernel], [known[b] for b in step.buffers], values)
     names = tuple(sorted(values))
     rest = rescue.rest.get((number, names))
     if rest is None:
@@ -85,7 +86,7 @@ def _finish(error: Exception, frame: FrameType, rescue: Rescue, number: int, str
         rest = tail.compile({**frame.f_globals, **entry(tail, rescue.loops)}, f"after {step.kernel}")
         rest = rescue.rest[number, names] = guarded(rest, strict)
     inputs = [values[n] for n in names]
-    del values, frame
+    del values, known, frame
     error.__traceback__ = None  # it holds the frame, and with it all buffers
     return rest(inputs)
 

@@ -196,6 +196,14 @@ def test_launch_failure_in_training_and_with_dynamic_shapes(monkeypatch: pytest.
         model.zero_grad()
 
 
+def test_launch_failure_of_a_kernel_that_reads_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_launch(monkeypatch, lambda n: True)
+    x = torch.randn(5, 3)
+    with pytest.warns(FallbackWarning, match="could not be launched"), torch.no_grad():
+        got = torch.compile(lambda x: x[[0, -1]] * 2, backend="fusionc")(x)
+    torch.testing.assert_close(got, x[[0, -1]] * 2)
+
+
 def test_strict_makes_a_launch_failure_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     break_launch(monkeypatch, lambda n: True)
     compiled = torch.compile(torch.nn.functional.silu, backend="fusionc", options={"strict": True})
