@@ -7,6 +7,7 @@ Triton's interpreter (3.6–3.7) lacks a few things, which are supplied while ou
 - fp32 → bf16 truncates: here it rounds to nearest even, as on every GPU;
 - `tl.dot` multiplies the bit patterns of bf16 (triton issue 11584): here their values;
 - the device library (`libdevice`) is missing: here torch computes it;
+- a comparison of two numbers becomes floats in a block: here it stays bits;
 - `range` over a size fails with numpy 2.4 and later: one-element arrays are integers again.
 """
 
@@ -120,10 +121,17 @@ def repaired() -> Iterator[None]:
     def create_dot(self: Any, a: Any, b: Any, d: Any, *more: Any) -> Any:
         return dot(self, numbers(a), numbers(b), d, *more)
 
-    dot = interpreter.InterpreterBuilder.create_dot
+    def create_splat(self: Any, kind: Any, number: Any) -> Any:
+        out = splat(self, kind, number)
+        if number.data.dtype != np.bool_ or out.data.dtype == np.bool_:
+            return out
+        return interpreter.TensorHandle(out.data.astype(np.bool_), tl.int1)  # it says that it is of its operands' type
+
+    dot, splat = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.create_splat
     changes = [
         (interpreter, "_convert_float", convert_float),
         (interpreter.InterpreterBuilder, "create_dot", create_dot),
+        (interpreter.InterpreterBuilder, "create_splat", create_splat),
         (interpreter, "_patch_lang_tensor", patch_lang_tensor),
         (interpreter.ReduceOps, "generic_reduce", _reduce),
         (interpreter.ScanOps, "generic_scan", _scan),

@@ -455,3 +455,21 @@ def test_the_text_does_not_depend_on_what_was_read_before() -> None:
         for more in ([], ["other"])
     )
     assert first == second and "100" in first
+
+
+@pytest.mark.parametrize("body", ["xor(gt(in0[0], f64(0.0)), gt(in1[x0], f64(0.0)))", "gt(maximum(in0[0], in1[x0]), f64(1.0))"])
+def test_a_comparison_of_numbers_in_a_block_is_bits(body: str) -> None:
+    """Triton's interpreter takes it for floats, and then has no `^` for them."""
+    k = parse_kernel(f"""kernel
+  in    in0: f64[1]
+  in    in1: f64[40]
+  out   out0: b1[40]
+  for   x0 < 40
+    row out0[x0] = {body}
+""")
+    got = {"in0": torch.ones(1, dtype=torch.float64), "in1": torch.arange(-20.0, 20.0, dtype=torch.float64)}
+    got["out0"] = torch.zeros(40, dtype=torch.bool)
+    want = {n: t.clone() for n, t in got.items()}
+    interp.run(k, want, {})
+    interpret(render(k, POINTWISE, "k0"), "k0", k, POINTWISE, list(got.values()))
+    assert torch.equal(got["out0"], want["out0"])
