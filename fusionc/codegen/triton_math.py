@@ -262,7 +262,7 @@ def combine_source(kind: str, dtype: str) -> str:
 
 
 def literal(value: object, dtype: str) -> str:
-    """A number as Python text that Triton reads exactly."""
+    """A number as Python text that Triton reads exactly; beyond the range of its type it wraps, as torch's do."""
     if dtype in FLOATS:
         x = float(value)  # type: ignore[arg-type]
         if x != x:
@@ -270,7 +270,9 @@ def literal(value: object, dtype: str) -> str:
         if x in (float("inf"), float("-inf")):
             return f'float("{x}")'
         return repr(x)
-    return repr(bool(value)) if dtype == "b1" else repr(int(value))  # type: ignore[call-overload]
+    if dtype == "b1":
+        return repr(bool(value))
+    return repr((int(value) - _LOWEST[dtype]) % (_HIGHEST[dtype] - _LOWEST[dtype] + 1) + _LOWEST[dtype])  # type: ignore[call-overload]
 
 
 _LOWEST = {"u8": 0, "i8": -(1 << 7), "i16": -(1 << 15), "i32": -(1 << 31), "i64": -(1 << 63)}

@@ -473,3 +473,19 @@ def test_a_comparison_of_numbers_in_a_block_is_bits(body: str) -> None:
     interp.run(k, want, {})
     interpret(render(k, POINTWISE, "k0"), "k0", k, POINTWISE, list(got.values()))
     assert torch.equal(got["out0"], want["out0"])
+
+
+@pytest.mark.parametrize("dtype, text", [("u8", "mod(in0[x0], u8(-3))"), ("u8", "add(in0[x0], u8(300))"), ("i8", "mul(in0[x0], i8(200))")])
+def test_literals_wrap_as_their_type_does(dtype: str, text: str) -> None:
+    """Triton takes no negative number beside unsigned ones, and no number beyond the range of the other operand."""
+    k = parse_kernel(f"""kernel
+  in    in0: {dtype}[40]
+  out   out0: {dtype}[40]
+  for   x0 < 40
+    row out0[x0] = {text}
+""")
+    x = torch.arange(40).to(torch.uint8 if dtype == "u8" else torch.int8)
+    out = torch.empty_like(x)
+    interpret(render(k, POINTWISE, "k0"), "k0", k, POINTWISE, [x, out])
+    wide = {"u8(-3)": x % 253, "u8(300)": x + 44, "i8(200)": x * -56}[text[text.index(", ") + 2 : -1]]
+    assert torch.equal(out, wide)
