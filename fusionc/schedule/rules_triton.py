@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..ir.expr import ITEMSIZE, Load, Var, bounds
+from ..ir.expr import ITEMSIZE, Load, Op, Var, bounds
 from ..ir.loop import Kernel, evaluate
 from ..ir.online import online_pairs
 from .plan import Plan
@@ -26,6 +26,13 @@ class Device(Protocol):
 _PERSISTENT = 16384  # longest row kept in registers
 _PERSISTENT_SCAN = 4096
 _REGISTERS = 96  # of a thread that tiles may use before they spill
+# Functions that the device's library writes out as dozens of instructions (float64: hundreds), each for every point of
+# a thread. 9 each of sin, tanh, exp, sqrt and erf: 12 s to compile with 16 points, 4.6 with 8, 1.4 with 4 (float64:
+# 8 s, and it spills).
+_LONG = frozenset(
+    ("exp", "expm1", "log", "log1p", "log10", "log2", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh")
+) | {"asinh", "acosh", "atanh", "erf", "erfc", "lgamma", "pow", "atan2", "fmod", "mod", "floordiv", "sigmoid"}
+MOST_LONG = 160  # of a thread
 
 
 def default_plan(kernel: Kernel, hint: dict[str, int], device: Device) -> Plan:
@@ -53,14 +60,22 @@ def _warps(elements: int, per_thread: int, device: Device, most: int = 8) -> int
 
 
 def _pointwise(kernel: Kernel, outer: int, device: Device) -> Plan:
-    narrow = min((ITEMSIZE[b.dtype] for b in kernel.buffers), default=4)
-    per_thread = 16 if narrow == 1 else 8
+    sizes = [ITEMSIZE[b.dtype] for b in kernel.buffers] or [4]
+    per_thread = 16 if min(sizes) == 1 and max(sizes) < 8 else 8
     if len(kernel.loads) + len(kernel.stores) > 12:
         per_thread = 4
+    while per_thread > 1 and per_thread * long_functions(kernel) > MOST_LONG:
+        per_thread //= 2
     block = 128 * per_thread
     while block > 128 and outer < block * device.processors:
         block //= 2
     return Plan("triton", xblock=block, warps=_warps(block, max(1, min(per_thread, block // 128)), device))
+
+
+def long_functions(kernel: Kernel) -> int:
+    """How many float32 functions of many instructions a point takes; one of float64 is as long as four."""
+    found = [n for n in kernel.nodes if isinstance(n, Op) and n.name in _LONG and n.args[0].dtype in ("f32", "f64")]
+    return sum(4 if n.args[0].dtype == "f64" else 1 for n in found)
 
 
 def live_tiles(kernel: Kernel) -> int:
@@ -69,6 +84,15 @@ def live_tiles(kernel: Kernel) -> int:
     full = [n for n in kernel.loads if n.free & axis]
     words = sum(max(4, ITEMSIZE[n.dtype]) for n in full) / 4
     return max(2, round(words) + 1)
+
+
+def accumulators(kernel: Kernel) -> int:
+    """Most registers that the reductions of one pass over the axis keep for a lane."""
+    words: dict[int, int] = {}
+    for r in kernel.reductions:
+        own = max(1, ITEMSIZE[r.body.dtype] // 4) + (r.kind in ("argmax", "argmin"))
+        words[r.level] = words.get(r.level, 0) + own
+    return max(words.values(), default=0)
 
 
 def _rows(kernel: Kernel, outer: int, inner: int, device: Device) -> Plan:
@@ -92,6 +116,9 @@ def _rows(kernel: Kernel, outer: int, inner: int, device: Device) -> Plan:
     top = bounds(kernel.inner)[1]
     longest = 1024 if kernel.scans else 2048 if live > 4 else 8192 if outer <= 16 * device.processors else 4096
     block = max(32, min(_pow2(min(inner, top or inner)), longest))
+    # 8 elements a thread, each with a lane of every accumulator: the fewer threads, the more registers for one
+    while block > 1024 and 8 * accumulators(kernel) + 24 > 65536 // (block // 8):
+        block //= 2
     xblock = 1
     while xblock * block < 512 and outer >= 2 * xblock * 2 * device.processors:
         xblock *= 2

@@ -22,9 +22,9 @@ from typing import Protocol
 from ..ir.expr import ITEMSIZE, Load, Var
 from ..ir.loop import Kernel, evaluate, kernel_bytes
 from .plan import Plan
-from .rules_triton import live_tiles
+from .rules_triton import MOST_LONG, live_tiles, long_functions
 
-VERSION = 2  # part of cache keys: a new list asks for a new measurement
+VERSION = 3  # part of cache keys: a new list asks for a new measurement
 _LAUNCH = 2e-6
 _REGISTERS = 65536  # of a processor
 _MOST_TILE = 1 << 16
@@ -168,6 +168,8 @@ def limit(kernel: Kernel, plan: Plan, hint: dict[str, int], device: Device) -> s
         return "the tile does not fit into registers"
     if kernel.axis and plan.rblock and plan.unroll > 1 and tile * plan.unroll > _MOST_UNROLLED * threads:
         return "a step of several tiles takes seconds to compile, and spills"
+    if tile * (plan.unroll if kernel.axis and plan.rblock else 1) * long_functions(kernel) > MOST_LONG * threads:
+        return "too many long functions for one thread: seconds to compile, and spills"
     return None
 
 
