@@ -1,6 +1,6 @@
 """Mean and variance of few long rows are two reductions after each other, so that each can be split over a GPU's processors.
 
-Math       var_mean(x) = (Σ (x − m)² / (n − c), m),   m = Σ x / n
+Math       var_mean(x) = (Σ (x − m)² / (n − c), m),   m = Σ x / n;   var and std alone likewise
 Exactness  reassociates: the same two sums in other order
 Legality   on a GPU; float32 or float64; sizes, dimensions and correction are numbers; so few rows for their length that a program
            for each leaves the device idle (``graph/parallel.py``)
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 class TwoStepVariance(Pass):
-    """aten.var_mean → mean, differences, sum of squares."""
+    """aten.var_mean, var and std → mean, differences, sum of squares."""
 
     name = "two_step_variance"
     exactness = Reassociates(rtol=1e-5)
@@ -36,11 +36,12 @@ class TwoStepVariance(Pass):
         self.devices = devices
 
     def find(self, facts: Facts) -> Iterator[Match]:
-        """Every var_mean on one of the devices."""
-        for node in list(facts.gm.graph.find_nodes(op="call_function", target=aten.var_mean.correction)):
-            like = tensor(node.args[0])
-            if like is not None and like.device.type in self.devices:
-                yield Match({"node": node}, (node,))
+        """Every var_mean, var and std on one of the devices."""
+        for target in (aten.var_mean.correction, aten.var.correction, aten.std.correction):
+            for node in list(facts.gm.graph.find_nodes(op="call_function", target=target)):
+                like = tensor(node.args[0])
+                if like is not None and like.device.type in self.devices:
+                    yield Match({"node": node}, (node,))
 
     def check(self, match: Match, facts: Facts) -> Refuse | None:
         """See Legality."""
@@ -52,7 +53,8 @@ class TwoStepVariance(Pass):
             return Refuse("neither float32 nor float64", node)
         if not all(isinstance(n, int) for n in sizes):
             return Refuse("a size is symbolic", node)
-        if any(user.target is not operator.getitem for user in node.users):
+        both = node.target is aten.var_mean.correction
+        if both and any(user.target is not operator.getitem for user in node.users):
             return Refuse("its results leave together", node)
         length = math.prod(sizes[d] for d in dims)
         if not length or not isinstance(_correction(node), (int, float)) or length <= _correction(node):
@@ -62,7 +64,7 @@ class TwoStepVariance(Pass):
         return None
 
     def replace(self, match: Match, facts: Facts) -> None:
-        """Both results by name."""
+        """Each result by name."""
         node, graph = match.node, facts.gm.graph
         x, sizes = node.args[0], shape(node.args[0]) or ()
         dims, keep = _dims(node, len(sizes)), bool(node.kwargs.get("keepdim", False))
@@ -73,9 +75,14 @@ class TwoStepVariance(Pass):
             square = edit.insert(graph, aten.mul.Tensor, (off, off), origin=(node,))
             total = edit.insert(graph, aten.sum.dim_IntList, (square, dims, True), origin=(node,))
             variance = edit.insert(graph, aten.div.Tensor, (total, float(length - _correction(node))), origin=(node,))
-            made = [variance, mean]
+            if node.target is aten.std.correction:
+                variance = edit.insert(graph, aten.sqrt.default, (variance,), origin=(node,))
+            made = [variance, mean] if node.target is aten.var_mean.correction else [variance]
             if not keep:
                 made = [edit.insert(graph, aten.squeeze.dims, (each, dims), origin=(node,)) for each in made]
+        if len(made) == 1:
+            edit.replace(node, made[0])
+            return
         for user in list(node.users):
             edit.replace(user, made[user.args[1]])
 

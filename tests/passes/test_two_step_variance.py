@@ -33,6 +33,19 @@ def test_without_the_reduced_dimensions() -> None:
     check_values(PASS, text.replace("f32", "f64"), fired=1, exact=False)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("name", ["var", "std"])
+def test_one_result_alone(name: str, keep: bool) -> None:
+    text = f"""
+%x: f32[40000] = input
+%v: f32[{"1" if keep else ""}] = aten.{name}.correction(%x, [0], correction=1, keepdim={keep})
+return (%v)
+"""
+    found = rewritten(PASS, text)
+    assert f"aten.{name}" not in found and ("aten.sqrt" in found) == (name == "std")
+    check_values(PASS, text.replace("f32", "f64"), fired=1, exact=False)
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [
