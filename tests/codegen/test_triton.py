@@ -475,7 +475,9 @@ def test_a_comparison_of_numbers_in_a_block_is_bits(body: str) -> None:
     assert torch.equal(got["out0"], want["out0"])
 
 
-@pytest.mark.parametrize("dtype, text", [("u8", "mod(in0[x0], u8(-3))"), ("u8", "add(in0[x0], u8(300))"), ("i8", "mul(in0[x0], i8(200))")])
+@pytest.mark.parametrize(
+    "dtype, text", [("u8", "mod(in0[x0], u8(-3))"), ("u8", "add(in0[x0], u8(300))"), ("i8", "mul(in0[x0], i8(200))")]
+)
 def test_literals_wrap_as_their_type_does(dtype: str, text: str) -> None:
     """Triton takes no negative number beside unsigned ones, and no number beyond the range of the other operand."""
     k = parse_kernel(f"""kernel
