@@ -1,7 +1,7 @@
 """Read the GPU code of a model on a machine that has no GPU.
 
-``target="sm_90"`` (H100, H200; also sm_80, sm_100, gfx942) makes fusionc plan and write Triton for that GPU and stop
-before launching. The records of the compilation hold everything needed to build each kernel for real: Triton and the
+``target="sm_90"`` (H100, H200; also sm_80, sm_100, gfx942) makes fusionc plan and write Triton for that GPU and run
+the call in ATen. The records of the compilation hold everything needed to build each kernel for real: Triton and the
 assembler inside its wheel need no GPU and no CUDA installation.
 
     python examples/cross_compile.py [sm_80|sm_90|sm_100|gfx942]
@@ -9,7 +9,6 @@ assembler inside its wheel need no GPU and no CUDA installation.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import tempfile
@@ -17,7 +16,6 @@ import tempfile
 import torch
 
 import fusionc
-from fusionc.errors import CompileError
 from fusionc.ir.text import parse_kernel
 from fusionc.runtime.launch import cross_compile
 from fusionc.schedule.plan import Plan
@@ -34,10 +32,9 @@ def main(target: str = "sm_90", rows: int = 4096, columns: int = 2048) -> dict[s
     """Build each kernel for ``target``; print and return its registers, spilled bytes and shared memory."""
     inputs = torch.randn(rows, columns), torch.randn(rows, columns), torch.randn(columns)
     with tempfile.TemporaryDirectory() as folder:
-        # Texts are kept only for a dump. The call ends in an error: nothing here can run what was compiled.
+        # The call itself is answered by ATen: nothing here can run what was generated.
         options = {"target": target, "dump": folder}
-        with contextlib.suppress(CompileError):
-            torch.compile(add_and_normalise, backend="fusionc", options=options)(*inputs)
+        torch.compile(add_and_normalise, backend="fusionc", options=options)(*inputs)
 
     found: dict[str, dict[str, int]] = {}
     for record in fusionc.report()[-1].kernels:
