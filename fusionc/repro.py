@@ -123,6 +123,9 @@ class NothingToCompare(FusioncError):
     """Eager itself fails."""
 
 
+_NOTHING = "nothing was compared"
+
+
 def compare(module: torch.nn.Module, specs: Sequence[Any], options: dict[str, Any] | None = None) -> list[str]:
     """Sentences about where fusionc differs from eager: outputs, inputs written to, or an error. Empty: agreement.
 
@@ -131,7 +134,7 @@ def compare(module: torch.nn.Module, specs: Sequence[Any], options: dict[str, An
     expected, expected_inputs = _outcome(module, specs)
     if isinstance(expected, Exception):
         raise NothingToCompare(
-            f"nothing was compared: eager fails on these random inputs with {type(expected).__name__}: {str(expected)[:500]}. "
+            f"{_NOTHING}: eager fails on these random inputs with {type(expected).__name__}: {str(expected)[:500]}. "
             "Edit INPUTS, or how Repro uses them."
         )
     exact, _ = _outcome(module, specs, wide=True)
@@ -245,7 +248,7 @@ def fails_alone(gm: GraphModule, specs: Sequence[Any], options: dict[str, Any] |
         path = Path(folder) / "repro.py"
         path.write_text(repro_source(gm, specs, options), encoding="utf-8")
         done = subprocess.run([sys.executable, str(path)], capture_output=True, timeout=600, check=False)
-        return done.returncode != 0
+        return done.returncode != 0 and not done.stdout.startswith(_NOTHING.encode())
 
 
 def reduce(

@@ -341,7 +341,7 @@ def test_repro_whose_eager_fails_compares_nothing(capsys):
     gm = make_fx(lambda x, i: x[i])(torch.ones(3), torch.tensor([0]))
     specs = [repro.spec_of(torch.ones(3)), repro.Spec("float32", (2,), (1,))]
     assert repro.main(gm, specs) == 1 and "nothing was compared: eager fails" in capsys.readouterr().out
-    assert not repro.fails(gm, specs)
+    assert not repro.fails(gm, specs) and not repro.fails_alone(gm, specs)
 
 
 # progress
