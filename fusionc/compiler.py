@@ -187,9 +187,10 @@ def _hints(gm: GraphModule) -> dict[str, int]:
 
 
 def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
-    never = _told_where(cx.gm)
     if cx.target == "aten":
         never = {n: "target is aten" for n in cx.gm.graph.nodes if n.op == "call_function" and not is_view(n)}
+    else:
+        never = _told_where(cx.gm)
     alone: set[Node] = set()
     columns = cx.target not in ("cpp", "aten")  # column sums beside row results: worth it where memory is the limit
     for _ in range(12):

@@ -27,7 +27,7 @@ ENVIRONMENT = {
     "verify": "FUSIONC_VERIFY",
     "tune": "FUSIONC_TUNE",
 }
-_ONE_LAUNCH = "horizontal_launch"  # no pass, but may be disabled too: several kernels in one launch (many.py)
+ONE_LAUNCH = "horizontal_launch"  # no pass, but may be disabled too: several kernels in one launch (many.py)
 _TRUE, _FALSE = ("1", "true", "on", "yes"), ("0", "false", "off", "no")
 
 
@@ -192,7 +192,7 @@ def _check_disabled(disabled: tuple[str, ...], passes: tuple[Any, ...]) -> None:
         return
     from fusionc.passes import PIPELINE
 
-    valid = {step.item.name for step in PIPELINE if step.item is not None} | {p.name for p in passes} | {_ONE_LAUNCH}
+    valid = {step.item.name for step in PIPELINE if step.item is not None} | {p.name for p in passes} | {ONE_LAUNCH}
     for name in disabled:
         if name not in valid:
             raise OptionError(f"option 'disable': there is no pass {_show(name)}.{_did_you_mean(name, sorted(valid))} "

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from . import errors
 from .codegen import program as prog
+from .config import ONE_LAUNCH
 from .graph.facts import KEEP_PLACE, packet_name
 from .schedule.group import Call, Group, Grouper, Unit, _mutates
 from .schedule.horizontal import Item, Many, Step, bundles, template
@@ -52,7 +53,7 @@ class Bundle:
 def find(cx: Context, grouper: Grouper, units: Sequence[Unit], lowered: Sequence[Lowered],
          direct: Mapping[Node, Node]) -> list[Bundle]:  # fmt: skip
     """Bundles of these groups' kernels; none where the target has no horizontal launches."""
-    if cx.target not in TARGETS or len(lowered) < 2 or "horizontal_launch" in cx.config.disable:
+    if cx.target not in TARGETS or len(lowered) < 2 or ONE_LAUNCH in cx.config.disable:
         return []
     from .targets.many import device_of, kind_of
 

@@ -130,10 +130,7 @@ def redirect(old: Node, new: Node) -> None:
     key = value_key(old.graph)
     while readers:
         node = readers.pop()
-        root = node
-        while root.target is operator.getitem and isinstance(root.args[0], Node):
-            root = root.args[0]
-        if is_view(root):
+        if is_view(node) or node.target is operator.getitem:  # a piece of a split, whose value was made again before
             node.meta[key] = compute_value(node.target, node.args, node.kwargs, node.op)
             node.meta.pop("tensor_meta", None)
             readers.extend(node.users)

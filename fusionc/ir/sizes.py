@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .expr import ONE, Expr, Index, Size, bounds, floordiv, index, mod
+from .expr import ONE, Expr, Index, Size, bounds, floordiv, index, mod, nonnegative
 
 
 class Unsupported(Exception):
@@ -103,6 +103,19 @@ def _convert(e: Any, env: Any) -> Index:
     if kind in ("Mod", "PythonMod"):
         return mod(_convert(e.args[0], env), _positive(_convert(e.args[1], env)))
     raise Unsupported(f"size {e} uses {kind}")
+
+
+def position(at: Any, size: Index) -> Index:
+    """Where ``at`` (an int, SymInt or Index, perhaps counted from the end) lies along a dimension of this size.
+
+    Raises Unsupported for one that depends on sizes and is not known to lie there.
+    """
+    where = at if isinstance(at, Index) else size_index(at)
+    if where.is_const and where.value < 0:
+        where = where + size
+    if not where.is_const and not (nonnegative(where) and nonnegative(size - 1 - where)):
+        raise Unsupported("a position that may be negative or out of range")
+    return where
 
 
 def _positive(d: Index) -> Index:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..expr import ONE, ZERO, Const, Expr, Index, floordiv, index, mod, nonnegative
+from ..expr import ONE, ZERO, Const, Expr, Index, floordiv, index, mod
 from ..ops import cast, compute_dtype, op
-from ..sizes import Unsupported, size_index
+from ..sizes import Unsupported, position, size_index
 from ..value import Context, Idx, Value, normalize_dim, view
 from .registry import dtype_of, register, scalar, shape_of
 
@@ -221,11 +221,7 @@ def _slice_scatter(
 @register("aten.select_scatter.default", "gather", loose=(1,))
 def _select_scatter(ctx: Context, node: Node, x: Value, src: Value, dim: int, at_index: Any) -> Value:
     d = normalize_dim(dim, len(x.shape))
-    pos = at_index if isinstance(at_index, Index) else size_index(at_index)
-    if pos.is_const and pos.value < 0:
-        pos = pos + x.shape[d]
-    if not pos.is_const and not (nonnegative(pos) and nonnegative(x.shape[d] - 1 - pos)):
-        raise Unsupported("select_scatter at a position that may be negative or out of range")
+    pos = position(at_index, x.shape[d])
     work = compute_dtype(x.dtype)
 
     def at(idx: Idx) -> Expr:

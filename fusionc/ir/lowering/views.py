@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from ..expr import ONE, ZERO, Index, index, nonnegative
-from ..sizes import Unsupported, size_index, sizes_index
+from ..sizes import Unsupported, position, size_index, sizes_index
 from ..value import Context, Idx, Value, normalize_dim, reshape_index, view
 from .registry import register, shape_of
 
@@ -160,11 +160,7 @@ def _slice(
 @register("aten.select.int", "view")
 def _select(ctx: Context, node: Node, x: Value, dim: int, at: Any) -> Value:
     d = normalize_dim(dim, len(x.shape))
-    where = at if isinstance(at, Index) else index(at) if isinstance(at, int) else sizes_index([at])[0]
-    if where.is_const and where.value < 0:
-        where = where + x.shape[d]
-    if not where.is_const and not (nonnegative(where) and nonnegative(x.shape[d] - 1 - where)):
-        raise Unsupported("select at a position that may be negative or out of range")
+    where = position(at, x.shape[d])
     return view(x, shape_of(node), lambda idx: idx[:d] + (where,) + idx[d:])
 
 
