@@ -60,6 +60,7 @@ class Context:
     operators: dict[int, torch._ops.OpOverload] = field(default_factory=dict)  # id of what the program calls -> operator
     alike: Alike = field(default_factory=Alike)
     waiting: ahead.Compiling | None = None  # the operators' kernels
+    lone: bool = False  # one kernel is all of an inference graph: no other of ours follows
 
 
 def device_of(gm: GraphModule) -> torch.device:
@@ -215,6 +216,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
             reused = inplace.reuse_operands(cx, grouper, units, lowered, direct)
             over = inplace.reuse_calls(cx, grouper, units, lowered, {*direct, *reused.values()})
             bundles = many.find(cx, grouper, units, lowered, direct | reused)
+            cx.lone = cx.record.stage == "inference" and len(units) == len(lowered) == 1
             with _compiled_into_our_cache(cx):
                 finish = many.start(cx, bundles)
                 more, bad = _compile_kernels(cx, _outside(bundles, lowered))

@@ -321,6 +321,7 @@ def store(key: Key, cx: Context, program: Program, kernels: Mapping[str, str], d
         "kernels": [{"symbol": s, "loop": text, "source": _sha(cx.sources.get(s))} for s, text in sorted(kernels.items())],
         "derived": [[d.name, list(d.sources), d.recipe, d.share, list(d.volatile)] for d in derived],
         "hints": cx.hints,
+        "lone": cx.lone,
         "record": _essentials(cx.record),
     }
     try:
@@ -381,14 +382,15 @@ def _rebuild(payload: Mapping[str, Any], config: Config, stage: str, name: str, 
              target: str) -> tuple[Callable[[list[Any]], Any], GraphRecord] | None:  # fmt: skip
     from . import compiler
 
-    if set(payload) != {"program", "kernels", "derived", "hints", "record"}:
+    if set(payload) != {"program", "kernels", "derived", "hints", "lone", "record"}:
         raise ValueError("not an entry of this kind")
-    if not isinstance(payload["kernels"], list) or not isinstance(payload["derived"], list):
+    kinds = {"kernels": list, "derived": list, "lone": bool}
+    if any(type(payload[name]) is not kind for name, kind in kinds.items()):
         raise ValueError("not an entry of this kind")
     record = GraphRecord(name=name, stage=stage)  # type: ignore[arg-type]
     hints = {str(n): int(v) for n, v in payload["hints"].items()}
     empty = GraphModule({}, torch.fx.Graph())
-    cx = compiler.Context(empty, config, record, device, target, hints)
+    cx = compiler.Context(empty, config, record, device, target, hints, lone=payload["lone"])
     cx.loops = {e["symbol"]: e["loop"] for e in payload["kernels"]}
     launchers = _launchers(cx, payload["kernels"])
     if launchers is None:

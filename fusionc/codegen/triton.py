@@ -732,8 +732,9 @@ class _Writer:
             extra += f", other={tm.literal(n.other.value, n.dtype)}"
         elif masks and b.dtype == "b1":
             extra += ", other=0"
-        if self.eviction and dims & _R and dims & _X:
-            extra += f', eviction_policy="{self.eviction}"'
+        hint = self.eviction or ("evict_last" if self.plan.stream else None)
+        if hint and dims & _X and (dims & _R or not self.k.axis):
+            extra += f', eviction_policy="{hint}"'
         return self.fresh(f"tl.load({b.name} + {at}{extra})")
 
     def store(self, s: Store) -> None:

@@ -19,7 +19,8 @@ class Plan:
     unroll       tiles of a looped axis that are loaded at once (Triton)
     columns      C++: vectorise along the last loop instead of the axis (reductions over a slow dimension)
     parallel     C++: use threads
-    stream       C++: write those results past the caches that the loops allow to (`rules_cpp.streamed`)
+    stream       far more data passes by than the caches hold. C++: write those results past them that the loops allow to
+                 (`rules_cpp.streamed`); Triton: load with `evict_last` (`rules_triton.streams`)
     """
 
     target: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from ..runtime import binaries, launch
 from ..runtime import device as devices
 from ..schedule.columns import stage
 from ..schedule.plan import Plan
-from ..schedule.rules_triton import column_parts, default_plan
+from ..schedule.rules_triton import column_parts, default_plan, streams
 from ..schedule.split import should_split, split
 from .tune_triton import Session
 
@@ -143,7 +143,10 @@ def _parts(cx: Context, symbol: str, kernel: Kernel, device: Any) -> list[Part]:
     out: list[Part] = []
     for k, piece in enumerate(pieces):
         name = symbol if len(pieces) == 1 else f"{symbol}_part{k}"
-        plan = default_plan(piece, {s.name: cx.hints.get(s.name, 64) for s in piece.sizes}, device)
+        sizes = {s.name: cx.hints.get(s.name, 64) for s in piece.sizes}
+        plan = default_plan(piece, sizes, device)
+        if cx.lone and len(pieces) == 1 and streams(piece, sizes, device):
+            plan = replace(plan, stream=True)
         out.append(Part(name, piece, plan, codegen.render(piece, plan, name)))
     return out
 
