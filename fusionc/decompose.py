@@ -116,6 +116,20 @@ def select(x: Tensor, dim: int, index: int) -> Any:
     return NotImplemented
 
 
+def _into(op: Any) -> Callable[..., Any]:
+    """`op`, which writes into a copy of its first argument, with that copy dense.
+
+    Fake tensors of torch 2.11 say that the result of an expanded tensor is expanded: its elements would be one.
+    """
+
+    def scatter(x: Tensor, *args: Any, **more: Any) -> Any:
+        if any(type(s) is int and s == 0 for s in x.stride()):
+            return op(x.clone(), *args, **more)
+        return NotImplemented
+
+    return scatter
+
+
 def rules() -> dict[Any, Callable[..., Any]]:
     """Overload → function."""
     out: dict[Any, Callable[..., Any]] = {
@@ -123,6 +137,8 @@ def rules() -> dict[Any, Callable[..., Any]]:
         **_foreach_rules(),
     }
     out[torch.ops.aten.select.int] = select
+    for packet in (torch.ops.aten.slice_scatter, torch.ops.aten.select_scatter, torch.ops.aten.diagonal_scatter):
+        out[packet.default] = _into(packet.default)
     if hasattr(torch.ops.prims, "fma"):
         out[torch.ops.prims.fma.default] = fma
     return out

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ARENA = 8 << 20  # bytes: whoever keeps one result keeps the allocation of all
 SAVED = 1 << 20  # bytes, where most results wait for the backward pass
+MIXED = 1 << 16  # bytes, where results are not alike: a loss that is kept must not keep an image
 ALIGNMENT = 16
 TARGETS = ("triton", "interpret", "sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -91,8 +92,9 @@ def _plain(node: Node) -> bool:
 
 def _bundle(members: list[Lowered], direct: Mapping[Node, Node], results: set[Node], limit: int) -> Bundle:
     fresh = [n for m in members for n in m.built.outputs if n not in direct]
-    arenas = _arenas([n for n in fresh if n in results], limit)  # what leaves the graph must not keep what does not
-    arenas += _arenas([n for n in fresh if n not in results], SAVED)
+    # what leaves the graph must not keep what does not
+    arenas = _arenas([n for n in fresh if n in results], limit, MIXED)
+    arenas += _arenas([n for n in fresh if n not in results], SAVED, SAVED)
     home = {n: (a, first) for a in arenas for n, first in zip(a.nodes, a.first, strict=True)}
     kernels: dict[str, int] = {}
     slots: dict[Any, int] = {}
@@ -118,8 +120,9 @@ def _bundle(members: list[Lowered], direct: Mapping[Node, Node], results: set[No
     return Bundle(members, Many(tuple(distinct.values()), tuple(items)), things, arenas)
 
 
-def _arenas(nodes: Sequence[Node], limit: int) -> list[Arena]:
-    """Small results in shared allocations: runs of rows of one where their other sizes agree, else by dtype."""
+def _arenas(nodes: Sequence[Node], limit: int, mixed: int) -> list[Arena]:
+    """Small results in shared allocations: runs of rows of one where their other sizes agree (at most `limit` bytes in an
+    allocation), else by dtype (at most `mixed`)."""
     out: list[Arena] = []
     loose: dict[torch.dtype, list[Node]] = {}
     rows: dict[Any, list[Node]] = {}
@@ -142,7 +145,7 @@ def _arenas(nodes: Sequence[Node], limit: int) -> list[Arena]:
             first = [sum(sizes[:k]) * row for k in range(len(sizes))]
             out.append(Arena(part, (sum(sizes), *rest), sizes, (), first))
     for dtype, found in loose.items():
-        for part in _portions(found, limit):
+        for part in _portions([n for n in found if n.meta["val"].nbytes <= mixed // 2], mixed):
             if len(part) < 2:
                 continue
             at, places = 0, []

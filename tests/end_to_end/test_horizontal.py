@@ -66,6 +66,18 @@ def test_results_are_independent_tensors() -> None:
     same([got[k].detach() for k in (0, 2, 3, 4)], [want[k] for k in (0, 2, 3, 4)])
 
 
+def test_a_small_result_that_is_kept_keeps_no_large_one() -> None:
+    def f(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return a.exp(), b.sin(), c + 1
+
+    a, b, c = rand(70, 300), rand(3, seed=1), rand(5, 2, seed=2)
+    got, record = run(f, a, b, c)
+    same(got, f(a, b, c))
+    assert launches(record) == 1, "still one launch"
+    sizes = [g.untyped_storage().nbytes() for g in got]
+    assert sizes[0] == a.nbytes and sizes[1] == sizes[2] < 1 << 16
+
+
 def test_a_chain_for_each_image() -> None:
     def f(xs: list[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.softmax(x, -1).sum(0).exp() for x in xs]
