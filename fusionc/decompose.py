@@ -116,6 +116,13 @@ def select(x: Tensor, dim: int, index: int) -> Any:
     return NotImplemented
 
 
+def vector_norm(x: Tensor, ord: float = 2, dim: list[int] | None = None, keepdim: bool = False, **more: Any) -> Any:
+    """Dimensions counted from the front: fake tensors of torch 2.11 keep others of size 1 in the result."""
+    if x.dim() and any(d < 0 for d in dim or ()):
+        return torch.ops.aten.linalg_vector_norm.default(x, ord, [d % x.dim() for d in dim or ()], keepdim, **more)
+    return NotImplemented
+
+
 def _into(op: Any) -> Callable[..., Any]:
     """`op`, which writes into a copy of its first argument, with that copy dense.
 
@@ -124,7 +131,9 @@ def _into(op: Any) -> Callable[..., Any]:
 
     def scatter(x: Tensor, *args: Any, **more: Any) -> Any:
         if any(type(s) is int and s == 0 for s in x.stride()):
-            return op(x.clone(), *args, **more)
+            dense = x.clone()
+            if dense.stride() != x.stride():  # (empty tensors keep theirs)
+                return op(dense, *args, **more)
         return NotImplemented
 
     return scatter
@@ -137,6 +146,7 @@ def rules() -> dict[Any, Callable[..., Any]]:
         **_foreach_rules(),
     }
     out[torch.ops.aten.select.int] = select
+    out[torch.ops.aten.linalg_vector_norm.default] = vector_norm
     for packet in (torch.ops.aten.slice_scatter, torch.ops.aten.select_scatter, torch.ops.aten.diagonal_scatter):
         out[packet.default] = _into(packet.default)
     if hasattr(torch.ops.prims, "fma"):

@@ -35,10 +35,33 @@ def test_a_scatter_into_an_expanded_tensor_has_a_dense_result(op: Any, shape: tu
 @pytest.mark.parametrize("target", ["cpp", pytest.param("interpret", marks=pytest.mark.interpret)])
 def test_compiled(target: str, dynamic: bool) -> None:
     def f(x: Tensor) -> tuple[Tensor, ...]:
-        return x.slice_scatter(x[::2] * 2, 0, 0, None, 2), x.select_scatter(x[0] * 3, 0, 1), x.diagonal_scatter(-x.diagonal())
+        return (
+            x.slice_scatter(x[::2] * 2, 0, 0, None, 2),
+            x.select_scatter(x[0] * 3, 0, 1),
+            x.diagonal_scatter(-x.diagonal()),
+        )
 
     x = torch.randn(1, 4).expand(3, 4)
     with torch.no_grad():
         got = torch.compile(f, backend="fusionc", dynamic=dynamic, options={"target": target, "cache": False})(x)
     for a, b in zip(got, f(x), strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("dim", [-1, (0, -1), (-2, -1), 0, None])
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_norms_of_dimensions_counted_from_the_end(dim: Any, keepdim: bool) -> None:
+    """Where a dimension of size 1 is reduced, torch 2.11's fake tensors keep it."""
+    x = torch.randn(3, 1)
+    rule = rules()[aten.linalg_vector_norm.default]
+    dims = [dim] if isinstance(dim, int) else None if dim is None else list(dim)
+    made = rule(x, 2, dims, keepdim)
+    assert (made is NotImplemented) == (dim in (0, None))
+    for y in (x, x.t(), torch.randn(1, 1), torch.randn(4, 5)):
+
+        def f(y: Tensor) -> Tensor:
+            return torch.linalg.vector_norm(y, 2, dim, keepdim)
+
+        torch._dynamo.reset()
+        got = torch.compile(f, backend="fusionc", options={"target": "cpp", "cache": False})(y)
+        torch.testing.assert_close(got, f(y))

@@ -624,19 +624,28 @@ def walk(roots: Iterable[Expr]) -> Iterator[Expr]:
                 stack.append((c, False))
 
 
+_DEEP = 64  # levels of an expression that are rewritten by recursion
+
+
 class Rewriter:
     """Bottom-up rewriting with a memo; `leaf` may replace a node before its children are visited (None: go on)."""
 
     def __init__(self, leaf: Callable[[Expr], Expr | None]):
         self.leaf = leaf
         self.memo: dict[int, Expr] = {}
+        self._depth = 0
 
     def __call__(self, e: Expr) -> Expr:
         out = self.memo.get(e.uid)
         if out is None:
             out = self.leaf(e)
             if out is None:
+                self._depth += 1
+                if self._depth == _DEEP:  # the rest without recursion: what a node asks for is in the memo by then
+                    for below in walk(e.children()):
+                        self(below)
                 out = self._rebuild(e)
+                self._depth -= 1
             self.memo[e.uid] = out
         return out
 

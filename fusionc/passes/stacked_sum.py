@@ -37,7 +37,7 @@ class StackedSum(Pass):
         """Sums over one axis of two to four elements with a stack behind."""
         for node in list(facts.gm.graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)):
             of = shape(node.args[0])
-            if of is None or len(node.args) < 2 or len(node.args[1]) != 1 or not of:
+            if of is None or len(node.args) < 2 or len(node.args[1] or ()) != 1 or not of:
                 continue
             axis = node.args[1][0] % len(of)
             if isinstance(of[axis], int) and 2 <= of[axis] <= 4 and _stacked(node.args[0], axis, len(of)):

@@ -92,10 +92,12 @@ class Strip(Pass):
         if "cat" in match.bound or "conv" in match.bound:
             return None
         node, source = match.node, match.source
-        both_leave = node in facts.escaping and (source in facts.escaping or _root_is_input(source, facts))
+        behind = facts.roots(source)  # (of which another view may leave)
+        both_leave = node in facts.escaping and (source in facts.escaping or any(r.op == "placeholder" for r in behind) or
+                                                 match.copies and not facts.escaping.isdisjoint(behind))  # fmt: skip
         if both_leave:
             return Refuse("both leave the graph, or one is an input: the caller may tell them apart", node)
-        if match.copies and facts.writers and any(root in facts.writers for root in facts.roots(source)):
+        if match.copies and facts.writers and any(root in facts.writers for root in behind):
             return Refuse("the source is written by the graph: the copy may hold the old value", node)
         return None
 
@@ -150,10 +152,6 @@ def _only_part(node: Node) -> Node | None:
     if len(full) != 1 or not isinstance(result, torch.Tensor) or dtype(full[0]) != result.dtype:
         return None
     return full[0] if is_dense(result) and same_sizes(shape(full[0]), result.shape) else None
-
-
-def _root_is_input(node: Node, facts: Facts) -> bool:
-    return any(root.op == "placeholder" for root in facts.roots(node))
 
 
 def _plain_copy(node: Node, name: str) -> bool:

@@ -34,6 +34,8 @@ Idx = tuple[Index, ...]
 MAX_MEMBERS = 96
 MAX_INPUTS = 28
 _MANY = 16  # operations that are done again rather than read
+_PARTS, _PARTS_CPU = 32, 4  # of a concatenation in a kernel; on a CPU the latter where there are more checks than
+_CHECKS = 1 << 16
 # Groups that only share an operand are merged if they are at most this many nodes apart: results must not wait in memory.
 SIBLING_REACH = 48
 
@@ -239,8 +241,20 @@ class Grouper:
                 raise Unsupported(f"operand on {v.device}")
         if low.dims is not None:
             low.dims(node)
+        if node.target is torch.ops.aten.cat.default and self._many_parts(node):
+            raise Unsupported("")
         if low.kind != "view":  # a lowering says what it does not support when it is called, not when it is read
             low.fn(_DRY, node, *map_arg(node.args, _dummy), **map_arg(node.kwargs, _dummy))
+
+    def _many_parts(self, node: Node) -> bool:
+        """Is a concatenation the library's?  Each element of ours asks for each part whether it lies there.
+
+        A hundred computed parts take Triton 11 s to compile; a CPU 0.3 ns for each element and part, seven times eager's
+        time for eight large parts (NOTES.md).
+        """
+        parts: Any = node.args[0]
+        most = _PARTS if self.gpu or len(parts) * numel_hint(node) <= _CHECKS else _PARTS_CPU
+        return len(parts) > most
 
     @staticmethod
     def _check_tensor(v: torch.Tensor, view: bool) -> None:
@@ -371,21 +385,27 @@ class Grouper:
 
     def _closed(self, node: Node) -> int | None:
         """Number of cheap operations that make `node` from no tensor in memory, or None if there are many or it has one."""
-        if node in self._from_nothing:
-            return self._from_nothing[node]
-        low = self.lowered.get(node)
-        count: int | None = None
-        if low is not None and low.kind == "create":
-            count = 0
-        elif low is not None and low.kind in ("pointwise", "view") and not transcendental(node):
-            count = int(low.kind == "pointwise")
-            for _, a in tensor_args(node):
-                inner = self._closed(a)
-                count = None if inner is None or count + inner > _MANY else count + inner
-                if count is None:
-                    break
-        self._from_nothing[node] = count
-        return count
+        known = self._from_nothing
+        waiting = [node]  # (chains may be longer than the recursion limit)
+        while waiting:
+            n = waiting[-1]
+            low = self.lowered.get(n)
+            count: int | None = None
+            if low is not None and low.kind == "create":
+                count = 0
+            elif low is not None and low.kind in ("pointwise", "view") and not transcendental(n):
+                below = [a for _, a in tensor_args(n)]
+                missing = [a for a in below if a not in known]
+                if missing:
+                    waiting += missing
+                    continue
+                parts = [known[a] for a in below]
+                count = sum(c for c in parts if c is not None) + int(low.kind == "pointwise")
+                if None in parts or count > _MANY:
+                    count = None
+            known[n] = count
+            waiting.pop()
+        return known[node]
 
     def _thin(self, node: Node, most: int) -> bool:
         """A few cheap operations on one tensor in memory whose elements are no wider: reading that costs no more."""

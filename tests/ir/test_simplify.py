@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fusionc.ir import interp
+from fusionc.ir.expr import Op
 from fusionc.ir.loop import Kernel, evaluate
 from fusionc.ir.simplify import simplify
 from fusionc.ir.text import parse_kernel
@@ -196,3 +197,12 @@ def test_random_views(seed: int) -> None:
     guard = f"lt({flat}, {rng.choice([8, 10, 12])})"
     k = pointwise(f"add(in0[{at}], where({guard}, in0[{flat}], f32(2.0)))", *loops, at=flat, size=str(n))
     check(k)
+
+
+def test_an_expression_of_thousands_of_operators_is_rewritten_without_recursion() -> None:
+    text = "in0[x0]"
+    lines = [f"    t0 = add({text}, f32(1.0))"] + [f"    t{k} = mul(t{k - 1}, in0[x0])" for k in range(1, 3000)]
+    head = ["kernel", "  in    in0: f32[48]", "  out   out0: f32[48]", "  for   x0 < 6", "  for   x1 < 8"]
+    body = [line.replace("in0[x0]", "in0[8*x0 + x1]") for line in lines]
+    out = simplify(parse_kernel("\n".join([*head, *body, "    row out0[8*x0 + x1] = t2999", ""])))
+    assert len(out.loops) == 1 and sum(isinstance(n, Op) for n in out.nodes) == 3000

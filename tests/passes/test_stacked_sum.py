@@ -80,6 +80,7 @@ def test_refusals(text: str, found: str) -> None:
 @pytest.mark.parametrize("old, new", [
     ("%cat: f64[3, 3, 5] = aten.cat([%ua, %ub, %uc], 1)", "%cat: f64[3, 3, 5] = input"),  # no stack
     ("aten.unsqueeze(%a, 1)", "aten.view(%a, [3, 1, 5])"),  # a cat of something else
+    ("%sum: f64[3, 1, 5] = aten.sum.dim_IntList(%two, [-2], True)", "%sum: f64[] = aten.sum.dim_IntList(%two, None)"),
 ], ids=str)
 def test_not_looked_at(old: str, new: str) -> None:
     text = UNSQUEEZED.replace(old, new)

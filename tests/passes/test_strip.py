@@ -163,6 +163,15 @@ return (%a)
 %b: f64[4] = aten.clone(%a)
 return (%a, %b)
 """) == [f"{reason} (b)"]
+    # `repeat_interleave(1)` beside its source: views of the two leave
+    assert refusals(Strip(), """
+%x: f64[4] = input
+%a: f64[4] = aten.neg(%x)
+%u: f64[4, 1] = aten.unsqueeze(%a, 1)
+%b: f64[4, 1] = aten.clone(%u, memory_format=torch.contiguous_format)
+%v: f64[4] = aten.squeeze(%b)
+return (%v, %a)
+""") == [f"{reason} (b)"]
 
 
 def test_refuses_a_copy_of_what_is_written() -> None:

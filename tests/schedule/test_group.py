@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from fusionc.backend import fusionc
+from fusionc.graph.text import parse
 from fusionc.record import GraphRecord, collect
+from fusionc.schedule.group import Grouper
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -238,3 +240,35 @@ def test_what_was_read_before_a_write_is_the_old_value(name: str) -> None:
         want = fn(x, value)
     assert torch.equal(mine, x)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+# -- many parts, many operators -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parts", "numbers", "target", "calls"),
+    [(4, 1 << 15, "cpp", 0), (5, 1 << 15, "cpp", 1), (20, 64, "cpp", 0), (33, 64, "cpp", 1), (20, 1 << 15, "sm_90", 0), (33, 64, "sm_90", 1)],
+)
+def test_a_concatenation_of_many_parts_is_the_librarys(parts: int, numbers: int, target: str, calls: int) -> None:
+    torch._dynamo.reset()
+    xs = [rand(k % 2 + 1, numbers) for k in range(parts)]
+
+    def f(xs: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(xs) * 2
+
+    with torch.no_grad(), collect() as records:
+        got = torch.compile(f, backend=fusionc, options={"target": target, "cache": False})(xs)
+    assert torch.equal(got, f(xs))
+    assert ["cat" in c.op for r in records for c in r.calls] == [True] * calls
+    assert not records[0].fallbacks and len(records[0].kernels) == 1
+
+
+def test_a_chain_that_no_memory_ends_is_looked_at_without_recursion() -> None:
+    lines = ["%t0: f32[8] = aten.full([8], 1.0)"]
+    lines += [f"%t{k}: f32[8] = aten.add(%t{k - 1}, 1)" for k in range(1, 3000)]
+    gm = parse("\n".join([*lines, "%u: f32[8] = aten.mul(%t2999, %t2999)", "return (%u)", ""]))
+    grouper = Grouper(gm.graph, torch.device("cpu"))
+    grouper.classify()
+    chain = list(gm.graph.nodes)
+    assert grouper._closed(chain[2999]) is None
+    assert [grouper._closed(n) for n in chain[:18]] == [*range(17), None]
