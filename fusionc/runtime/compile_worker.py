@@ -3,18 +3,81 @@
 Its argument is where the other process looks for packages. It reads jobs as lines of JSON, compiles each into the cache
 folder that the job names, and answers with a line: the text of the error, or nothing. It ends when its input does, or
 when no job has come for a minute.
+
+`pairs_apart`, around every call of Triton's compiler here and there, corrects what becomes of its output.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import select
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 IDLE_SECONDS = 60.0
+
+_PAIRS = re.compile(r"^[ \t]*(add|min|max)\.([su])16x2[ \t]+(%\w+), (%\w+), (%\w+);", re.MULTILINE)
+_APART = r"""	{
+	.reg .b16 %one0, %two0, %one1, %two1;
+	mov.b32 {%one0, %two0}, \4;
+	mov.b32 {%one1, %two1}, \5;
+	\1.\g<2>16 %one0, %one0, %one1;
+	\1.\g<2>16 %two0, %two0, %two1;
+	mov.b32 \3, {%one0, %two0};
+	}"""
+_hooked = threading.Lock()
+_inside = 0  # calls of the compiler at the moment
+_theirs: Any = None  # the hook that was there
+
+
+def apart(ptx: str) -> str:
+    """PTX whose operations on two 16-bit integers at once are two operations each.
+
+    LLVM packs indices that it knows to be below 256 (`tl.arange(0, 256) % 6`) as pairs, and ptxas 12.8 then makes x + {0, 0} of
+    x + {255, 255}, that is x - 1 in bytes, where one of the two is not used: a kernel of `F.pad` read in front of its
+    input (H200, Triton 3.6; 3.7 has the same assembler).
+    """
+    return _PAIRS.sub(_APART, ptx)
+
+
+def _hook(*args: Any) -> Any:
+    """Triton's `add_stages_inspection_hook`: without arguments the additions to its cache's keys."""
+    if not args:
+        key, digest = _theirs() if _theirs is not None else ("", "")
+        return f"{key}pairs_apart", f"{digest}pairs_apart"
+    stages = args[1]
+    if _theirs is not None:
+        _theirs(*args)
+    if "ptx" in stages:
+        make = stages["ptx"]
+        stages["ptx"] = lambda *given: apart(make(*given))
+    return None
+
+
+@contextlib.contextmanager
+def pairs_apart() -> Iterator[None]:
+    """`apart` between LLVM and the assembler for what Triton compiles within, by any thread."""
+    global _inside, _theirs
+    from triton import knobs
+
+    with _hooked:
+        if not _inside:
+            _theirs = knobs.runtime.add_stages_inspection_hook
+            knobs.runtime.add_stages_inspection_hook = _hook
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _hooked:
+            _inside -= 1
+            if not _inside:
+                knobs.runtime.add_stages_inspection_hook, _theirs = _theirs, None
 
 
 def main() -> None:
@@ -67,7 +130,8 @@ def _compile(job: dict[str, Any]) -> None:
         constexprs={(int(i),): value for i, value in job["constants"]},
         attrs={(int(i),): values for i, values in job["attributes"]},
     )
-    triton.compile(source, target=GPUTarget(*job["target"]), options=job["options"])
+    with pairs_apart():
+        triton.compile(source, target=GPUTarget(*job["target"]), options=job["options"])
 
 
 def _module(name: str, path: str) -> Any:

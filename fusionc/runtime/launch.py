@@ -33,7 +33,7 @@ from ..codegen.triton import index_width, parameters
 from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate, kernel_bytes
 from ..schedule.plan import Plan
-from . import binaries, compile_workers, cuda_driver, interpreter, ready
+from . import binaries, compile_worker, compile_workers, cuda_driver, interpreter, ready
 from .cores import available
 from .device import TARGETS
 
@@ -254,7 +254,8 @@ def compile_source(source: Any, gpu: Any, options: dict[str, Any]) -> Any:
     if folder is not None:
         with contextlib.suppress(Exception):  # a Triton that is not as expected: this process compiles then
             compile_workers.compile_elsewhere(source, gpu, options, folder)
-    return triton.compile(source, target=gpu, options=options)
+    with compile_worker.pairs_apart():
+        return triton.compile(source, target=gpu, options=options)
 
 
 def _compile(

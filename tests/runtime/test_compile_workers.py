@@ -78,7 +78,7 @@ def test_what_a_worker_compiled_is_found_here(workers: Any, tmp_path: Path) -> N
     assert compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path))
     (made,) = metadata(tmp_path)
     stamp = made.stat().st_mtime_ns
-    with in_folder(str(tmp_path)):
+    with in_folder(str(tmp_path)), compile_worker.pairs_apart():
         found = triton.compile(source(), target=GPU, options=OPTIONS)
     assert metadata(tmp_path) == [made] and made.stat().st_mtime_ns == stamp, "it was compiled again"
     assert found.asm["cubin"] and "__nv" not in found.asm["llir"]
@@ -285,3 +285,61 @@ def test_a_worker_needs_no_torch() -> None:
     code = "import sys, json; import triton, triton.compiler, triton.backends.compiler; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False"
+
+
+# -- pairs of 16-bit integers, which ptxas adds up wrongly -----------------------------------------------------------
+
+PAD = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pad(x, y):
+    i = tl.arange(0, 256)
+    inside = (i % 6 - 1 >= 0) & (i % 6 - 1 < 3)
+    v = tl.load(x + (i // 6 * 3 + i % 6 - 1), mask=(i < 102) & inside, other=0.0)
+    tl.store(y + i, tl.where(inside, v, 0.0), mask=i < 102)
+"""
+
+
+def pad() -> ASTSource:
+    return ASTSource(fn=launch.load_module(PAD).pad, signature={"x": "*fp32", "y": "*fp32"}, constexprs={}, attrs={})
+
+
+def test_pairs_become_two_operations() -> None:
+    text = "\tmov.b32 \t%r2, 16711935;\n\tadd.s16x2 \t%r3, %r1, %r2;\n\tmin.u16x2 %r5, %r3, %r2;\n\tadd.f16x2 \t%r4, %r1, %r2;\n"
+    made = compile_worker.apart(text)
+    assert "16x2" not in made.replace("add.f16x2", "") and "add.f16x2 \t%r4, %r1, %r2;" in made
+    assert "add.s16 %one0, %one0, %one1;" in made and "mov.b32 {%one1, %two1}, %r2;" in made
+    assert "min.u16 %two0, %two0, %two1;" in made and "mov.b32 %r5, {%one0, %two0};" in made
+    assert compile_worker.apart("\tadd.s32 \t%r3, %r1, %r2;\n") == "\tadd.s32 \t%r3, %r1, %r2;\n"
+
+
+def test_small_indices_are_no_pairs_for_the_assembler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the first line fails, LLVM does not make pairs of these any more: is `pairs_apart` still needed?"""
+    with in_folder(str(tmp_path / "plain")):
+        assert "add.s16x2" in triton.compile(pad(), target=GPU, options=OPTIONS).asm["ptx"]
+    monkeypatch.setattr(compile_workers, "compile_elsewhere", lambda *a: False)
+    with in_folder(str(tmp_path / "ours")):
+        assert "16x2" not in launch.compile_source(pad(), GPU, {"num_warps": 4, "num_stages": 1}).asm["ptx"]
+
+
+def test_workers_take_pairs_apart(workers: Any, tmp_path: Path) -> None:
+    assert compile_workers.compile_elsewhere(pad(), GPU, OPTIONS, str(tmp_path))
+    (text,) = [p.read_text() for p in tmp_path.rglob("*.ptx")]
+    assert "%one0" in text and "16x2" not in text
+
+
+def test_hooks_of_others_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def theirs(*args: Any) -> Any:
+        seen.append(len(args))
+        return None if args else ("key", "digest")
+
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", theirs)
+    with compile_worker.pairs_apart(), compile_worker.pairs_apart(), in_folder(str(tmp_path)):
+        assert triton.knobs.runtime.add_stages_inspection_hook() == ("keypairs_apart", "digestpairs_apart")
+        assert "16x2" not in triton.compile(pad(), target=GPU, options=OPTIONS).asm["ptx"]
+    assert triton.knobs.runtime.add_stages_inspection_hook is theirs and 5 in seen
