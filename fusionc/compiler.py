@@ -60,6 +60,7 @@ class Context:
     operators: dict[int, torch._ops.OpOverload] = field(default_factory=dict)  # id of what the program calls -> operator
     alike: Alike = field(default_factory=Alike)
     waiting: ahead.Compiling | None = None  # the operators' kernels
+    at_zero: frozenset[Node] = frozenset()  # values that must begin where their storage does
     lone: bool = False  # one kernel is all of an inference graph: no other of ours follows
 
 
@@ -191,7 +192,7 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     if cx.target == "aten":
         never = {n: "target is aten" for n in cx.gm.graph.nodes if n.op == "call_function" and not is_view(n)}
     else:
-        never = _told_where(cx.gm)
+        never, cx.at_zero = _told_where(cx.gm)
     alone: set[Node] = set()
     columns = cx.target not in ("cpp", "aten")  # column sums beside row results: worth it where memory is the limit
     for _ in range(12):
@@ -245,16 +246,20 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
     return out
 
 
-def _told_where(gm: GraphModule) -> dict[Node, str]:
-    """Scatters whose storage `as_strided` reads, by positions in the storage of the input that they changed."""
+def _told_where(gm: GraphModule) -> tuple[dict[Node, str], frozenset[Node]]:
+    """Scatters whose storage `as_strided` reads, by positions in the storage of the input that they changed; and other values
+    of which it names positions: they are to begin where their storage does."""
     out: dict[Node, str] = {}
+    at_zero: set[Node] = set()
     for node in gm.graph.nodes:
         read = node.args[0] if packet_name(node).startswith("as_strided") else None
         while isinstance(read, Node) and (packet_name(read) in KEEP_PLACE or is_view(read)):
             if packet_name(read) in KEEP_PLACE:
                 out[read] = f"{packet_name(node)} reads its storage"
             read = read.args[0]
-    return out
+        if isinstance(read, Node):
+            at_zero.add(read)
+    return out, frozenset(at_zero)
 
 
 def _outside(bundles: Sequence[many.Bundle], lowered: Sequence[Lowered]) -> list[Lowered]:

@@ -48,7 +48,8 @@ def write_in_place(
     state = _State(cx, grouper, units, lowered, stable)
     out: dict[Node, Node] = {}
     for unit in copies:
-        found = state.rewrite(unit) if unit.node.args[1] not in out else None
+        value = unit.node.args[1]
+        found = state.rewrite(unit) if value not in out and value not in cx.at_zero else None
         if found is not None:
             out[found[0]] = found[1]
             units.remove(unit)
@@ -76,7 +77,7 @@ def reuse_operands(
             continue
         (value,) = item.built.outputs
         shape = value.meta["val"].shape
-        if value in direct or packet_name(value) in KEEP_PLACE or not all(type(n) is int for n in shape):
+        if value in direct or value in cx.at_zero or packet_name(value) in KEEP_PLACE or not all(type(n) is int for n in shape):
             continue
         if math.prod(shape) * value.meta["val"].itemsize < _WORTH:
             continue

@@ -6,7 +6,7 @@ answer becomes one launch, whose small results lie in one allocation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,8 @@ def find(cx: Context, grouper: Grouper, units: Sequence[Unit], lowered: Sequence
         held = sum(n.meta["val"].nbytes for n in item.built.outputs if n not in direct and n not in results)
         steps.append(Step(reads, kind, families[kernel.text], slots, held))
     limit = ARENA if cx.record.stage == "inference" else SAVED
-    return [_bundle([by_group[id(units[k])] for k in members], direct, results, limit) for members in bundles(steps)]
+    found = [[by_group[id(units[k])] for k in members] for members in bundles(steps)]
+    return [_bundle(members, direct, results, cx.at_zero, limit) for members in found]
 
 
 def _plain(node: Node) -> bool:
@@ -90,8 +91,8 @@ def _plain(node: Node) -> bool:
     return isinstance(val, torch.Tensor) and all(type(n) is int for n in (*val.shape, *val.stride()))
 
 
-def _bundle(members: list[Lowered], direct: Mapping[Node, Node], results: set[Node], limit: int) -> Bundle:
-    fresh = [n for m in members for n in m.built.outputs if n not in direct]
+def _bundle(members: list[Lowered], direct: Mapping[Node, Node], results: set[Node], apart: Set[Node], limit: int) -> Bundle:
+    fresh = [n for m in members for n in m.built.outputs if n not in direct and n not in apart]
     # what leaves the graph must not keep what does not
     arenas = _arenas([n for n in fresh if n in results], limit, MIXED)
     arenas += _arenas([n for n in fresh if n not in results], SAVED, SAVED)

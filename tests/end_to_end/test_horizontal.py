@@ -78,6 +78,24 @@ def test_a_small_result_that_is_kept_keeps_no_large_one() -> None:
     assert sizes[0] == a.nbytes and sizes[1] == sizes[2] < 1 << 16
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_as_strided_looks_into_begins_with_its_storage(dynamic: bool) -> None:
+    """`fill_diagonal_` of a changed input: its functional form names positions in the storage of a kernel's result."""
+
+    def f(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        places = x.take(x.clamp(0, 26))
+        x.copy_(x.flip(0))
+        x.fill_diagonal_(4)
+        return x.narrow(-1, 2, 1), places.amax(), y.tril()
+
+    x, y = torch.randint(-5, 6, (3, 3, 3), generator=torch.Generator().manual_seed(0)), rand(3, 3)
+    mine, theirs = x.permute(2, 1, 0).clone(), x.permute(2, 1, 0).clone()
+    got, record = run(f, mine, y, dynamic=dynamic)
+    same(got, f(theirs, y))
+    assert torch.equal(mine, theirs)
+    assert dynamic or any(k.name.startswith("many_") for k in record.kernels)
+
+
 def test_a_chain_for_each_image() -> None:
     def f(xs: list[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.softmax(x, -1).sum(0).exp() for x in xs]
