@@ -65,3 +65,20 @@ def test_norms_of_dimensions_counted_from_the_end(dim: Any, keepdim: bool) -> No
         torch._dynamo.reset()
         got = torch.compile(f, backend="fusionc", options={"target": "cpp", "cache": False})(y)
         torch.testing.assert_close(got, f(y))
+
+
+@pytest.mark.parametrize("target", ["cpp", pytest.param("interpret", marks=pytest.mark.interpret)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_scatter_into_overlapping_windows_is_atens(target: str, dynamic: bool) -> None:
+    """Its result's windows overlap as well, so what it writes shows in several places."""
+
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        windows = x.unfold(0, 3, 1)
+        made = windows.slice_scatter(windows[::2] * 2, 0, 0, None, 2)
+        return made.square(), made.select_scatter(made[0] * 3, 0, 1) + 1
+
+    x = torch.randn(9)
+    with torch.no_grad():
+        got = torch.compile(f, backend="fusionc", dynamic=dynamic, options={"target": target, "cache": False})(x)
+    for a, b in zip(got, f(x), strict=True):
+        assert torch.equal(a, b)

@@ -241,8 +241,9 @@ def cross_compile(
 
 
 # Triton writes operands of checks of integer arithmetic into every kernel, though the checks themselves only in its debug
-# mode: a fifth of the time in which a kernel's text becomes IR, under Python's lock.
-UNCHECKED = {"sanitize_overflow": False}
+# mode: a fifth of the time in which a kernel's text becomes IR, under Python's lock.  No options for the assembler in place
+# of None are for Triton 3.6: its keys leave hooks out (`compile_worker.pairs_apart`), and binaries without that are wrong.
+UNCHECKED = {"sanitize_overflow": False, "ptx_options": ""}
 
 
 def compile_source(source: Any, gpu: Any, options: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from ..graph.facts import aliased_by, packet_name
+from ..graph.facts import KEEP_PLACE, aliased_by, packet_name
 from ..graph.parallel import along_rows, scarce
 from ..ir.alike import Alike
 from ..ir.expr import ONE, ZERO, Index, Var, index, substitute
@@ -129,6 +129,16 @@ def hint(n: Index | int | torch.SymInt) -> int:
         h = n.node.hint
         return int(h) if h is not None else 8192
     return n.value if n.is_const else 8192
+
+
+def _overlaps(t: torch.Tensor) -> bool:
+    """May two positions of a tensor be the same memory?"""
+    reach = 0
+    for s, n in sorted([(hint(s), hint(n)) for n, s in zip(t.shape, t.stride(), strict=True)]):
+        if s <= reach and n > 1:
+            return True
+        reach += (n - 1) * s
+    return False
 
 
 def numel_hint(node: Node) -> int:
@@ -243,6 +253,8 @@ class Grouper:
             low.dims(node)
         if node.target is torch.ops.aten.cat.default and self._many_parts(node):
             raise Unsupported("")
+        if packet_name(node) in KEEP_PLACE and _overlaps(node.args[0].meta["val"]):  # type: ignore[union-attr]
+            raise Unsupported("what it writes into overlaps itself")  # ATen copies that as it lies
         if low.kind != "view":  # a lowering says what it does not support when it is called, not when it is read
             low.fn(_DRY, node, *map_arg(node.args, _dummy), **map_arg(node.kwargs, _dummy))
 
