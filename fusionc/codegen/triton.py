@@ -513,7 +513,11 @@ class _Writer:
     def tile(self, r: Reduce | Scan) -> str:
         """The body of a reduction as a full tile of the type it is accumulated in."""
         body = self.spread(r.body, _X | _R)
-        return f"{body}.to(tl.int32)" if r.body.dtype == "b1" else body
+        if r.body.dtype == "b1":
+            return f"{body}.to(tl.int32)"
+        if r.body.dtype == "i64" and not isinstance(r.body, Load):
+            return f"{body}.to(tl.int64)"  # positions are 32 bits wide in the text, where the identity may not fit
+        return body
 
     def reduce(self, r: Reduce) -> str:
         """A reduction over the whole axis at once."""

@@ -491,3 +491,18 @@ def test_literals_wrap_as_their_type_does(dtype: str, text: str) -> None:
     interpret(render(k, POINTWISE, "k0"), "k0", k, POINTWISE, [x, out])
     wide = {"u8(-3)": x % 253, "u8(300)": x + 44, "i8(200)": x * -56}[text[text.index(", ") + 2 : -1]]
     assert torch.equal(out, wide)
+
+
+@pytest.mark.parametrize("kind", ["sum", "min", "max", "argmin", "argmax", "prod"])
+@pytest.mark.parametrize("body", ["r0 + 5*x0", "where(lt(r0, 2), r0, 2*r0)", "add(in0[r0], r0)"])
+@pytest.mark.parametrize("plan", [WHOLE, STEPS], ids=["whole", "steps"])
+def test_reductions_of_positions(kind: str, body: str, plan: Plan) -> None:
+    """A row's end is masked by the reduction's identity, which is 64 bits wide."""
+    lines = ["kernel", "  in    in0: i64[5]", "  out   out0: i64[3]", "  for   x0 < 3", "  axis  r0 < 5"]
+    k = parse_kernel("\n".join([*lines, f"    row out0[x0] = {kind}[r0]({body})", ""]))
+    values, out = torch.tensor([3, 1, 4, 1, 5]), torch.zeros(3, dtype=torch.int64)
+    interpret(render(k, plan, "k0"), "k0", k, plan, [out] if len(k.buffers) == 1 else [values, out])
+    r, x = torch.arange(5)[None], torch.arange(3)[:, None]
+    rows = {"r": r + 5 * x, "w": torch.where(r < 2, r, 2 * r).expand(3, 5), "a": (values + r).expand(3, 5)}[body[0]]
+    name = {"min": "amin", "max": "amax"}.get(kind, kind)
+    assert torch.equal(out, getattr(rows, name)(1))
