@@ -88,7 +88,9 @@ def find(cx: Context, grouper: Grouper, units: Sequence[Unit], lowered: Sequence
 
 def _plain(node: Node) -> bool:
     val = node.meta["val"]
-    return isinstance(val, torch.Tensor) and all(type(n) is int for n in (*val.shape, *val.stride()))
+    return isinstance(val, torch.Tensor) and all(
+        type(n) is int for n in (*val.shape, *val.stride(), val.storage_offset())
+    )
 
 
 def _bundle(members: list[Lowered], direct: Mapping[Node, Node], results: set[Node], apart: Set[Node], limit: int) -> Bundle:

@@ -96,6 +96,23 @@ def test_what_as_strided_looks_into_begins_with_its_storage(dynamic: bool) -> No
     assert dynamic or any(k.name.startswith("many_") for k in record.kernels)
 
 
+def test_a_place_in_storage_that_is_no_number() -> None:
+    """Sizes are known again after the first call, where an input begins is not."""
+
+    def f(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x.index_select(-1, torch.tensor([0, 0]))
+        x.unbind(0)[-1].mul_(2)
+        return x[..., 1::2], y.reshape(-1)[1:]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend=fusionc, options={"target": "interpret", "cache": False, "strict": True})
+    for shape in ((8, 4, 3, 8), (3, 4, 3, 3), (5, 2, 4, 5)):
+        x, z = rand(2, *shape)[1], rand(2, *shape)[1]
+        with torch.no_grad():
+            same(compiled(x), f(z))
+        assert torch.equal(x, z)
+
+
 def test_a_chain_for_each_image() -> None:
     def f(xs: list[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.softmax(x, -1).sum(0).exp() for x in xs]
