@@ -67,7 +67,7 @@ def pairs_apart() -> Iterator[None]:
     from triton import knobs
 
     with _hooked:
-        if not _inside:
+        if not _inside and knobs.runtime.add_stages_inspection_hook is not _hook:
             _theirs = knobs.runtime.add_stages_inspection_hook
             knobs.runtime.add_stages_inspection_hook = _hook
         _inside += 1
@@ -76,7 +76,8 @@ def pairs_apart() -> Iterator[None]:
     finally:
         with _hooked:
             _inside -= 1
-            if not _inside:
+            # others, a second copy of this module say, may have put theirs in its place, or put it back
+            if not _inside and knobs.runtime.add_stages_inspection_hook is _hook:
                 knobs.runtime.add_stages_inspection_hook, _theirs = _theirs, None
 
 

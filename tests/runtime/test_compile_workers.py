@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import queue
 import signal
@@ -343,3 +344,23 @@ def test_hooks_of_others_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         assert triton.knobs.runtime.add_stages_inspection_hook() == ("keypairs_apart", "digestpairs_apart")
         assert "16x2" not in triton.compile(pad(), target=GPU, options=OPTIONS).asm["ptx"]
     assert triton.knobs.runtime.add_stages_inspection_hook is theirs and 5 in seen
+
+
+def test_hooks_that_others_set_and_put_back_meanwhile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two copies of the module, say: the one that ends last finds the other's hook, which has ended, or leaves it behind."""
+    runtime = triton.knobs.runtime
+    monkeypatch.setattr(runtime, "add_stages_inspection_hook", None)
+    spec = importlib.util.spec_from_file_location("second_compile_worker", compile_worker.__file__)
+    assert spec is not None and spec.loader is not None
+    second = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(second)
+    one, two = compile_worker.pairs_apart(), second.pairs_apart()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert runtime.add_stages_inspection_hook is second._hook
+    two.__exit__(None, None, None)
+    for k, copy in enumerate((compile_worker, second, compile_worker)):
+        with copy.pairs_apart(), in_folder(str(tmp_path / str(k))):
+            assert "16x2" not in triton.compile(pad(), target=GPU, options=OPTIONS).asm["ptx"]
+    assert runtime.add_stages_inspection_hook is None
