@@ -94,7 +94,10 @@ def _remove(pid: int, folder: str) -> None:
 
 
 class _interpreting:
-    """`triton.jit` makes interpreted functions (or not, whatever the environment says) inside this block."""
+    """`triton.jit` makes interpreted functions (or not, whatever the environment says) inside this block.
+
+    Nothing else of Triton's settings is put back at its end, as their `scope` would: other threads set theirs meanwhile.
+    """
 
     def __init__(self, on: bool):
         self.on = on
@@ -102,12 +105,18 @@ class _interpreting:
     def __enter__(self) -> None:
         from triton import knobs
 
-        self.scope = knobs.runtime.scope()
-        self.scope.__enter__()
+        self.settings = vars(knobs.runtime)
+        self.before = {k: self.settings[k] for k in ("interpret",) if k in self.settings}
+        self.said = os.environ.get("TRITON_INTERPRET")
         knobs.runtime.interpret = self.on
 
     def __exit__(self, *exc: object) -> None:
-        self.scope.__exit__(*exc)
+        self.settings.pop("interpret", None)
+        self.settings.update(self.before)
+        if self.said is not None:
+            os.environ["TRITON_INTERPRET"] = self.said
+        else:
+            os.environ.pop("TRITON_INTERPRET", None)
 
 
 # -- interpreter --------------------------------------------------------------------------------------------------

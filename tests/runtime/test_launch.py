@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 import threading
 import time
@@ -188,3 +189,22 @@ def test_tritons_driver_is_made_once_and_for_all_folders(tmp_path: Path, monkeyp
         jobs = [functools.partial(launch.load_binary, Loaded(**given)) for _ in range(4)]
         assert launch.compile_many(jobs, workers=4) == [None] * 4
     assert [Path(folder).parent.name for folder in made] == ["triton"]
+
+
+@pytest.mark.parametrize("said", [None, "0", "1"])
+def test_only_the_interpreters_setting_is_put_back(said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    if said is None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    else:
+        monkeypatch.setenv("TRITON_INTERPRET", said)
+    before, hook = knobs.runtime.interpret, object()
+    monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", None)
+    for on in (True, False):
+        with launch._interpreting(on):
+            assert knobs.runtime.interpret is on
+            knobs.runtime.add_stages_inspection_hook = hook  # type: ignore[assignment]
+        assert knobs.runtime.add_stages_inspection_hook is hook, "another thread's"
+        assert knobs.runtime.interpret == before and os.environ.get("TRITON_INTERPRET") == said
+        assert "interpret" not in vars(knobs.runtime)
