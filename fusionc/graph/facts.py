@@ -130,6 +130,17 @@ def packet_name(node: Node) -> str:
     return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""
 
 
+def overlaps(sizes: Iterable[int], strides: Iterable[int]) -> bool:
+    """May two positions in a tensor of these sizes and strides be the same memory?  (Yes, too, where strides are not nested.)"""
+    reach = 0
+    for step, size in sorted(zip(strides, sizes, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += (size - 1) * step
+    return False
+
+
 # Operators whose result begins where their first argument does in its storage: ATen copies all of that.
 KEEP_PLACE = frozenset("slice_scatter select_scatter diagonal_scatter as_strided_scatter".split())
 

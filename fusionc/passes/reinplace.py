@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from ..graph import edit
-from ..graph.facts import Facts, nodes_of, same_layout, shape, stride, tensor
+from ..graph.facts import Facts, nodes_of, overlaps, same_layout, shape, stride, tensor
 from .base import Exact, Match, Pass, Refuse
 
 aten = torch.ops.aten
@@ -148,9 +148,4 @@ def _overlaps(sizes: tuple[Any, ...], strides: tuple[Any, ...]) -> bool:
         return True
     if not all(isinstance(part, int) for pair in pairs for part in pair):
         return False  # symbolic sizes come without overlap, or Dynamo would have guarded on it
-    reach = 0
-    for size, step in sorted(pairs, key=lambda pair: pair[1]):
-        if step <= reach:
-            return True
-        reach += (size - 1) * step
-    return False
+    return overlaps([size for size, _ in pairs], [step for _, step in pairs])

@@ -33,6 +33,7 @@ import torch
 from ..codegen.program import Call, Launch, Program
 from ..config import Config
 from ..errors import warn_once
+from ..graph.facts import overlaps
 from ..record import GraphRecord
 from . import cudagraph_halves
 from .cudagraph_device import Boxed, Gpu, pointer
@@ -108,17 +109,6 @@ class Recording:
     bytes_out: int = 0
 
 
-def _overlaps(t: torch.Tensor) -> bool:
-    """Two indices may reach one element."""
-    span = 1
-    for size, stride in sorted(zip(t.shape, t.stride()), key=lambda p: p[1]):
-        if size > 1:
-            if stride < span:
-                return True
-            span += (size - 1) * stride
-    return False
-
-
 def _storage(t: torch.Tensor) -> int:
     return t.untyped_storage().data_ptr() if t.numel() else 0
 
@@ -187,7 +177,7 @@ def _plan_results(r: Recording, results: Sequence[Any], given: Sequence[Any], co
             return _value(t)
         if t.device.type != kind:
             raise Unfit(f"a result lies on {t.device}")
-        if not where or shared[where] == 1 and not _overlaps(t):
+        if not where or shared[where] == 1 and not overlaps(t.shape, t.stride()):
             return _copy_number(source(t))
         if where not in whole:  # results that share memory share it in the copy too
             with torch.inference_mode(False):
@@ -418,7 +408,7 @@ class Runner:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 for i in moved:
-                    if _overlaps(args[i]):
+                    if overlaps(args[i].shape, args[i].stride()):
                         raise Unfit("an input that moves overlaps itself")
                     given[i] = torch.empty_strided(args[i].size(), args[i].stride(), dtype=args[i].dtype, device=gpu.device)
                     given[i].copy_(args[i].detach())  # real values: an operator may look at them on the host

@@ -106,13 +106,14 @@ class _interpreting:
         from triton import knobs
 
         self.settings = vars(knobs.runtime)
-        self.before = {k: self.settings[k] for k in ("interpret",) if k in self.settings}
+        self.before = self.settings.get("interpret")  # None: as the environment says
         self.said = os.environ.get("TRITON_INTERPRET")
         knobs.runtime.interpret = self.on
 
     def __exit__(self, *exc: object) -> None:
         self.settings.pop("interpret", None)
-        self.settings.update(self.before)
+        if self.before is not None:
+            self.settings["interpret"] = self.before
         if self.said is not None:
             os.environ["TRITON_INTERPRET"] = self.said
         else:

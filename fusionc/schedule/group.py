@@ -21,7 +21,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from ..graph.facts import KEEP_PLACE, aliased_by, packet_name
+from ..graph.facts import KEEP_PLACE, aliased_by, overlaps, packet_name
 from ..graph.parallel import along_rows, scarce
 from ..ir.alike import Alike
 from ..ir.expr import ONE, ZERO, Index, Var, index, substitute
@@ -132,13 +132,8 @@ def hint(n: Index | int | torch.SymInt) -> int:
 
 
 def _overlaps(t: torch.Tensor) -> bool:
-    """May two positions of a tensor be the same memory?"""
-    reach = 0
-    for s, n in sorted([(hint(s), hint(n)) for n, s in zip(t.shape, t.stride(), strict=True)]):
-        if s <= reach and n > 1:
-            return True
-        reach += (n - 1) * s
-    return False
+    """May two positions of a tensor be the same memory, at the sizes seen?"""
+    return overlaps([hint(n) for n in t.shape], [hint(n) for n in t.stride()])
 
 
 def numel_hint(node: Node) -> int:
