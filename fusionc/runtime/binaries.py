@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import threading
 import uuid
@@ -17,9 +18,10 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["current", "in_folder", "in_tritons"]
+__all__ = ["current", "in_folder", "in_tritons", "quick_keys"]
 
 _folder: ContextVar[str | None] = ContextVar("fusionc_triton_folder", default=None)
+_quick: ContextVar[bool] = ContextVar("fusionc_quick_keys", default=False)
 _guard = threading.Lock()  # of installing: two classes, and one of them would pass for somebody else's
 
 
@@ -65,6 +67,55 @@ def _installed() -> bool:
         if knobs.cache.manager_class is None:
             knobs.cache.manager_class = _manager()
         return knobs.cache.manager_class is _manager()
+
+
+@contextlib.contextmanager
+def quick_keys() -> Iterator[None]:
+    """Keys of what this context compiles name Triton's libraries by version, size and time of change: 2 ms.
+
+    Triton reads all of them, 0.35 to 0.5 s that the first kernel of a process waits for; others' kernels keep its keys.
+    """
+    from triton.runtime import cache
+
+    with _guard:
+        theirs: Any = cache.triton_key
+        if not hasattr(theirs, "by_content"):
+
+            @functools.wraps(theirs)
+            def key() -> str:
+                quick = _libraries() if _quick.get() else None
+                return theirs() if quick is None else quick
+
+            made: Any = key
+            made.by_content, made.cache_info, made.cache_clear = theirs, theirs.cache_info, theirs.cache_clear
+            cache.triton_key = key
+    token = _quick.set(True)
+    try:
+        yield
+    finally:
+        _quick.reset(token)
+
+
+@functools.cache
+def _libraries() -> str | None:
+    """A digest of Triton's files as the file system describes them; None where they are no files."""
+    import triton
+
+    root = os.path.dirname(os.path.abspath(triton.__file__))
+    found = hashlib.sha256(triton.__version__.encode())
+    count = 0
+    with contextlib.suppress(OSError):
+        for folder, folders, files in os.walk(root):
+            folders[:] = sorted(f for f in folders if f not in _NO_COMPILER)
+            for name in sorted(files):
+                if name.endswith((".py", ".so", ".pyd", ".bc")):
+                    about = os.stat(os.path.join(folder, name))
+                    found.update(f"{folder[len(root):]}/{name} {about.st_size} {about.st_mtime_ns}\n".encode())
+                    count += 1
+    return found.hexdigest() if count else None
+
+
+_NO_COMPILER = ("__pycache__", "include", "tools", "profiler")
 
 
 @functools.cache

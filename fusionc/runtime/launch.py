@@ -262,11 +262,12 @@ def compile_source(source: Any, gpu: Any, options: dict[str, Any]) -> Any:
 
     options = {**options, **UNCHECKED}
     folder = binaries.current()
-    if folder is not None:
-        with contextlib.suppress(Exception):  # a Triton that is not as expected: this process compiles then
-            compile_workers.compile_elsewhere(source, gpu, options, folder)
-    with compile_worker.pairs_apart():
-        return triton.compile(source, target=gpu, options=options)
+    with binaries.quick_keys():
+        if folder is not None:
+            with contextlib.suppress(Exception):  # a Triton that is not as expected: this process compiles then
+                compile_workers.compile_elsewhere(source, gpu, options, folder)
+        with compile_worker.pairs_apart():
+            return triton.compile(source, target=gpu, options=options)
 
 
 def _compile(

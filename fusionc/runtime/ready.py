@@ -1,8 +1,8 @@
 """What the first Triton kernel of a process waits for, done in a thread while Dynamo and AOTAutograd trace.
 
-Importing Triton (0.16 s), hashing its libraries for the keys of its cache (0.35 s), building its driver's module with the
-C compiler where kernels are loaded by it (0.5 s), starting LLVM and the assembler: most of it outside of Python's lock, and
-none of it depends on the model.  Without the thread the first compile jobs would each do it, side by side.
+Importing Triton (0.16 s), building its driver's module with the C compiler where kernels are loaded by it (0.5 s), starting
+LLVM and the assembler: most of it outside of Python's lock, and none of it depends on the model.  Without the thread the
+first compile jobs would each do it, side by side.
 
 ``begin`` starts the thread, ``wait`` returns when it has ended; every way to compile goes through ``wait``
 (`launch.load_module`, `launch.TritonKernel`, `templates.Template`).  A failure here is nobody's: who compiles meets it
@@ -60,23 +60,14 @@ def _prepare() -> None:
         import triton
         from triton.compiler import ASTSource
 
+        from . import binaries
         from .cuda_driver import suffices, target, tritons
         from .launch import load_module
 
-        hashing = threading.Thread(target=_hash_libraries, name="fusionc-ready-hash")
-        hashing.start()
         if not suffices():
             tritons()
         fn = load_module(_PROBE).probe
         source = ASTSource(fn=fn, signature={"x": "*fp32", "N": "constexpr"}, constexprs={"N": 60}, attrs={})
-        hashing.join()
         if not _awaited.is_set():
-            triton.compile(source, target=target(), options={"num_warps": 1})
-
-
-def _hash_libraries() -> None:
-    """Triton remembers this part of its keys."""
-    with contextlib.suppress(Exception):
-        from triton.runtime.cache import triton_key
-
-        triton_key()
+            with binaries.quick_keys():
+                triton.compile(source, target=target(), options={"num_warps": 1})

@@ -86,13 +86,6 @@ def test_the_backend_starts_no_thread_without_cuda() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_triton_remembers_the_hash_of_its_libraries() -> None:
-    from triton.runtime.cache import triton_key
-
-    ready._hash_libraries()
-    assert triton_key.cache_info().currsize == 1
-
-
 def test_who_asks_for_the_driver_waits_too(fresh: list[threading.Event]) -> None:
     from fusionc.runtime.templates import Template
 
