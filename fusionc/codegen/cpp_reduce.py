@@ -10,8 +10,8 @@ from .cpp_acc import Acc, acc_type, as_acc, better, extreme, initial, merge, par
 from .cpp_expr import VALUE_TYPE
 from .cpp_nest import Nest
 
-_SUM_RUN = 4096  # a float sum up to this long is one vector loop; longer ones go by _SUM_CHUNK
-_SUM_CHUNK = 2048
+_SUM_RUN = 512  # a float sum up to this long is one vector loop; longer ones go by _SUM_CHUNK: a lane adds one by one
+_SUM_CHUNK = 512
 _COLUMN_CHUNK = 256  # rows that one float column accumulator takes up
 _SAVE_COST = 12  # additions from which a value is kept between the loops of a row
 _SAVE_LIMIT = 1 << 16  # elements of a row buffer

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from tests.fuzz.program import Input
+
 T = TypeVar("T")
 LARGE = 1e3
 
@@ -29,6 +31,22 @@ class Chooser:
         self.integer = integer
         self.values: list[Value] = []
         self.sizes: list[int] = []
+        self.most = 4096
+        self.inputs = 0
+        self.asked: list[Input] = []
+
+    def fresh(self, shape: Sequence[int], dtype: str) -> Input:
+        """A new input for the step that is being made: a layer's weight, say."""
+        made = Input(
+            f"x{self.inputs + len(self.asked)}", dtype, tuple(shape), values="weight", seed=self.integer(0, 99)
+        )
+        self.asked.append(made)
+        return made
+
+    @staticmethod
+    def dtype(value: Value) -> str:
+        """The name of a value's dtype."""
+        return str(value.tensor.dtype).removeprefix("torch.")
 
     def pick(self, items: Sequence[T]) -> T:
         return items[self.integer(0, len(items) - 1)]

@@ -9,46 +9,54 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import json
+import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
 
+from tests.fuzz import indexing, layers  # noqa: F401 - their rules
 from tests.fuzz.choose import LARGE, Chooser, Value, from_seed
-from tests.fuzz.program import Input, Program, Step, parse
+from tests.fuzz.program import FLAGS, Input, Program, Step, parse
 from tests.fuzz.rules import OPS, RULES
 from tests.sweeps.compare import compare, copy_tree, widen_tree
 from tests.sweeps.pool import first_line, run_tasks
 
 CORPUS = Path(__file__).with_name("corpus")
 SIZES = (0, 1, 2, 3, 7, 16, 17, 33, 64, 128)
-MOST_ELEMENTS = 4096
+BIG_SIZES = (*SIZES, 100, 256, 257, 1000, 1024, 4096, 5000)
+MOST_ELEMENTS, BIG_ELEMENTS = 4096, 1 << 20
 # reliability.md asks for 10 times eager's worst error
 FACTOR = 10.0
+LOST = "CUDA error"  # what a process says for ever once a kernel of it has failed
 _WEIGHTED = [name for name, rule in RULES.items() for _ in range(rule.weight)]
 _WRITES = [name for name, rule in RULES.items() if rule.mutates]
 
 
-def grow(c: Chooser) -> Program:
+def grow(c: Chooser, big: bool = False) -> Program:
     """One random program; every step has run in eager, with results of bounded size and finite up to input NaN, Inf."""
-    c.sizes = [1, *(c.pick(SIZES[1:]) for _ in range(2)), c.pick(SIZES)]
+    sizes, c.most = (BIG_SIZES, BIG_ELEMENTS) if big else (SIZES, MOST_ELEMENTS)
+    c.sizes = [1, *(c.pick(sizes[1:]) for _ in range(2)), c.pick(sizes)]
     special = c.integer(0, 7) == 0
     grad = not special and c.integer(0, 3) == 0
     writes = not grad and c.integer(0, 2) > 0
     dtypes = ["float32"] * 4 + (["float64"] if grad or special else ["float64", "bfloat16", "float16"])
     others = ["int64", "int64", "int32", "uint8", "bool"]
     inputs: list[Input] = []
+    first_rank = c.pick((0, 1, 2, 2, 3, 3, 4, 4))
     for index in range(c.integer(2, 4)):
         dtype = c.pick(others) if index and c.integer(0, 2) == 0 else c.pick(dtypes)
-        shape = _shape(c)
+        shape = _shape(c, c.pick((0, 1, 1, 2, 2, 2, 2, 3, 3)) if index else first_rank)
         layout = c.pick(("contiguous", "contiguous", "transposed", "sliced", "expanded", "offset"))
         values = "normal" if not special else "special" if "float" in dtype else "extreme"
         inputs.append(Input(f"x{index}", dtype, shape, layout, values, c.integer(0, 99)))
+    first = inputs[0].name
     tensors = [item.make() for item in inputs]
     # by storage, since a write through one view changes what all others show
     storage_exact = {t.untyped_storage()._cdata: True for t in tensors}
@@ -62,16 +70,18 @@ def grow(c: Chooser) -> Program:
         rule = RULES[c.pick(_WRITES if writes and c.integer(0, 7) == 0 else _WEIGHTED)]
         if (rule.mutates and not writes) or (grad and not rule.smooth):
             continue
+        c.inputs, c.asked = len(inputs), []
         picked = rule.pick(c)
-        if picked is None:
+        if picked is None or any(math.prod(item.shape) > c.most for item in c.asked):
             continue
+        trial = {**named, **{item.name: item.make() for item in c.asked}}
         step = Step(f"t{len(steps)}", rule.name, *picked)
-        exact = all(storage_exact[named[a].untyped_storage()._cdata] for a in step.args)
+        exact = all(storage_exact.get(trial[a].untyped_storage()._cdata, True) for a in step.args)
         if grad and rule.ties and not exact:
             continue
         saved = copy_tree(list(named.values())) if rule.mutates else []
-        result = _try(step, named)
-        if result is None or not _reasonable(result, special):
+        result = _try(step, trial)
+        if result is None or not _reasonable(result, special, c.most):
             if rule.mutates:  # the write may have happened: start from the values before
                 named = dict(zip(named, saved, strict=True))
                 storage_exact = {
@@ -79,30 +89,34 @@ def grow(c: Chooser) -> Program:
                     for t, old in zip(saved, [v.tensor for v in c.values], strict=True)
                 }
             continue
+        storage_exact |= {trial[item.name].untyped_storage()._cdata: True for item in c.asked}
+        named = trial
         key = result.untyped_storage()._cdata
         keeps = exact and (rule.keeps or not result.is_floating_point())
         if rule.mutates:
-            written = named[step.args[0]].untyped_storage()._cdata
-            storage_exact[written] = storage_exact[written] and keeps
+            for written in (named[a].untyped_storage()._cdata for a in step.args):
+                storage_exact[written] = storage_exact[written] and keeps
         storage_exact.setdefault(key, keeps)  # a view is as exact as what it views
         named[step.name] = result
         steps.append(step)
+        inputs += c.asked
     made = [step.name for step in steps]
-    outputs = [n for n in made if not any(n in later.args for later in steps)] or [inputs[0].name]
+    outputs = [n for n in made if not any(n in later.args for later in steps)] or [first]
     if made and c.integer(0, 3) == 0:
         outputs.append(c.pick(made))  # an intermediate as well, or one result twice
     if writes and c.integer(0, 3) == 0:
-        outputs.append(inputs[0].name)
-    return Program(tuple(inputs), tuple(steps), tuple(outputs), grad, dynamic=c.integer(0, 5) == 0)
+        outputs.append(first)
+    dynamic, module = c.integer(0, 5) == 0, c.integer(0, 1) == 1 and any(item.values == "weight" for item in inputs)
+    return Program(tuple(inputs), tuple(steps), tuple(outputs), grad, dynamic, module)
 
 
-def _shape(c: Chooser) -> tuple[int, ...]:
+def _shape(c: Chooser, rank: int) -> tuple[int, ...]:
+    if rank == 4:  # images
+        return c.pick((1, 2, 3)), c.pick((1, 3, 4, 8, 16)), c.pick((4, 5, 7, 8)), c.pick((4, 6, 8))
     shape: list[int] = []
-    for _ in range(c.pick((0, 1, 1, 2, 2, 2, 2, 3, 3))):
-        size, count = c.pick(c.sizes), 1
-        for n in shape:
-            count *= n
-        shape.append(size if count * size <= MOST_ELEMENTS else 1)
+    for _ in range(rank):
+        size = c.pick(c.sizes)
+        shape.append(size if math.prod(shape) * size <= c.most else 1)
     return tuple(shape)
 
 
@@ -113,12 +127,12 @@ def _try(step: Step, named: dict[str, torch.Tensor]) -> torch.Tensor | None:
         params["dtype"] = getattr(torch, params["dtype"])
     try:
         return OPS[step.op](*[named[a] for a in step.args], **params)
-    except (RuntimeError, IndexError, ZeroDivisionError, TypeError, NotImplementedError):
+    except (RuntimeError, IndexError, ZeroDivisionError, TypeError, ValueError, NotImplementedError):
         return None
 
 
-def _reasonable(result: torch.Tensor, special: bool) -> bool:
-    if result.numel() > MOST_ELEMENTS:
+def _reasonable(result: torch.Tensor, special: bool, most: int) -> bool:
+    if result.numel() > most:
         return False
     if result.dtype is torch.bool:
         return True
@@ -144,30 +158,97 @@ def run(program: Program, function: Callable[..., Any], tensors: list[torch.Tens
     return out, tensors, torch.autograd.grad(outputs, leaves, ones, allow_unused=True)
 
 
-def check(program: Program, backend: Any, device: str = "cpu") -> str | None:
-    """None when the compiled program is as good as eager, else one line that says what is wrong."""
+class Held(torch.nn.Module):
+    """A program's function with some of its inputs as parameters and buffers of a module."""
+
+    def __init__(self, function: Callable[..., Any], given: list[torch.Tensor], weights: list[int]) -> None:
+        super().__init__()
+        self.function, self.places = function, {i: f"w{i}" for i in weights}
+        for i, name in self.places.items():
+            value = copy_tree(given[i]).detach()
+            if value.is_floating_point():
+                self.register_parameter(name, torch.nn.Parameter(value, given[i].requires_grad))
+            else:
+                self.register_buffer(name, value)
+
+    def load(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """All inputs, those that the module holds with these values."""
+        with torch.no_grad():
+            return [getattr(self, self.places[i]).copy_(t) if i in self.places else t for i, t in enumerate(tensors)]
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        count = len(tensors) + len(self.places)
+        return self.function(
+            *[getattr(self, self.places[i]) if i in self.places else next(given) for i in range(count)]
+        )
+
+
+def _cases(program: Program, calls: int) -> Iterator[list[torch.Tensor]]:
+    """Inputs on the CPU: the program's own; other values for more calls; other sizes if it is dynamic, where eager takes them."""
+    yield program.make()
+    others: list[dict[str, Any]] = [{"salt": 100 * k} for k in range(1, calls)]
+    if program.dynamic:
+        known = {n for item in program.inputs for n in item.shape if n > 1}
+        others += [{"sizes": {n: 2 * n for n in known}}, {"sizes": {n: n + 1 for n in known}, "salt": 1}]
+    special = any(item.values in ("special", "extreme") for item in program.inputs)
+    for other in others:
+        given = program.make(**other)
+        if sum(t.numel() for t in given) > 2 * BIG_ELEMENTS:
+            continue
+        try:
+            out = run(program, program.function(OPS), copy_tree(given))[0]
+        except Exception:  # eager refuses these sizes
+            continue
+        if all(_reasonable(t, special, 1 << 30) for t in out):
+            yield given
+
+
+def _on(device: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same strides and storage, elsewhere."""
+    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage()).to(device)
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).requires_grad_(tensor.requires_grad)
+
+
+def check(program: Program, backend: Any, device: str = "cpu", calls: int = 1) -> str | None:
+    """None when the compiled program is as good as eager in each of some calls, else one line that says what is wrong."""
     torch._dynamo.reset()
-    given = program.make()
-    if device != "cpu":
-        given = [copy_tree(t).to(device).requires_grad_(t.requires_grad) for t in (u.detach() for u in given)]
-    plain = program.function(OPS)
-    want = run(program, plain, copy_tree(given))
-    compiled = torch.compile(program.function(OPS), backend=backend, dynamic=program.dynamic or None)
-    try:
-        got = run(program, compiled, copy_tree(given))
-    except Exception as error:
-        return first_line(error)
+    plain, wide = program.function(OPS), program.function(OPS, wide=True)
+    held: Held | None = None
+    for number, given in enumerate(_cases(program, calls)):
+        given = given if device == "cpu" else [_on(device, t) for t in given]
+        if held is None or any(getattr(held, name).shape != given[i].shape for i, name in held.places.items()):
+            held = Held(program.function(OPS), given, program.weights())
+            compiled = torch.compile(held, backend=backend, dynamic=program.dynamic or None)
+        try:
+            want = run(program, plain, copy_tree(given))
+            if device != "cpu":
+                torch.cuda.synchronize()
+        except Exception as error:
+            if device == "cpu" or LOST in str(error):
+                raise
+            return None  # eager's kernels for this device refuse it
+        tensors = held.load(copy_tree(given))
+        places = held.places
 
-    def oracle() -> Any:
-        return run(program, program.function(OPS, wide=True), widen_tree(given))
+        def call(*tensors: torch.Tensor) -> Any:
+            return compiled(*[t for i, t in enumerate(tensors) if i not in places])
 
-    return compare(got, want, oracle, factor=FACTOR)
+        try:
+            problem = compare(
+                run(program, call, tensors), want, lambda: run(program, wide, widen_tree(given)), factor=FACTOR
+            )
+        except Exception as error:
+            problem = first_line(error)
+        if problem is not None:
+            return problem if not number else f"call {number + 1}: {problem}"
+    return None
 
 
-def verdict(program: Program, backend: Any, device: str = "cpu") -> str | None:
+def verdict(program: Program, backend: Any, device: str = "cpu", calls: int = 1) -> str | None:
     """``check``, but None also when torch's own aot_eager differs from eager: then it is not the backend's error."""
-    problem = check(program, backend, device)
-    if problem is not None and check(program, "aot_eager", device) is not None:
+    problem = check(program, backend, device, calls)
+    if problem is not None and LOST not in problem and check(program, "aot_eager", device, calls) is not None:
         return None
     return problem
 
@@ -189,7 +270,7 @@ def reduce(program: Program, fails: Callable[[Program], bool]) -> Program:
 
 def _smaller(program: Program) -> Any:
     replace = dataclasses.replace
-    for flag in ("dynamic", "grad"):
+    for flag in FLAGS:
         if getattr(program, flag):
             yield replace(program, **{flag: False})
     for index in range(len(program.outputs)):
@@ -231,17 +312,25 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     prepare(task["backend"])
-    backend = Counting(task["backend"])
+    backend = Counting(task["backend"], json.loads(task["options"]))
+
+    def judge(program: Program) -> str | None:
+        return verdict(program, backend, task["device"], task["calls"])
+
     for seed in range(task["first"], task["first"] + task["many"]):
-        program = grow(from_seed(seed))
-        problem = verdict(program, backend, task["device"])
+        program = grow(from_seed(seed), task["big"])
+        try:
+            problem = judge(program)
+        except Exception as error:
+            if LOST not in str(error):
+                raise
+            return {**task, "status": "pass", "message": f"seed {seed}, eager: {first_line(error)}", "last": True}
+        if problem is not None and LOST in problem:
+            return {**task, "status": "fail", "message": problem, "seed": seed, "program": program.text(), "last": True}
         if problem is not None:
             until = time.monotonic() + 20
-            small = reduce(
-                program,
-                lambda p: time.monotonic() < until and verdict(p, backend, task["device"]) is not None,
-            )
-            message = verdict(small, backend, task["device"]) or problem
+            small = reduce(program, lambda p: time.monotonic() < until and judge(p) is not None)
+            message = judge(small) or problem
             return {**task, "status": "fail", "message": message, "seed": seed, "program": small.text()}
     return {**task, "status": "pass", "message": ""}
 
@@ -249,7 +338,10 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.generate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", default="fusionc")
+    parser.add_argument("--options", default="{}", help="JSON object passed as torch.compile's options")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--calls", type=int, default=2, help="calls of each program, with new values each")
+    parser.add_argument("--big", action="store_true", help="up to a million elements")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
@@ -258,10 +350,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="keep failing programs in tests/fuzz/corpus")
     args = parser.parse_args(argv)
     if args.show:
-        print(grow(from_seed(args.seed)).text(), end="")
+        print(grow(from_seed(args.seed), args.big).text(), end="")
         return 0
+    same = {name: getattr(args, name) for name in ("backend", "options", "device", "calls", "big")}
     blocks = [
-        {"first": first, "many": min(5, args.seed + args.count - first), "backend": args.backend, "device": args.device}
+        {**same, "first": first, "many": min(5, args.seed + args.count - first)}
         for first in range(args.seed, args.seed + args.count, 5)
     ]
     results: list[dict[str, Any]] = []

@@ -12,9 +12,10 @@ without executing anything but the operators of ``rules.OPS``.  The text form ha
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset")
-VALUES = ("normal", "special", "extreme")
+VALUES = ("normal", "special", "extreme", "weight")
+FLAGS = ("grad", "dynamic", "module")
 _NAME = re.compile(r"[a-z][a-z0-9]*\Z")
 
 
@@ -65,7 +67,10 @@ class Input:
                 ends = torch.tensor([torch.iinfo(dtype).min, torch.iinfo(dtype).max], dtype=dtype)
                 out.view(-1)[:2] = ends[: min(2, out.numel())]
             return out
-        out = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        out = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if self.values == "weight" and out.numel():  # so that a layer's results are of its input's size
+            out /= (out.numel() // out.shape[0]) ** 0.5
+        out = out.to(dtype)
         if self.values == "special":
             special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0], dtype=dtype)
             where = torch.randperm(out.numel(), generator=generator)[: special.numel()]
@@ -85,18 +90,30 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """Inputs, steps and the names of the results; ``grad`` also asks for gradients of the float inputs."""
+    """Inputs, steps and the names of the results.
+
+    ``grad`` also asks for gradients of the float inputs, ``dynamic`` is compiled with symbolic sizes, and ``module`` is a
+    module that holds the inputs made as weights.
+    """
 
     inputs: tuple[Input, ...]
     steps: tuple[Step, ...]
     outputs: tuple[str, ...]
     grad: bool = False
     dynamic: bool = False
+    module: bool = False
 
-    def make(self) -> list[torch.Tensor]:
-        """Fresh input tensors."""
-        made = [item.make() for item in self.inputs]
+    def make(self, salt: int = 0, sizes: Mapping[int, int] | None = None) -> list[torch.Tensor]:
+        """Fresh input tensors; other values for another ``salt``, other shapes where ``sizes`` maps their sizes."""
+        made = []
+        for item in self.inputs:
+            shape = tuple((sizes or {}).get(n, n) for n in item.shape)
+            made.append(dataclasses.replace(item, seed=item.seed + salt, shape=shape).make())
         return [t.requires_grad_(self.grad and t.is_floating_point()) for t in made]
+
+    def weights(self) -> list[int]:
+        """Positions of the inputs that a ``module`` program holds as parameters and buffers."""
+        return [i for i, item in enumerate(self.inputs) if self.module and item.values == "weight"]
 
     def function(self, ops: dict[str, Callable[..., Any]], wide: bool = False) -> Callable[..., tuple[Any, ...]]:
         """A torch function of the inputs. ``wide`` computes in float64 whatever float dtype a step asks for."""
@@ -125,7 +142,7 @@ class Program:
         lines = [f"in {i.name} {i.dtype} {list(i.shape)} {i.layout} {i.values} {i.seed}" for i in self.inputs]
         lines += [f"{s.name} = {s.op} {' '.join(s.args)} {json.dumps(s.params)}" for s in self.steps]
         lines.append("out " + " ".join(self.outputs))
-        lines += ["grad"] * self.grad + ["dynamic"] * self.dynamic
+        lines += [flag for flag in FLAGS if getattr(self, flag)]
         return "\n".join(lines) + "\n"
 
 
@@ -141,7 +158,7 @@ def parse(text: str, ops: Any) -> Program:
         if not line:
             continue
         try:
-            if line in ("grad", "dynamic"):
+            if line in FLAGS:
                 flags.add(line)
             elif line.startswith("out "):
                 outputs = tuple(line.split()[1:])
@@ -165,7 +182,7 @@ def parse(text: str, ops: Any) -> Program:
                 known.add(name)
         except ValueError as error:
             raise ValueError(f"line {number} of a fuzz program, {raw!r}: {error}") from None
-    return Program(tuple(inputs), tuple(steps), outputs, "grad" in flags, "dynamic" in flags)
+    return Program(tuple(inputs), tuple(steps), outputs, **dict.fromkeys(flags, True))
 
 
 def _require(condition: bool, what: str) -> None:

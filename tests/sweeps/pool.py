@@ -135,6 +135,8 @@ def run_tasks(
                 begun = time.monotonic()
                 result = worker.ask(task, timeout)
                 result.setdefault("seconds", round(time.monotonic() - begun, 2))
+                if result.pop("last", False):  # the process has lost its GPU, say
+                    worker.stop()
                 with lock:
                     on_result(result)
         except BaseException as error:  # reported by the caller's thread
