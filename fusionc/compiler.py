@@ -251,10 +251,11 @@ def _told_where(gm: GraphModule) -> tuple[dict[Node, str], frozenset[Node]]:
     of which it names positions: they are to begin where their storage does."""
     out: dict[Node, str] = {}
     at_zero: set[Node] = set()
+    kept = KEEP_PLACE | {"copy"}  # ATen's `copy` makes a clone of its first argument with the storage around it
     for node in gm.graph.nodes:
         read = node.args[0] if packet_name(node).startswith("as_strided") else None
-        while isinstance(read, Node) and (packet_name(read) in KEEP_PLACE or is_view(read)):
-            if packet_name(read) in KEEP_PLACE:
+        while isinstance(read, Node) and (packet_name(read) in kept or is_view(read)):
+            if packet_name(read) in kept:
                 out[read] = f"{packet_name(node)} reads its storage"
             read = read.args[0]
         if isinstance(read, Node):

@@ -124,7 +124,7 @@ class Reinplace(Pass):
             with graph.inserting_before(op):
                 if op.target in _TWINS:
                     written = edit.insert(graph, _TWINS[op.target], (current, *op.args[1:]), dict(op.kwargs), origin=[op],
-                                          val=tensor(op))
+                                          val=tensor(current))  # (strides of size 1 may be others in the copy)
                 else:
                     view: Callable[..., Any] = _REGIONS[op.target]
                     kwargs = {name: given for name, given in op.kwargs.items() if name != "src"}

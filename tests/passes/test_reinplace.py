@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusionc.graph.text import parse
 from fusionc.passes.reinplace import Reinplace
-from tests.passes.helpers import check_values, refusals, rewritten
+from tests.passes.helpers import apply, check_values, refusals, rewritten
 
 CACHE = """
 %cache: f64[1, 2, 8, 4] = input
@@ -178,3 +179,23 @@ def test_views_of_an_input_that_is_a_part() -> None:
         run = torch.compile(fn, backend="fusionc", options={"cache": False, "target": "cpp"})
         torch.testing.assert_close(run(mine[2:8, 1:7], w), fn(theirs[2:8, 1:7], w))
     torch.testing.assert_close(mine, theirs)
+
+
+def test_what_is_written_in_place_is_laid_out_as_the_input() -> None:
+    """A copy may have other strides where a size is 1 (index_fill's on a GPU): a program would restride what it wrote to."""
+    gm = parse("""
+%x: f64[1, 7, 1] = input
+%i: i64[1] = input
+%s: f64[1, 7, 1] = input
+%a: f64[1, 7, 1] = aten.index_fill.int_Scalar(%x, 0, %i, 2)
+%b: f64[1, 7, 1] = aten.index_add(%a, 0, %i, %s)
+%w: f64[1, 7, 1] = aten.copy_(%x, %b)
+return ()
+""")
+    x, _, _, a, *_ = gm.graph.nodes
+    x.meta["val"] = x.meta["val"].as_strided((1, 7, 1), (1, 1, 7))
+    assert a.meta["val"].stride() == (7, 1, 1)
+    new, record = apply(Reinplace(), gm)
+    assert record.fired == 1
+    written = [n for n in new.graph.nodes if n.name.startswith("index_")]
+    assert [n.meta["val"].stride() for n in written] == [(1, 1, 7)] * 2
