@@ -7,6 +7,7 @@ worker process; a program that fails is reduced and printed, and with ``--save``
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ from tests.fuzz import indexing, layers  # noqa: F401 - their rules
 from tests.fuzz.choose import LARGE, Chooser, Value, from_seed
 from tests.fuzz.program import FLAGS, Input, Program, Step, parse
 from tests.fuzz.rules import OPS, RULES
-from tests.sweeps.compare import compare, copy_tree, widen_tree
+from tests.sweeps.compare import compare, copy_tree
 from tests.sweeps.pool import first_line, run_tasks
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -53,11 +54,13 @@ def grow(c: Chooser, big: bool = False) -> Program:
     for index in range(c.integer(2, 4)):
         dtype = c.pick(others) if index and c.integer(0, 2) == 0 else c.pick(dtypes)
         shape = _shape(c, c.pick((0, 1, 1, 2, 2, 2, 2, 3, 3)) if index else first_rank)
-        layout = c.pick(("contiguous", "contiguous", "transposed", "sliced", "expanded", "offset"))
+        layout = c.pick(
+            ("contiguous", "contiguous", "transposed", "sliced", "expanded", "offset", "channels", "shared")
+        )
         values = "normal" if not special else "special" if "float" in dtype else "extreme"
         inputs.append(Input(f"x{index}", dtype, shape, layout, values, c.integer(0, 99)))
     first = inputs[0].name
-    tensors = [item.make() for item in inputs]
+    tensors = Program(tuple(inputs), (), ()).make()
     # by storage, since a write through one view changes what all others show
     storage_exact = {t.untyped_storage()._cdata: True for t in tensors}
     named = dict(zip((item.name for item in inputs), tensors, strict=True))
@@ -107,7 +110,10 @@ def grow(c: Chooser, big: bool = False) -> Program:
     if writes and c.integer(0, 3) == 0:
         outputs.append(first)
     dynamic, module = c.integer(0, 5) == 0, c.integer(0, 1) == 1 and any(item.values == "weight" for item in inputs)
-    return Program(tuple(inputs), tuple(steps), tuple(outputs), grad, dynamic, module)
+    inference, autocast = not grad and c.integer(0, 5) == 0, c.integer(0, 9) == 0
+    automatic = not dynamic and c.integer(0, 5) == 0
+    flags = grad, dynamic, module, inference, autocast, automatic
+    return Program(tuple(inputs), tuple(steps), tuple(outputs), *flags)
 
 
 def _shape(c: Chooser, rank: int) -> tuple[int, ...]:
@@ -146,10 +152,14 @@ def _reasonable(result: torch.Tensor, special: bool, most: int) -> bool:
 
 def run(program: Program, function: Callable[..., Any], tensors: list[torch.Tensor]) -> tuple[Any, ...]:
     """(results, inputs afterwards, gradients) of one call."""
+    with contextlib.ExitStack() as stack:
+        if program.autocast:
+            stack.enter_context(torch.autocast(tensors[0].device.type, torch.bfloat16))
+        if not program.grad:
+            stack.enter_context(torch.inference_mode() if program.inference else torch.no_grad())
+        out = function(*tensors)
     if not program.grad:
-        with torch.no_grad():
-            return function(*tensors), tensors
-    out = function(*tensors)
+        return out, tensors
     outputs = [t for t in out if t.requires_grad]
     leaves = [t for t in tensors if t.requires_grad]
     if not outputs or not leaves:
@@ -188,7 +198,7 @@ def _cases(program: Program, calls: int) -> Iterator[list[torch.Tensor]]:
     """Inputs on the CPU: the program's own; other values for more calls; other sizes if it is dynamic, where eager takes them."""
     yield program.make()
     others: list[dict[str, Any]] = [{"salt": 100 * k} for k in range(1, calls)]
-    if program.dynamic:
+    if program.dynamic or program.automatic:
         known = {n for item in program.inputs for n in item.shape if n > 1}
         others += [{"sizes": {n: 2 * n for n in known}}, {"sizes": {n: n + 1 for n in known}, "salt": 1}]
     special = any(item.values in ("special", "extreme") for item in program.inputs)
@@ -204,19 +214,32 @@ def _cases(program: Program, calls: int) -> Iterator[list[torch.Tensor]]:
             yield given
 
 
-def _on(device: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same strides and storage, elsewhere."""
-    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage()).to(device)
-    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).requires_grad_(tensor.requires_grad)
+def _moved(tensors: list[torch.Tensor], device: str, wide: bool = False) -> list[torch.Tensor]:
+    """Copies of the same strides that share storages as these do, elsewhere, or with floats in float64."""
+    storages: dict[int, torch.Tensor] = {}
+    out = []
+    for t in tensors:
+        storage = t.detach().untyped_storage()
+        whole = storages.get(storage._cdata)
+        if whole is None:
+            whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage).to(device, copy=True)
+            whole = storages[storage._cdata] = whole.double() if wide and t.is_floating_point() else whole
+        out.append(whole.as_strided(t.shape, t.stride(), t.storage_offset()).requires_grad_(t.requires_grad))
+    return out
 
 
 def check(program: Program, backend: Any, device: str = "cpu", calls: int = 1) -> str | None:
     """None when the compiled program is as good as eager in each of some calls, else one line that says what is wrong."""
     torch._dynamo.reset()
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=program.automatic):
+        return _check(program, backend, device, calls)
+
+
+def _check(program: Program, backend: Any, device: str, calls: int) -> str | None:
     plain, wide = program.function(OPS), program.function(OPS, wide=True)
     held: Held | None = None
     for number, given in enumerate(_cases(program, calls)):
-        given = given if device == "cpu" else [_on(device, t) for t in given]
+        given = _moved(given, device)
         if held is None or any(getattr(held, name).shape != given[i].shape for i, name in held.places.items()):
             held = Held(program.function(OPS), given, program.weights())
             compiled = torch.compile(held, backend=backend, dynamic=program.dynamic or None)
@@ -225,9 +248,9 @@ def check(program: Program, backend: Any, device: str = "cpu", calls: int = 1) -
             if device != "cpu":
                 torch.cuda.synchronize()
         except Exception as error:
-            if device == "cpu" or LOST in str(error):
+            if LOST in str(error) or device == "cpu" and not program.autocast:
                 raise
-            return None  # eager's kernels for this device refuse it
+            return None  # eager's kernels for this device, or these dtypes, refuse it
         tensors = held.load(copy_tree(given))
         places = held.places
 
@@ -236,7 +259,10 @@ def check(program: Program, backend: Any, device: str = "cpu", calls: int = 1) -
 
         try:
             problem = compare(
-                run(program, call, tensors), want, lambda: run(program, wide, widen_tree(given)), factor=FACTOR
+                run(program, call, tensors),
+                want,
+                lambda: run(program, wide, _moved(given, device, wide=True)),
+                factor=FACTOR,
             )
         except Exception as error:
             problem = first_line(error)

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")
-LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset")
+LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset", "channels", "shared")
 VALUES = ("normal", "special", "extreme", "weight")
-FLAGS = ("grad", "dynamic", "module")
+FLAGS = ("grad", "dynamic", "module", "inference", "autocast", "automatic")
 _NAME = re.compile(r"[a-z][a-z0-9]*\Z")
 
 
@@ -48,6 +48,8 @@ class Input:
             return self._fill([*shape[:-1], 2 * shape[-1]])[..., ::2]
         if self.layout == "expanded" and shape:
             return self._fill([1, *shape[1:]]).expand(shape)
+        if self.layout == "channels" and len(shape) == 4:
+            return self._fill(shape).contiguous(memory_format=torch.channels_last)
         if self.layout == "offset":
             count = 1
             for size in shape:
@@ -92,8 +94,9 @@ class Step:
 class Program:
     """Inputs, steps and the names of the results.
 
-    ``grad`` also asks for gradients of the float inputs, ``dynamic`` is compiled with symbolic sizes, and ``module`` is a
-    module that holds the inputs made as weights.
+    ``grad`` also asks for gradients of the float inputs, ``dynamic`` is compiled with symbolic sizes, ``automatic`` with
+    those that Dynamo makes symbolic after they have changed, and ``module`` is a module that holds the inputs made as
+    weights. ``inference`` and ``autocast`` are called inside these contexts of torch's.
     """
 
     inputs: tuple[Input, ...]
@@ -102,13 +105,21 @@ class Program:
     grad: bool = False
     dynamic: bool = False
     module: bool = False
+    inference: bool = False
+    autocast: bool = False
+    automatic: bool = False
 
     def make(self, salt: int = 0, sizes: Mapping[int, int] | None = None) -> list[torch.Tensor]:
         """Fresh input tensors; other values for another ``salt``, other shapes where ``sizes`` maps their sizes."""
         made = []
         for item in self.inputs:
             shape = tuple((sizes or {}).get(n, n) for n in item.shape)
-            made.append(dataclasses.replace(item, seed=item.seed + salt, shape=shape).make())
+            tensor = dataclasses.replace(item, seed=item.seed + salt, shape=shape).make()
+            if item.layout == "shared" and made and made[0].dtype == tensor.dtype:
+                storage = made[0].untyped_storage()
+                if tensor.nbytes <= storage.nbytes():  # memory of the first input
+                    tensor.set_(storage, 0, tensor.shape, tensor.stride())
+            made.append(tensor)
         return [t.requires_grad_(self.grad and t.is_floating_point()) for t in made]
 
     def weights(self) -> list[int]:
