@@ -78,16 +78,18 @@ def quick_keys() -> Iterator[None]:
     from triton.runtime import cache
 
     with _guard:
-        theirs: Any = cache.triton_key
-        if not hasattr(theirs, "by_content"):
+        theirs: Any = getattr(cache, "triton_key", None)
+        if theirs is not None and not hasattr(theirs, "by_content"):
 
             @functools.wraps(theirs)
             def key() -> str:
                 quick = _libraries() if _quick.get() else None
                 return theirs() if quick is None else quick
 
-            made: Any = key
-            made.by_content, made.cache_info, made.cache_clear = theirs, theirs.cache_info, theirs.cache_clear
+            for name in ("cache_info", "cache_clear"):  # it is a function that remembers
+                if hasattr(theirs, name):
+                    setattr(key, name, getattr(theirs, name))
+            key.by_content = theirs  # type: ignore[attr-defined]
             cache.triton_key = key
     token = _quick.set(True)
     try:

@@ -57,7 +57,7 @@ def test_random_programs() -> None:
     with prepared("fusionc"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         every_program_is_as_good_as_eager()
-    assert len(verdicts) >= 20, "too few programs in the time budget"
+    assert len(verdicts) >= 5, "too few programs in the time budget"
 
 
 @NEEDS_BACKEND

@@ -52,9 +52,7 @@ def test_the_folder_of_the_context(tmp_path: Path) -> None:
     assert get_cache_manager("1" * 64).get_file("file") is None
 
 
-def test_threads_of_a_batch_have_its_folder_and_others_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_of_a_batch_have_its_folder_and_others_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_slots", threading.BoundedSemaphore(4))  # however few cores there are
     a, b, triton = (str(tmp_path / n) for n in ("a", "b", "triton"))
     both = threading.Barrier(2, timeout=30)
@@ -89,9 +87,7 @@ def test_somebody_elses_manager_stays(tmp_path: Path) -> None:
         assert type(get_cache_manager("0" * 64)) is Theirs and place() == str(tmp_path / "triton")
 
 
-def test_threads_that_are_the_first_at_a_time_install_one_manager(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_that_are_the_first_at_a_time_install_one_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both, original = threading.Barrier(2), binaries._manager.__wrapped__
 
     def together() -> None:
@@ -172,9 +168,7 @@ def test_kernels_of_operators_live_in_the_cache_of_the_races(tmp_path: Path, mon
     assert seen[0].startswith(str(tmp_path / "ours")) and seen[1] == str(tmp_path / "triton")
 
 
-def test_our_keys_name_libraries_as_the_file_system_does_and_others_keep_theirs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_our_keys_name_libraries_as_the_file_system_does_and_others_keep_theirs() -> None:
     from triton.runtime import cache
 
     before = cache.triton_key
@@ -213,3 +207,6 @@ def test_keys_change_with_a_library_and_are_tritons_without_files(
     monkeypatch.setattr(binaries, "_libraries", lambda: None)
     with binaries.quick_keys():
         assert cache.triton_key() == cache.triton_key.by_content()
+    monkeypatch.delattr(cache, "triton_key")  # a Triton that has none
+    with binaries.quick_keys():
+        assert not hasattr(cache, "triton_key")
