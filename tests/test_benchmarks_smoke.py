@@ -379,6 +379,18 @@ def test_removal_counts_and_compares(tmp_path):
     assert pruned * 6 == whole * 4 and result["memory"]["freed"] == before - after > 0
 
 
+def test_first_call_says_where_the_main_thread_was():
+    arguments = ["gelu_chain", "--device", "cpu", "--size", "tiny", "--least", "0", "--only", "fusionc/"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.first_call", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert first.startswith("gelu_chain, fusionc: first call ")
+    seconds = {line.split()[1]: float(line.split()[0]) for line in rest if line.startswith("  ")}
+    assert seconds["fusionc/backend.py:fusionc"] >= seconds["fusionc/compiler.py:compile_graph"] > 0
+
+
 def test_commands_start_from_the_checkout():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.cpu", "--list"], cwd=ROOT, capture_output=True, text=True, timeout=120
