@@ -13,11 +13,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from types import FrameType
 
-from .gpu import prime, workloads
+from .common import cache_environment
+from .gpu import first_call_s, workloads
 
 _STEP_S = 0.003
 
@@ -32,8 +33,8 @@ class Sampler:
     """Counts seconds of the main thread by function and by line, in a thread of its own, until it is stopped."""
 
     def __init__(self) -> None:
-        self.below: Counter[str] = Counter()
-        self.at: Counter[str] = Counter()
+        self.below: defaultdict[str, float] = defaultdict(float)
+        self.at: defaultdict[str, float] = defaultdict(float)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -53,9 +54,9 @@ class Sampler:
             frame = sys._current_frames().get(main)
             now = time.perf_counter()
             if frame is not None:
-                self.at[place(frame, line=True)] += now - before  # type: ignore[assignment]
+                self.at[place(frame, line=True)] += now - before
                 for name in {place(f) for f in _callers(frame)}:
-                    self.below[name] += now - before  # type: ignore[assignment]
+                    self.below[name] += now - before
             before = now
 
 
@@ -75,30 +76,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--least", type=float, default=0.03, help="seconds from which a function is shown")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="first-call-") as folder:
-        for name in ("FUSIONC_CACHE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-            os.environ.setdefault(name, os.path.join(folder, name))
-        return _measure(args)
-
-
-def _measure(args: argparse.Namespace) -> int:
-    import torch
-
-    from .gpu import compiled, step
-    from .gpu_workloads import Where
-
-    case = workloads()[args.name].build(Where(args.device, args.size))
-    inputs = case.inputs(100)
-    prime()
-    (case.reset or (lambda: None))()
-    start = time.perf_counter()
-    with Sampler() as found:
-        step(case, compiled(case.fn, args.backend), inputs)
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-    print(f"{args.name}, {args.backend}: first call {time.perf_counter() - start:.2f} s (sampled)")
-    for title, seconds in (("with what it calls", found.below), ("where it was", found.at)):
+        os.environ.update({k: v for k, v in cache_environment(folder).items() if k not in os.environ})
+        found = Sampler()
+        seconds = first_call_s(args.name, args.backend, args.device, args.size, found)
+    print(f"{args.name}, {args.backend}: first call {seconds:.2f} s (sampled)")
+    for title, counted in (("with what it calls", found.below), ("where it was", found.at)):
         print(title)
-        for name, s in seconds.most_common():
+        for name, s in sorted(counted.items(), key=lambda item: -item[1]):
             if s >= args.least and args.only in name:
                 print(f"  {s:.3f} {name}")
     return 0

@@ -30,6 +30,7 @@ With ``--gpus`` the jobs are spread over several GPUs, each row on one of them, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import functools
 import gc
@@ -188,8 +189,8 @@ def prime() -> None:
     torch._dynamo.reset()
 
 
-def first_call(name: str, backend: str, device: str, size: str) -> None:
-    """Times the first call of one backend in this process, with the caches as they are; prints a result line."""
+def first_call_s(name: str, backend: str, device: str, size: str, around: contextlib.AbstractContextManager[Any]) -> float:
+    """Seconds of the first call of one backend in this process, with the caches as they are, made inside ``around``."""
     import torch
 
     from .gpu_workloads import Where
@@ -199,10 +200,17 @@ def first_call(name: str, backend: str, device: str, size: str) -> None:
     prime()
     (case.reset or (lambda: None))()
     start = time.perf_counter()
-    step(case, compiled(case.fn, backend), inputs)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    found: dict[str, Any] = {"backend": backend, "first_call_s": time.perf_counter() - start}
+    with around:
+        step(case, compiled(case.fn, backend), inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def first_call(name: str, backend: str, device: str, size: str) -> None:
+    """Times the first call of one backend in this process; prints a result line."""
+    seconds = first_call_s(name, backend, device, size, contextlib.nullcontext())
+    found: dict[str, Any] = {"backend": backend, "first_call_s": seconds}
     if backend.startswith("fusionc"):  # was it a warm one?
         from fusionc import program_cache, warm
 

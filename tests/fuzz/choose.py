@@ -31,7 +31,6 @@ class Chooser:
         self.integer = integer
         self.values: list[Value] = []
         self.sizes: list[int] = []
-        self.most = 4096
         self.inputs = 0
         self.asked: list[Input] = []
 

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.fuzz.choose import Chooser, Value
-from tests.fuzz.rules import Arguments, is_float, is_int, rule
+from tests.fuzz.rules import Arguments, is_float, is_int, named, positions, rule
 
 
-def _one(c: Chooser, test: Callable[[Value], bool], **params: Any) -> Arguments:
-    x = c.value(test)
-    return None if x is None else ((x.name,), params)
+def _picked(c: Chooser, test: Callable[[Value], bool], **params: Any) -> Arguments:
+    return named(c.value(test), **params)
 
 
 def _full(v: Value) -> bool:
@@ -43,15 +42,15 @@ rule("argsort", lambda x, dim: x.argsort(dim=dim, stable=True), _exact_dim, smoo
 rule("argmin", lambda x, dim: x.argmin(dim), _exact_dim, smooth=False)
 rule("maxdim", lambda x, dim: x.max(dim)[0], _exact_dim, keeps=True, ties=True)
 rule("cummax", lambda x, dim: x.cummax(dim)[0], _exact_dim, keeps=True, ties=True)
-rule("median", lambda x, dim: x.contiguous().amin(dim) + x.amax(dim), _exact_dim, smooth=False)
+rule("extremes", lambda x, dim: x.amin(dim) + x.amax(dim), _exact_dim, smooth=False)
 rule("topk", lambda x, dim: x.topk(min(2, x.shape[dim]), dim)[0], _exact_dim, keeps=True, ties=True)
 rule("cumprod", lambda x, dim: (x.tanh() + 1.5).cumprod(dim), lambda c: _any_dim(c, is_float), smooth=False)
 rule("logcumsumexp", lambda x, dim: x.logcumsumexp(dim), lambda c: _any_dim(c, is_float))
 rule("diff", lambda x, dim: x.diff(dim=dim), lambda c: _any_dim(c, _number), keeps=True)
-rule("onehot", lambda i: F.one_hot(i.long().remainder(5), 5), lambda c: _one(c, is_int), smooth=False)
+rule("onehot", lambda i: F.one_hot(positions(i, 5), 5), lambda c: _picked(c, is_int), smooth=False)
 rule("bucketize", lambda x: torch.bucketize(x, torch.arange(-2, 3, device=x.device).to(x.dtype)),
-     lambda c: _one(c, lambda v: v.exact and v.tensor.dtype in (torch.float32, torch.int64)), smooth=False)  # fmt: skip
-rule("argminarange", lambda x: torch.arange(x.numel(), device=x.device).sub(3).abs().argmin(), lambda c: _one(c, _full),
+     lambda c: _picked(c, lambda v: v.exact and v.tensor.dtype in (torch.float32, torch.int64)), smooth=False)  # fmt: skip
+rule("argminarange", lambda x: torch.arange(x.numel(), device=x.device).sub(3).abs().argmin(), lambda c: _picked(c, _full),
      smooth=False)  # fmt: skip
 
 
@@ -82,7 +81,7 @@ def _with_index(c: Chooser) -> Arguments:
 rule("take", _take, _with_index, keeps=True)
 rule("spread", _spread, _with_index, keeps=True)
 rule("heaped", _heaped, _with_index, keeps=True, ties=True)
-rule("indexadd", lambda x, i, dim: x.index_add(dim, i.reshape(-1)[:1].long().remainder(x.shape[dim]),
+rule("indexadd", lambda x, i, dim: x.index_add(dim, positions(i.reshape(-1)[:1], x.shape[dim]),
                                                x.narrow(dim, 0, 1)), _with_index)  # fmt: skip
 
 
@@ -110,13 +109,13 @@ def _strided(x: torch.Tensor, skip: int) -> torch.Tensor:
 
 rule("repeat", lambda x, dim, times: x.repeat_interleave(times, dim), _repeated, keeps=True)
 rule("tile", lambda x, dim, times: torch.cat([x] * times, dim), _repeated, keeps=True)
-rule("repeatall", lambda x: x.repeat(2, *[1] * x.ndim), lambda c: _one(c, lambda v: v.tensor.ndim < 4), keeps=True)
+rule("repeatall", lambda x: x.repeat(2, *[1] * x.ndim), lambda c: _picked(c, lambda v: v.tensor.ndim < 4), keeps=True)
 rule("windows", lambda x, size, step: x.unfold(-1, size, step), _windows, keeps=True)
 rule("windowsum", lambda x, size, step: x.unfold(-1, size, step).sum(-1), _windows)
-rule("asstrided", _strided, lambda c: _one(c, lambda v: v.tensor.numel() > 1, skip=c.pick([0, 1])), keeps=True)
-rule("triu", lambda x, k: x.triu(k), lambda c: _one(c, lambda v: v.tensor.ndim >= 2, k=c.integer(-2, 2)), keeps=True)
-rule("diag", lambda x: torch.diag_embed(x), lambda c: _one(c, lambda v: v.tensor.ndim in (1, 2)), keeps=True)
-rule("rot", lambda x: x.rot90(1, (0, 1)), lambda c: _one(c, lambda v: v.tensor.ndim >= 2), keeps=True)
+rule("asstrided", _strided, lambda c: _picked(c, lambda v: v.tensor.numel() > 1, skip=c.pick([0, 1])), keeps=True)
+rule("triu", lambda x, k: x.triu(k), lambda c: _picked(c, lambda v: v.tensor.ndim >= 2, k=c.integer(-2, 2)), keeps=True)
+rule("diag", lambda x: torch.diag_embed(x), lambda c: _picked(c, lambda v: v.tensor.ndim in (1, 2)), keeps=True)
+rule("rot", lambda x: x.rot90(1, (0, 1)), lambda c: _picked(c, lambda v: v.tensor.ndim >= 2), keeps=True)
 rule(
     "unbound",
     lambda x, dim: torch.stack([2 * t for t in _few(x, dim).unbind(dim)]),
@@ -126,8 +125,8 @@ rule(
 rule("split", lambda x, dim: torch.cat([t + i for i, t in enumerate(_few(x, dim).split(2, dim))], dim),
      lambda c: _any_dim(c, lambda v: v.tensor.dtype not in (torch.bool, torch.uint8)), keeps=True)  # fmt: skip
 rule("swapped", lambda x, dim: torch.cat(list(reversed(x.chunk(3, dim))), dim), _any_dim, keeps=True)
-rule("outer", lambda x: torch.outer(x, x), lambda c: _one(c, lambda v: v.tensor.ndim == 1 and _number(v)))
-rule("flatten", lambda x: x.flatten(), lambda c: _one(c, lambda v: v.tensor.ndim > 1), keeps=True)
+rule("outer", lambda x: torch.outer(x, x), lambda c: _picked(c, lambda v: v.tensor.ndim == 1 and _number(v)))
+rule("flatten", lambda x: x.flatten(), lambda c: _picked(c, lambda v: v.tensor.ndim > 1), keeps=True)
 rule("pool3", lambda x, dim: (x + x.roll(1, dim) + x.roll(-1, dim)) / 3, lambda c: _any_dim(c, is_float))
 
 
@@ -140,7 +139,7 @@ def _scattered(c: Chooser) -> Arguments:
 rule("selectscatter", lambda x, index: x.select_scatter(x[0] + 1, 0, index), _scattered, keeps=True)
 rule("slicescatter", lambda x, index: x.slice_scatter(x[index:] * 2, 0, index), _scattered, keeps=True)
 rule("diagscatter", lambda x: x.diagonal_scatter(x.diagonal() + 1),
-     lambda c: _one(c, lambda v: _full(v) and v.tensor.ndim >= 2 and _number(v)), keeps=True)  # fmt: skip
+     lambda c: _picked(c, lambda v: _full(v) and v.tensor.ndim >= 2 and _number(v)), keeps=True)  # fmt: skip
 
 
 # --- writes through views, of inputs too ---
@@ -148,7 +147,7 @@ def _changes(name: str, write: Callable[..., torch.Tensor], test: Callable[[Valu
     rule(
         name,
         write,
-        lambda c: _one(c, lambda v: _full(v) and _number(v) and test(v)),
+        lambda c: _picked(c, lambda v: _full(v) and _number(v) and test(v)),
         keeps=True,
         mutates=True,
         smooth=False,
@@ -171,16 +170,16 @@ _changes("setcolumn", lambda x: _setitem(x, (Ellipsis, slice(None, 1)), 0.0), la
 _changes("setmask", lambda x: _setitem(x, x > 0, 1), lambda v: v.exact)
 _changes("setnegative", lambda x: x.masked_fill_(x < 0, 4), lambda v: v.exact)
 _changes("shiftinto", lambda x: x.narrow(0, 0, 1).copy_(x.narrow(0, x.shape[0] - 1, 1)), lambda v: True)
-_changes("scatterinto", lambda x: x.index_fill_(0, torch.tensor([0], device=x.device), 2), lambda v: True)
+_changes("indexfillinto", lambda x: x.index_fill_(0, torch.tensor([0], device=x.device), 2), lambda v: True)
 _changes("zerofirst", lambda x: x.select(-1, 0).zero_(), lambda v: True)
 
 
 def _add_into(x: torch.Tensor, i: torch.Tensor, dim: int) -> torch.Tensor:
-    return x.index_add_(dim, i.reshape(-1)[:1].long().remainder(x.shape[dim]), x.narrow(dim, 0, 1).clone())
+    return x.index_add_(dim, positions(i.reshape(-1)[:1], x.shape[dim]), x.narrow(dim, 0, 1).clone())
 
 
 def _put_into(x: torch.Tensor, i: torch.Tensor, dim: int) -> torch.Tensor:
-    rows = i.reshape(-1)[:3].long().remainder(x.shape[0])
+    rows = positions(i.reshape(-1)[:3], x.shape[0])
     return x.index_put_((rows,), torch.ones_like(x[rows]), accumulate=True)
 
 

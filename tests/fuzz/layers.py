@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.fuzz.choose import Chooser, Value
-from tests.fuzz.rules import Arguments, is_float, is_int, is_wide, rule, varied
+from tests.fuzz.rules import Arguments, is_float, is_int, is_wide, named, positions, rule, varied
 
 
 def _float_of(c: Chooser, *ranks: int, least: int = 1, test: Callable[[Value], bool] = is_float) -> Value | None:
@@ -171,7 +171,7 @@ rule("groupnorm", lambda x, w, b, groups: F.group_norm(x, groups, w, b, 1e-3), _
 rule(
     "instancenorm",
     lambda x: F.instance_norm(x, eps=1e-2),
-    lambda c: _named(_float_of(c, 3, 4, least=2, test=_in_images)),
+    lambda c: named(_float_of(c, 3, 4, least=2, test=_in_images)),
 )
 rule("layernormw", lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, 1e-3), lambda c: _rows(c, 2), weight=2)
 rule("rmsnormw", lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-3), lambda c: _rows(c, 1), weight=2)
@@ -179,13 +179,9 @@ rule("residualnorm", _residual_norm, _residual)
 rule(
     "normalize",
     lambda x: F.normalize(x, dim=-1, eps=1e-2),
-    lambda c: _named(_float_of(c, 1, 2, 3, test=_finite)),
+    lambda c: named(_float_of(c, 1, 2, 3, test=_finite)),
     smooth=False,
 )
-
-
-def _named(x: Value | None, **params: Any) -> Arguments:
-    return None if x is None else ((x.name,), params)
 
 
 # --- images: pooling, sizes, borders ---
@@ -195,22 +191,21 @@ def _image(c: Chooser, least: int = 1) -> Value | None:
 
 def _padded(c: Chooser, mode: str) -> Arguments:
     x = _float_of(c, 3, 4, least=3)
-    return _named(x, pad=[c.integer(0, 2) for _ in range(2 * (x.tensor.ndim - 2))] if x else [], mode=mode)
+    return named(x, pad=[c.integer(0, 2) for _ in range(2 * (x.tensor.ndim - 2))] if x else [], mode=mode)
 
 
-rule("maxpool2d", lambda x: F.max_pool2d(x, 3, 2, 1), lambda c: _named(_image(c, 2)), keeps=True, ties=True)
-rule("maxpool22", lambda x: F.max_pool2d(x, 2), lambda c: _named(_image(c, 2)), keeps=True, ties=True)
-rule("avgpool2d", lambda x: F.avg_pool2d(x, 3, 2, 1), lambda c: _named(_image(c, 2)))
-rule("adaptive", lambda x, size: F.adaptive_avg_pool2d(x, size), lambda c: _named(_image(c), size=c.integer(1, 4)))
-rule("pooled", lambda x: x.mean((2, 3)), lambda c: _named(_float_of(c, 4)))
-rule("nearest", lambda x: F.interpolate(x, scale_factor=2), lambda c: _named(_image(c)), keeps=True)
-rule("bilinear", lambda x: F.interpolate(x, size=(5, 6), mode="bilinear"), lambda c: _named(_image(c)))
-rule("reflect", lambda x, pad, mode: F.pad(x, pad, mode), lambda c: _padded(c, "reflect"), keeps=True)
-rule("replicate", lambda x, pad, mode: F.pad(x, pad, mode), lambda c: _padded(c, "replicate"), keeps=True)
-rule("circular", lambda x, pad, mode: F.pad(x, pad, mode), lambda c: _padded(c, "circular"), keeps=True)
-rule("shuffle", lambda x: F.pixel_shuffle(x, 2), lambda c: _named(_shuffled(c)), keeps=True)
-rule("im2col", lambda x: F.unfold(x, 2, stride=2), lambda c: _named(_image(c, 2)), keeps=True)
-rule("channelslast", lambda x: x.contiguous(memory_format=torch.channels_last), lambda c: _named(_image(c)), keeps=True)
+rule("maxpool2d", lambda x: F.max_pool2d(x, 3, 2, 1), lambda c: named(_image(c, 2)), keeps=True, ties=True)
+rule("maxpool22", lambda x: F.max_pool2d(x, 2), lambda c: named(_image(c, 2)), keeps=True, ties=True)
+rule("avgpool2d", lambda x: F.avg_pool2d(x, 3, 2, 1), lambda c: named(_image(c, 2)))
+rule("adaptive", lambda x, size: F.adaptive_avg_pool2d(x, size), lambda c: named(_image(c), size=c.integer(1, 4)))
+rule("pooled", lambda x: x.mean((2, 3)), lambda c: named(_float_of(c, 4)))
+rule("nearest", lambda x: F.interpolate(x, scale_factor=2), lambda c: named(_image(c)), keeps=True)
+rule("bilinear", lambda x: F.interpolate(x, size=(5, 6), mode="bilinear"), lambda c: named(_image(c)))
+for _mode in ("reflect", "replicate", "circular"):
+    rule(_mode, F.pad, lambda c, mode=_mode: _padded(c, mode), keeps=True)
+rule("shuffle", lambda x: F.pixel_shuffle(x, 2), lambda c: named(_shuffled(c)), keeps=True)
+rule("im2col", lambda x: F.unfold(x, 2, stride=2), lambda c: named(_image(c, 2)), keeps=True)
+rule("channelslast", lambda x: x.contiguous(memory_format=torch.channels_last), lambda c: named(_image(c)), keeps=True)
 
 
 def _shuffled(c: Chooser) -> Value | None:
@@ -218,8 +213,12 @@ def _shuffled(c: Chooser) -> Value | None:
 
 
 # --- attention ---
-def _attended(c: Chooser, masked: bool = False) -> Arguments:
-    x = _float_of(c, 4) or _float_of(c, 3)
+def _single(v: Value) -> bool:
+    return v.tensor.dtype is torch.float32
+
+
+def _attended(c: Chooser, masked: bool = False, test: Callable[[Value], bool] = is_float) -> Arguments:
+    x = _float_of(c, 4, test=test) or _float_of(c, 3, test=test)
     if x is None:
         return None
     *batch, rows, width = x.tensor.shape
@@ -227,8 +226,8 @@ def _attended(c: Chooser, masked: bool = False) -> Arguments:
     return _made(c, x, (*batch, keys, width), (*batch, keys, width), *[(rows, keys)] * masked)
 
 
-def _causal(c: Chooser) -> Arguments:
-    x = _float_of(c, 4)
+def _causal(c: Chooser, test: Callable[[Value], bool] = is_float) -> Arguments:
+    x = _float_of(c, 4, test=test)
     return None if x is None else _made(c, x, x.tensor.shape, x.tensor.shape)
 
 
@@ -253,18 +252,12 @@ def _turned(c: Chooser) -> Arguments:
     return None if x is None else _made(c, x, x.tensor.shape[-2:])
 
 
-rule("sdpa", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), _attended)
+rule("sdpa", F.scaled_dot_product_attention, _attended)
 rule("sdpamask", F.scaled_dot_product_attention, lambda c: _attended(c, masked=True))
 rule("sdpacausal", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), _causal)
-rule("plainattention", lambda q, k, v: _plain(q, k, v), lambda c: _wide_only(c, _attended))
-rule("plaincausal", _plain_causal, lambda c: _wide_only(c, _causal))
+rule("plainattention", _plain, lambda c: _attended(c, test=_single))
+rule("plaincausal", _plain_causal, lambda c: _causal(c, _single))
 rule("rope", _rotated, _turned)
-
-
-def _wide_only(c: Chooser, pick: Callable[[Chooser], Arguments]) -> Arguments:
-    found = pick(c)
-    first = next((v for v in c.values if found and v.name == found[0][0]), None)
-    return found if first is not None and first.tensor.dtype is torch.float32 else None
 
 
 # --- embeddings, losses, recurrences, gates ---
@@ -303,12 +296,12 @@ def _sequence(c: Chooser) -> Arguments:
 
 
 def _even(c: Chooser) -> Arguments:
-    return _named(c.value(lambda v: is_float(v) and v.tensor.ndim > 0 and v.tensor.shape[-1] % 2 == 0))
+    return named(c.value(lambda v: is_float(v) and v.tensor.ndim > 0 and v.tensor.shape[-1] % 2 == 0))
 
 
-rule("embedding", lambda i, w: F.embedding(i.long().remainder(w.shape[0]), w), _looked_up, weight=2)
-rule("crossentropy", lambda x, i: F.cross_entropy(x, i.long().remainder(x.shape[1])), _classes, weight=2)
-rule("nll", lambda x, i: F.nll_loss(x.log_softmax(1), i.long().remainder(x.shape[1]), reduction="none"), _classes)
+rule("embedding", lambda i, w: F.embedding(positions(i, w.shape[0]), w), _looked_up, weight=2)
+rule("crossentropy", lambda x, i: F.cross_entropy(x, positions(i, x.shape[1])), _classes, weight=2)
+rule("nll", lambda x, i: F.nll_loss(x.log_softmax(1), positions(i, x.shape[1]), reduction="none"), _classes)
 rule("mse", lambda x, y: F.mse_loss(x, y), _same)
 rule("huber", lambda x, y: F.huber_loss(x, y), _same)
 rule("bce", lambda x, y: F.binary_cross_entropy_with_logits(x, y.sigmoid()), _same)
@@ -317,4 +310,4 @@ rule("addcmul", lambda x, y: torch.addcmul(x, x, y, value=0.5), _same)
 rule("unroll", _unrolled, _sequence)
 rule("glu", lambda x: F.glu(x, -1), _even)
 rule("geglu", lambda x: (lambda a, b: a * F.gelu(b))(*x.chunk(2, -1)), _even)
-rule("checkdropout", lambda x: F.dropout(x, 0.5, training=False) * 2, lambda c: _named(c.value(is_float)))
+rule("nodropout", lambda x: F.dropout(x, 0.5, training=False) * 2, lambda c: named(c.value(is_float)))

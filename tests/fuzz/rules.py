@@ -65,11 +65,16 @@ def exact(v: Value) -> bool:
     return v.exact
 
 
-def varied(v: Value, dim: int = -1) -> bool:
-    """Finite floats that differ along a dimension: norms of constant rows are rounding errors."""
-    if not is_float(v) or v.tensor.ndim == 0 or v.tensor.shape[dim] < 2:
+def varied(v: Value) -> bool:
+    """Finite floats that differ along each row: norms of constant rows are rounding errors."""
+    if not is_float(v) or v.tensor.ndim == 0 or v.tensor.shape[-1] < 2:
         return False
-    return bool((v.tensor.double().var(dim) > 1e-2).all())
+    return bool((v.tensor.double().var(-1) > 1e-2).all())
+
+
+def named(x: Value | None, **params: Any) -> Arguments:
+    """The arguments of an operator of one value."""
+    return None if x is None else ((x.name,), params)
 
 
 def _floats(c: Chooser) -> Arguments:
@@ -252,8 +257,7 @@ rule("cumsum", lambda x, dim: x.cumsum(dim), _along(lambda v: True))
 
 
 def _layer_norm(c: Chooser) -> Arguments:
-    x = c.value(varied)
-    return None if x is None else ((x.name,), {})
+    return named(c.value(varied))
 
 
 rule("layernorm", lambda x: F.layer_norm(x, x.shape[-1:]), _layer_norm, weight=2)
@@ -411,25 +415,25 @@ def _gather(c: Chooser) -> Arguments:
     return (found[0].name, index.name), {"dim": found[1]}
 
 
-def _index(i: torch.Tensor, size: int) -> torch.Tensor:
+def positions(i: torch.Tensor, size: int) -> torch.Tensor:
     return i.to(torch.int64).remainder(size)
 
 
 def _scatter(x: torch.Tensor, i: torch.Tensor, dim: int) -> torch.Tensor:
-    source = x.index_select(dim, _index(i, x.size(dim)))
-    return torch.zeros_like(x).index_add(dim, _index(i + 1, x.size(dim)), source)
+    source = x.index_select(dim, positions(i, x.size(dim)))
+    return torch.zeros_like(x).index_add(dim, positions(i + 1, x.size(dim)), source)
 
 
 def _index_put(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
-    rows = _index(i, x.size(0))
+    rows = positions(i, x.size(0))
     return x.index_put((rows,), torch.ones_like(x[rows]), accumulate=True)
 
 
 rule("mm", torch.mm, _mm, weight=2)
 rule("gram", lambda x: x @ x.mT, lambda c: _square(c), weight=2)
 rule("linear", lambda x, w: F.linear(x, w), _linear, weight=2)
-rule("indexselect", lambda x, i, dim: x.index_select(dim, _index(i, x.size(dim))), _gather, keeps=True, weight=2)
-rule("gatherrows", lambda x, i, dim: x.movedim(dim, 0)[_index(i, x.size(dim))], _gather, keeps=True)
+rule("indexselect", lambda x, i, dim: x.index_select(dim, positions(i, x.size(dim))), _gather, keeps=True, weight=2)
+rule("gatherrows", lambda x, i, dim: x.movedim(dim, 0)[positions(i, x.size(dim))], _gather, keeps=True)
 rule("scatteradd", _scatter, _gather)
 rule("indexput", lambda x, i, dim: _index_put(x, i), lambda c: _rows(c))
 rule("maxpool", lambda x: F.max_pool1d(x.unsqueeze(0), 2).squeeze(0), lambda c: _window(c), keeps=True, ties=True)
