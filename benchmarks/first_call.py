@@ -1,8 +1,9 @@
-"""What the first call of a process waits for: its main thread, sampled while it compiles one workload with empty caches.
+"""What the first call of a process waits for: its threads, sampled while it compiles one workload with empty caches.
 
 ``python -m benchmarks.first_call llama_decode --backend fusionc --only fusionc/`` prints seconds by function, those below
 it included, and by line where the thread was; name caches in use (``FUSIONC_CACHE``, ``TRITON_CACHE_DIR``) for a warm
-start. A profiler would charge each of Python's calls and so blame what is written in Python; samples do not.
+start. ``--others`` adds what all other threads did, the sum of them: what holds Python's lock while the main thread would
+work. A profiler would charge each of Python's calls and so blame what is written in Python; samples do not.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Sampler:
     def __init__(self) -> None:
         self.below: defaultdict[str, float] = defaultdict(float)
         self.at: defaultdict[str, float] = defaultdict(float)
+        self.others: defaultdict[str, float] = defaultdict(float)  # by function, of all other threads
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -51,12 +53,16 @@ class Sampler:
         assert main is not None
         before = time.perf_counter()
         while not self._end.wait(_STEP_S):
-            frame = sys._current_frames().get(main)
+            frames = sys._current_frames()
             now = time.perf_counter()
+            frame = frames.pop(main, None)
             if frame is not None:
                 self.at[place(frame, line=True)] += now - before
                 for name in {place(f) for f in _callers(frame)}:
                     self.below[name] += now - before
+            for other in frames.values():
+                for name in {place(f) for f in _callers(other)}:
+                    self.others[name] += now - before
             before = now
 
 
@@ -73,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=("full", "quick", "tiny"), default="full")
     parser.add_argument("--only", default="", help="functions of files whose path contains this")
+    parser.add_argument("--others", action="store_true", help="also the other threads, in all of them together")
     parser.add_argument("--least", type=float, default=0.03, help="seconds from which a function is shown")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="first-call-") as folder:
@@ -80,7 +87,10 @@ def main(argv: list[str] | None = None) -> int:
         found = Sampler()
         seconds = first_call_s(args.name, args.backend, args.device, args.size, found)
     print(f"{args.name}, {args.backend}: first call {seconds:.2f} s (sampled)")
-    for title, counted in (("with what it calls", found.below), ("where it was", found.at)):
+    shown = [("with what it calls", found.below), ("where it was", found.at)]
+    if args.others:
+        shown.append(("other threads, with what they call", found.others))
+    for title, counted in shown:
         print(title)
         for name, s in sorted(counted.items(), key=lambda item: -item[1]):
             if s >= args.least and args.only in name:

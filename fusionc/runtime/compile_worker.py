@@ -81,6 +81,15 @@ def pairs_apart() -> Iterator[None]:
                 knobs.runtime.add_stages_inspection_hook, _theirs = _theirs, None
 
 
+def others_hook() -> bool:
+    """Has somebody else set Triton's hook?  Ours, around what any thread compiles at the moment, does not count."""
+    from triton import knobs
+
+    with _hooked:
+        hook = knobs.runtime.add_stages_inspection_hook
+        return (_theirs if hook is _hook else hook) is not None
+
+
 def main() -> None:
     """Answer jobs until there are no more."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)

@@ -24,11 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .compile_worker import others_hook
 from .cores import available
 
 __all__ = ["compile_elsewhere", "start"]
 
-_MOST = 8
+_MOST = 12
 _CORES = 8  # fewer are kept busy by threads
 _ANSWER_SECONDS = 120.0
 _PLAIN = (bool, int, float, str, type(None))
@@ -109,7 +110,7 @@ def count() -> int:
     cores = available()
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun: as many processes as this one share the cores
     cores //= max(1, int(ranks)) if ranks.isdigit() else 1
-    return min(_MOST, cores // 2) if cores >= _CORES else 0
+    return min(_MOST, cores * 3 // 4) if cores >= _CORES else 0
 
 
 def start() -> None:
@@ -201,7 +202,7 @@ def _job(source: Any, target: Any, options: dict[str, Any], folder: str) -> dict
     from triton import knobs
     from triton.runtime.cache import triton_key
 
-    if knobs.runtime.add_stages_inspection_hook is not None or knobs.compilation.listener is not None:
+    if others_hook() or knobs.compilation.listener is not None:
         return None
     if knobs.compilation.always_compile or knobs.compilation.override or knobs.compilation.dump_ir:
         return None

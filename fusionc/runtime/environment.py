@@ -10,28 +10,33 @@ import contextlib
 import hashlib
 import json
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 
-@lru_cache(maxsize=8)
 def source_fingerprint(packages: tuple[str, ...] = ("ir", "schedule", "codegen", "runtime")) -> str:
     """SHA-256 over fusionc's own sources in ``packages``; a key that holds it dies with any change of ours.
 
-    Read once a process: what is loaded does not change either.  Programs depend on ``("graph", "passes", "ops")`` too.
+    Programs depend on ``("graph", "passes", "ops")`` too.
     """
+    return hashlib.sha256("".join(map(_package_fingerprint, packages)).encode()).hexdigest()
+
+
+@cache
+def _package_fingerprint(package: str) -> str:
+    """Read once a process: what is loaded does not change either.  Beside threads that compile, each of the files waits
+    for Python's lock, 2 s in all: the first key of a process, which is made before those start, asks for all packages."""
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     digest = hashlib.sha256()
-    for package in packages:
-        for folder, inner, files in os.walk(os.path.join(home, package)):
-            inner[:] = sorted(d for d in inner if d != "__pycache__")
-            for name in sorted(files):
-                if name.endswith((".py", ".h")):
-                    path = os.path.join(folder, name)
-                    with open(path, "rb") as stream:
-                        text = stream.read()
-                    digest.update(f"{os.path.relpath(path, home)}\0{len(text)}\0".encode())
-                    digest.update(text)
+    for folder, inner, files in os.walk(os.path.join(home, package)):
+        inner[:] = sorted(d for d in inner if d != "__pycache__")
+        for name in sorted(files):
+            if name.endswith((".py", ".h")):
+                path = os.path.join(folder, name)
+                with open(path, "rb") as stream:
+                    text = stream.read()
+                digest.update(f"{os.path.relpath(path, home)}\0{len(text)}\0".encode())
+                digest.update(text)
     return digest.hexdigest()
 
 
