@@ -283,6 +283,7 @@ def choose(
     check: Callable[[T], bool] | None = None,
     prepare: Callable[[T], Any] | None = None,
     sampler: Callable[[Sequence[Callable[[], Any]], torch.device], Sampler] = cuda_sampler,
+    most: int | None = None,
 ) -> T:
     """The fastest of ``candidates`` for ``key``, timed on the first call with that key and remembered.
 
@@ -295,6 +296,8 @@ def choose(
                 on a busy machine compiling would use it up, and the untimed default win for good
     check       is the result of this candidate right (see `stand_ins` and `agree`)?  Asked for the winner, then for the next
     prepare     compiles a candidate without launching it; called for all of them side by side, in threads
+    most        how many of them, from the first on, to compile and time unless the level is "max"; the others only where
+                none of these is of use
 
     Returns ``candidates[0]`` without measuring where there is nothing to choose or measuring is impossible: one
     candidate, no CUDA device, a CUDA graph being captured, tracing or fake tensors, tuning switched off.  A candidate
@@ -309,7 +312,8 @@ def choose(
     if len(candidates) == 1 or words == "off" or not _possible(device):
         return candidates[0]
     names = [repr(c) for c in candidates]
-    index = _recall(key, names, device)
+    most = tried(candidates, most)
+    index = _recall(key, names, most, device)
     if index is None:
         if _capturing(device):
             return candidates[0]
@@ -317,9 +321,14 @@ def choose(
             known = _memory.get((key, device))  # another thread may have been faster
             if known is not None and known[0] == candidates:
                 return candidates[known[1]]
-            index = _measured(key, names, candidates, run, device, seconds, check, prepare, sampler, words)
+            index = _measured(key, names, candidates, most, run, device, seconds, check, prepare, sampler, words)
     _memory[key, device] = (candidates, index)
     return candidates[index]
+
+
+def tried(candidates: Sequence[Any], most: int | None) -> int:
+    """How many of them ``choose`` compiles and times at the level that is set."""
+    return len(candidates) if most is None or level() == "max" else min(most, len(candidates))
 
 
 @dataclass(frozen=True)
@@ -329,6 +338,7 @@ class Wanted:
     key: str
     candidates: Sequence[Any]
     prepare: Callable[[Any], Any]
+    most: int | None = None
 
 
 def fastest(
@@ -345,21 +355,23 @@ def fastest(
         made = stand_ins(*tensors)
         return agree(launch(how, *made), library(*made))
 
-    how = choose(at.key, at.candidates, lambda each: launch(each, *tensors), device=first.device, check=right, prepare=at.prepare)
+    how = choose(at.key, at.candidates, lambda each: launch(each, *tensors), device=first.device, check=right, prepare=at.prepare,
+                 most=at.most)  # fmt: skip
     return launch(how, *tensors)
 
 
 def likely(wanted: Wanted, device: torch.device) -> list[Any]:
     """The candidates that ``choose`` will compile for it: the winner where one is known, the default where nothing is
-    measured, else all."""
+    measured, else all that are timed."""
     candidates = wanted.candidates
     known = _memory.get((wanted.key, device))
     if known is not None and known[0] == candidates:
         return [candidates[known[1]]]
     if len(candidates) == 1 or level() == "off":
         return [candidates[0]]
-    index = _recall(wanted.key, [repr(c) for c in candidates], device)
-    return list(candidates) if index is None else [candidates[index]]
+    most = tried(candidates, wanted.most)
+    index = _recall(wanted.key, [repr(c) for c in candidates], most, device)
+    return list(candidates[:most]) if index is None else [candidates[index]]
 
 
 def history() -> list[Outcome]:
@@ -380,6 +392,7 @@ def _measured(
     key: str,
     names: list[str],
     candidates: Sequence[T],
+    most: int,
     run: Callable[[T], Any],
     device: torch.device,
     seconds: float,
@@ -390,16 +403,18 @@ def _measured(
 ) -> int:
     """Index of the winner, after waiting for another process that measures the same key."""
     budget = seconds * (5 if words == "max" else 1)
-    cache, entry_key = _cache(), _entry_key(key, names, device)
+    cache, entry_key = _cache(), _entry_key(key, names, most, device)
     # the other process compiles first, for up to a minute
     with cache.lock(KIND, entry_key, timeout=2 * budget + 60) if entry_key else contextlib.nullcontext(False):
-        index = _recall(key, names, device)
+        index = _recall(key, names, most, device)
         if index is not None:
             return index
         outcome = Outcome(key, names)
         start = time.monotonic()
         try:
-            _run_race(outcome, candidates, run, device, budget, check, prepare, sampler)
+            for seats in (range(most), range(most, len(candidates))):
+                if seats and _run_race(outcome, seats, candidates, run, device, budget, check, prepare, sampler):
+                    break
         except Exception as e:  # noqa: BLE001 - measuring is never worth a failure; the default is a good one
             warn_once(f"tune:{key}", f"fusionc could not compare implementations of {key} ({type(e).__name__}: {e})")
             return 0
@@ -413,6 +428,7 @@ def _measured(
 
 def _run_race(
     outcome: Outcome,
+    seats: Sequence[int],
     candidates: Sequence[T],
     run: Callable[[T], Any],
     device: torch.device,
@@ -420,25 +436,26 @@ def _run_race(
     check: Callable[[T], bool] | None,
     prepare: Callable[[T], Any] | None,
     sampler: Callable[[Sequence[Callable[[], Any]], torch.device], Sampler],
-) -> None:
+) -> bool:
+    """Race the candidates at ``seats``, and write down what was found; False if none of them is of use."""
     failed = outcome.failed
     if prepare is not None:
         from .launch import compile_many
 
         ready = prepare
-        for i, r in enumerate(compile_many([partial(ready, c) for c in candidates])):
+        for i, r in zip(seats, compile_many([partial(ready, candidates[i]) for i in seats]), strict=True):
             if isinstance(r, Exception):
                 failed[i] = _first_line(r)
     deadline = time.monotonic() + budget
     alive: list[int] = []
-    for i, c in enumerate(candidates):
+    for i in seats:
         if i in failed:
             continue
         if alive and time.monotonic() > deadline:
             failed[i] = "no time left"
             continue
         try:
-            run(c)
+            run(candidates[i])
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             alive.append(i)
@@ -446,19 +463,21 @@ def _run_race(
             failed[i] = _first_line(e)
     launches = [partial(run, c) for c in candidates]
     order, ms = race(alive, sampler(launches, device), deadline=deadline) if len(alive) > 1 else (alive, {})
-    outcome.ms = [ms.get(i) for i in range(len(candidates))]
+    outcome.ms = [ms.get(i, was) for i, was in enumerate(outcome.ms or [None] * len(candidates))]
     wrong: set[int] = set()
     best = [*order, *(i for i in alive if i not in order)]
     for i in best:
         try:
             if check is None or check(candidates[i]):
                 outcome.winner, outcome.proven = i, True
-                return
+                return True
             failed[i] = "gives other results"
             wrong.add(i)
         except Exception as e:  # noqa: BLE001 - no memory for another set of tensors, say
             failed[i] = _first_line(e)
-    outcome.winner = next((i for i in best if i not in wrong), alive[0] if alive else 0)
+    usable = [i for i in best if i not in wrong]
+    outcome.winner = usable[0] if usable else alive[0] if alive else outcome.winner
+    return bool(usable)
 
 
 def _first_line(e: Exception) -> str:
@@ -477,9 +496,9 @@ def binaries() -> Path | None:
     return _cache().folder("triton")
 
 
-def _entry_key(key: str, names: Sequence[str], device: torch.device) -> dict[str, Any] | None:
+def _entry_key(key: str, names: Sequence[str], most: int, device: torch.device) -> dict[str, Any] | None:
     """Key of the entry; None for candidates whose repr holds an address, which no other process could match."""
-    text = "\0".join(names)
+    text = "\0".join((*names, str(most)))
     if " at 0x" in text:
         return None
     return {
@@ -490,10 +509,10 @@ def _entry_key(key: str, names: Sequence[str], device: torch.device) -> dict[str
     }
 
 
-def _recall(key: str, names: Sequence[str], device: torch.device) -> int | None:
+def _recall(key: str, names: Sequence[str], most: int, device: torch.device) -> int | None:
     """The remembered winner on disk; None for none or for an entry that does not make sense."""
     try:
-        entry_key = _entry_key(key, names, device)
+        entry_key = _entry_key(key, names, most, device)
         payload = _cache().get(KIND, entry_key) if entry_key else None
         if payload is None:
             return None

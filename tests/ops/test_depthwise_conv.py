@@ -171,8 +171,22 @@ def test_reference_and_library(given: dict) -> None:
         torch.ops.aten.convolution(x, taps.permute(2, 0, 1)[:, None].contiguous(), b, shape.stride, shape.padding,
                                    shape.dilation, False, [0, 0], x.shape[1]).stride()  # fmt: skip
     assert (runtime.library(x, taps, b, shape).double() - want).norm() <= 3e-3 * want.norm()
+    plain = runtime.by_taps(x, taps, b, shape)
+    assert plain.dtype == torch.float32 and (plain.double() - want).norm() <= 1e-5 * want.norm()
     torch.library.opcheck(torch.ops.fusionc.depthwise_conv.default, (x, taps, b, shape.stride, shape.padding, shape.dilation,
                           shape.activation), test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+
+
+def test_the_library_is_asked_where_it_may_be_the_fastest() -> None:
+    def asked(**given: Any) -> tuple[int, int]:
+        shape = make(n=1, c=64, size=(14, 28), **given)[0]
+        return runtime.most(shape, 32), len(runtime.candidates(shape, 32))
+
+    assert asked(kernel=(7, 7), last=True) == (2, 4) == asked(kernel=(3, 3), last=True, stride=(2, 2))
+    others = ({"kernel": (13, 13), "last": True}, {"kernel": (7, 7)}, {"kernel": (7, 7), "last": True, "dtype": torch.float32})
+    for given in others:
+        tried, known = asked(**given)
+        assert tried == known
 
 
 @pytest.mark.interpret
@@ -256,7 +270,7 @@ def test_candidates_compile_quickly() -> None:
         for _, strip, *_ in [how for how in runtime.weight_candidates(shape, 32) if how[0] == "direct"]:
             assert kernel[0] * kernel[1] * strip <= 7 * 7 * 14 and kernel[0] * (strip + (kernel[1] - 1) * dilation[1]) <= 150
     direct = runtime.candidates(make(n=1, c=64, size=(4, 28), kernel=(7, 7), last=True)[0], 32)
-    assert direct == (("direct", 7, 64, 4, 4), ("direct", 14, 64, 4, 4), ("direct", 7, 32, 16, 4), ("library",))
+    assert direct == (("direct", 14, 64, 4, 4), ("direct", 7, 64, 4, 4), ("direct", 14, 32, 16, 4), ("library",))
 
 
 @pytest.mark.cross

@@ -96,12 +96,51 @@ def test_winner_is_remembered_in_the_process_and_on_disk(measurable: None, tmp_p
     )  # other candidates: measured anew
 
 
+def test_only_the_likeliest_are_tried(measurable: None) -> None:
+    planted = Planted([1.0, 0.8, 0.5])
+    assert choose("k", ["a", "b", "c"], planted, most=2) == "b" and planted.taken[2] == 0
+    tune._memory.clear()
+    assert choose("k", ["a", "b", "c"], Planted([0.5, 0.8, 1.0]), most=2) == "b", "from the disk"
+    tune._memory.clear()
+    assert choose("k", ["a", "b", "c"], planted, most=3) == "c", "another question"
+    assert tune.history()[0].ms[2] is None
+    tune.configure("max")
+    assert choose("l", ["a", "b", "c"], planted, most=2) == "c"
+
+
+@pytest.mark.parametrize("trouble", ["wrong", "raises", "does not build"])
+def test_the_others_are_tried_where_the_likeliest_are_of_no_use(measurable: None, trouble: str) -> None:
+    asked: list[str] = []
+
+    def run(c: str) -> None:
+        asked.append(c)
+        if trouble == "raises" and c in "ab":
+            raise RuntimeError("no")
+
+    def prepare(c: str) -> None:
+        if trouble == "does not build" and c in "ab":
+            raise RuntimeError("no")
+
+    found = choose("k", ["a", "b", "c", "d"], Planted([1.0, 0.8, 0.7, 0.4]), run=run, prepare=prepare, most=2,
+                   check=lambda c: trouble != "wrong" or c in "cd")  # fmt: skip
+    (outcome,) = tune.history()
+    assert found == "d" and outcome.proven and set(outcome.failed) == {0, 1}
+    assert asked[-1] == "d" and ("a" in asked) == (trouble != "does not build")
+
+
+def test_what_could_not_be_looked_at_comes_before_what_is_less_likely(measurable: None) -> None:
+    def check(c: str) -> bool:
+        raise MemoryError
+
+    assert choose("k", ["a", "b", "c"], Planted([1.0, 0.8, 0.5]), check=check, most=2) == "b"
+
+
 @pytest.mark.parametrize(
     "damage", ['{"index":7,"name":"b"}', '{"index":true,"name":"b"}', '{"index":0,"name":"b"}', "{}"]
 )
 def test_senseless_entries_are_misses(measurable: None, damage: str) -> None:
     cache = tune._cache()
-    key = tune._entry_key("k", ["'a'", "'b'"], CPU)
+    key = tune._entry_key("k", ["'a'", "'b'"], 2, CPU)
     assert key is not None
     cache.put(tune.KIND, key, json.loads(damage))
     planted = Planted([1.0, 0.5])
@@ -134,7 +173,7 @@ def test_what_nothing_proves_is_not_kept(measurable: None) -> None:
 
     found = choose("k", ["raises", "a", "b"], Planted([1.0, 1.0, 0.5]), run=run, check=lambda c: False)
     assert found == "a", "the first that runs"
-    key = tune._entry_key("k", ["'raises'", "'a'", "'b'"], CPU)
+    key = tune._entry_key("k", ["'raises'", "'a'", "'b'"], 3, CPU)
     assert key is not None and tune._cache().get(tune.KIND, key) is None
 
 
