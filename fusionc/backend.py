@@ -59,7 +59,6 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     from torch._functorch import config as functorch_config
 
     from .artifacts import graph_label
-    from .partition import partition
     from .runtime import compile_workers, tune
     from .warm import Warm
 
@@ -81,7 +80,8 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
 
         weights = DerivedWeights(derived, config.weights)
         example_inputs = [*example_inputs, *_static(weights.resolve(example_inputs))]
-    inner = functools.partial(_inner, config=config, title=title, model_records=model_records, warm=warm)
+    backward = _Backward()
+    inner = functools.partial(_inner, config=config, title=title, model_records=model_records, warm=warm, backward=backward)
     # We reuse no saved tensor's memory, so AOTAutograd need not forbid backward(retain_graph=True).
     with functorch_config.patch(donated_buffer=False):
         compiled = aot_autograd(
@@ -89,7 +89,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
             bw_compiler=functools.partial(inner, stage="backward"),
             inference_compiler=functools.partial(inner, stage="inference"),
             decompositions=decompositions(),
-            partition_fn=partition,
+            partition_fn=backward.partition,
             keep_inference_input_mutations=True,
         )(gm, example_inputs)
     warm.finish(derived, model_records)
@@ -158,41 +158,122 @@ def _model_passes(
 
 
 def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, title: str, stage: str,
-           model_records: list[Any], warm: Any) -> Callable[[list[Any]], Any]:  # fmt: skip
+           model_records: list[Any], warm: Any, backward: _Backward) -> Callable[[list[Any]], Any]:  # fmt: skip
     """AOTAutograd's compiler: one ATen graph to a boxed callable."""
-    from .compiler import boxed_eager, compile_graph
-    from .record import GraphRecord, remember
-    from .rescue import guarded
-
     if stage == "forward":
         _nothing_donated()
-    name = title if stage == "inference" else f"{title}_{stage}"
-    with _lock, _without_collector():  # a backward graph comes later than `_compile`
-        try:
-            call, record = compile_graph(gm, example_inputs, config, stage, name)
-            record.passes = [*model_records, *record.passes]
-        except errors.StrictError:
-            raise
-        except Exception as e:
-            if config.strict:
-                raise
-            errors.warn_once(
-                f"graph:{type(e).__name__}:{e}",
-                f"fusionc could not compile a {stage} graph ({type(e).__name__}: {e}); it runs in ATen. "
-                "Please report this; options={'strict': True} shows where it happens",
-            )
-            record = GraphRecord(name=name, stage=stage)  # type: ignore[arg-type]
-            record.fallbacks.append(f"whole graph: {type(e).__name__}: {e}")
-            call = boxed_eager(gm)
-    run = guarded(call, config.strict)
-    run._boxed_call = True  # type: ignore[attr-defined]
-    warm.observe(stage, call, run)
-    remember(record)
-    if config.dump:
-        from .dump import write_graph
+    graph = _Graph(gm, example_inputs, config, title, stage, model_records, warm)
+    graph.advance()
+    if stage == "backward":
+        backward.take_over(graph)
+    elif stage == "forward" and graph.run is None:
+        graph.advance()
+        backward.begin(graph)
+    return graph.finish()
 
-        write_graph(record, config)
-    return run
+
+class _Graph:
+    """The compilation of one ATen graph."""
+
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], config: Config, title: str, stage: str,
+                 model_records: list[Any], warm: Any) -> None:  # fmt: skip
+        from .compiler import compile_steps
+
+        self.gm, self.config, self.stage, self.model_records, self.warm = gm, config, stage, model_records, warm
+        self.title, self.name = title, title if stage == "inference" else f"{title}_{stage}"
+        self.steps = compile_steps(gm, example_inputs, config, stage, self.name)
+        self.key: Any = None  # in the cache
+        self.instead: Any = None  # of the key that the steps have
+        self.run: Callable[[list[Any]], Any] | None = None  # once compiled
+
+    def finish(self) -> Callable[[list[Any]], Any]:
+        """The callable; waits for it."""
+        while self.run is None:
+            self.advance()
+        return self.run
+
+    def advance(self) -> None:
+        """Compile to where there is something to wait for, or to the end."""
+        from .compiler import boxed_eager
+        from .record import GraphRecord
+
+        with _lock, _without_collector():  # a backward graph comes later than `_compile`
+            try:
+                self.key = self.steps.send(self.instead)
+                return
+            except StopIteration as end:
+                call, record = end.value
+                record.passes = [*self.model_records, *record.passes]
+            except Exception as e:
+                if self.config.strict or isinstance(e, errors.StrictError):
+                    raise
+                errors.warn_once(
+                    f"graph:{type(e).__name__}:{e}",
+                    f"fusionc could not compile a {self.stage} graph ({type(e).__name__}: {e}); it runs in ATen. "
+                    "Please report this; options={'strict': True} shows where it happens",
+                )
+                record = GraphRecord(name=self.name, stage=self.stage)  # type: ignore[arg-type]
+                record.fallbacks.append(f"whole graph: {type(e).__name__}: {e}")
+                call = boxed_eager(self.gm)
+        self._compiled(call, record)
+
+    def _compiled(self, call: Callable[[list[Any]], Any], record: Any) -> None:
+        from .record import remember
+        from .rescue import guarded
+
+        self.run = guarded(call, self.config.strict)
+        self.run._boxed_call = True  # type: ignore[attr-defined]
+        del self.gm, self.steps
+        self.warm.observe(self.stage, call, self.run)
+        remember(record)
+        if self.config.dump:
+            from .dump import write_graph
+
+            write_graph(record, self.config)
+
+
+class _Backward:
+    """A backward graph whose kernels compile beside the forward graph's, for AOTAutograd asks for it when it first runs.
+
+    What the partitioner made is compiled to where it would wait; if what AOTAutograd hands over then has the same key, that
+    compilation goes on.  Triton only: there other processes and threads compile while Python's lock is free.
+    """
+
+    def __init__(self) -> None:
+        self._gm: GraphModule | None = None
+        self._begun: tuple[Any, Any] | None = None  # its key, and the compilation
+
+    def partition(self, joint: GraphModule, inputs: Sequence[Any], **more: Any) -> tuple[GraphModule, GraphModule]:
+        from .partition import partition
+
+        forward, self._gm = partition(joint, inputs, **more)
+        return forward, self._gm
+
+    def begin(self, forward: _Graph) -> None:
+        """Start, while the kernels of the forward graph compile."""
+        from .compiler import choose_target, compile_steps, device_of
+        from .graph.edit import copy_module
+
+        gm, self._gm = self._gm, None
+        config = forward.config
+        if gm is None or config.dump or choose_target(config, device_of(gm)) in ("cpp", "aten", "interpret"):
+            return
+        with contextlib.suppress(Exception), _lock, _without_collector():  # whatever it is, the graph itself meets it again
+            gm = copy_module(gm)
+            values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+            steps = compile_steps(gm, values, config, "backward", f"{forward.title}_backward")
+            key = next(steps)
+            if key is not None:
+                next(steps)
+                self._begun = key, steps
+
+    def take_over(self, graph: _Graph) -> None:
+        """Let it go on as the compilation of ``graph``, if it is the same."""
+        from . import program_cache
+
+        begun, self._begun = self._begun, None
+        if begun is not None and graph.run is None and graph.key is not None and program_cache.alike(begun[0], graph.key):
+            graph.steps, graph.instead = begun[1], graph.key
 
 
 def _nothing_donated() -> None:

@@ -10,9 +10,10 @@ import contextlib
 import ctypes
 import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -54,6 +55,7 @@ class Context:
     device: torch.device
     target: str
     hints: dict[str, int]
+    key: program_cache.Key | None = None
     sources: dict[str, str] = field(default_factory=dict)  # symbol -> generated text
     loops: dict[str, str] = field(default_factory=dict)  # symbol -> loop IR, once linked
     program: prog.Program | None = None  # once linked
@@ -61,6 +63,7 @@ class Context:
     alike: Alike = field(default_factory=Alike)
     waiting: ahead.Compiling | None = None  # the operators' kernels
     at_zero: frozenset[Node] = frozenset()  # values that must begin where their storage does
+    elsewhere: float = 0.0  # seconds in which the caller did something else
     lone: bool = False  # one kernel is all of an inference graph: no other of ours follows
 
 
@@ -82,11 +85,32 @@ def choose_target(config: Config, device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "aten"
 
 
+T = TypeVar("T")
+Compiled = tuple[Callable[[list[Any]], Any], GraphRecord]
+Steps = Generator[program_cache.Key | None, program_cache.Key | None, T]
+
+
 def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, stage: str = "inference",
-                  name: str = "graph") -> tuple[Callable[[list[Any]], Any], GraphRecord]:  # fmt: skip
+                  name: str = "graph") -> Compiled:  # fmt: skip
     """Compile one ATen graph (functional, `meta["val"]` on every node).
 
     Returns a boxed callable (one list of arguments, which it empties; returns a tuple) and the record of what was done.
+    """
+    steps = compile_steps(gm, example_inputs, config, stage, name)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            compiled: Compiled = end.value
+            return compiled
+
+
+def compile_steps(gm: GraphModule, example_inputs: Sequence[Any], config: Config, stage: str = "inference",
+                  name: str = "graph") -> Steps[Compiled]:  # fmt: skip
+    """`compile_graph` in steps: the caller may do something else before it goes on.
+
+    Unless the cache has the graph, it stops once before it does anything, and whenever it would wait for kernels that other
+    threads compile.  It yields the graph's key in the cache (None: it has none); another key that is sent takes its place.
     """
     from .passes.manager import run_passes
 
@@ -105,6 +129,9 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     found = slot.load(name)
     if found is not None:
         return found
+    away = time.perf_counter()
+    yield slot.key
+    started += time.perf_counter() - away
     gm, record.passes = run_passes(gm, "graph", config, example_inputs, stage=stage, recompile=False)
     derived = gm.meta.get("fusionc_derived") or []
     record.timings["passes"] = time.perf_counter() - started
@@ -114,9 +141,9 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     record.device = _device_words(device, target)
     bandwidth, rate = artifacts.peaks(target, device)
     record.peak_gbs, record.peak_gflops = bandwidth / 1e9, rate / 1e9
-    cx = Context(gm, config, record, device, target, _hints(gm))
+    cx = Context(gm, config, record, device, target, _hints(gm), slot.key)
     try:
-        call = _lower_and_link(cx)
+        call = yield from _lower_and_link(cx)
     except errors.StrictError:
         raise
     except Exception as e:  # a bug of ours costs speed, not the answer
@@ -132,8 +159,9 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     if target in CROSS:  # its kernels were compiled to be read; the graph itself runs in ATen
         call = boxed_eager(gm)
     call = _with_derived(call, derived, config)
+    slot.key = cx.key
     slot.store(cx, derived, call)
-    record.timings["total"] = time.perf_counter() - started
+    record.timings["total"] = time.perf_counter() - started - cx.elsewhere
     return call, record
 
 
@@ -188,7 +216,7 @@ def _hints(gm: GraphModule) -> dict[str, int]:
 # -- groups to kernels ------------------------------------------------------------------------------------------------
 
 
-def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
+def _lower_and_link(cx: Context) -> Steps[Callable[[list[Any]], Any]]:
     if cx.target == "aten":
         never = {n: "target is aten" for n in cx.gm.graph.nodes if n.op == "call_function" and not is_view(n)}
     else:
@@ -220,17 +248,23 @@ def _lower_and_link(cx: Context) -> Callable[[list[Any]], Any]:
             cx.lone = cx.record.stage == "inference" and len(units) == len(lowered) == 1
             with _compiled_into_our_cache(cx):
                 finish = many.start(cx, bundles)
-                more, bad = _compile_kernels(cx, _outside(bundles, lowered))
+                finish_others = _start_kernels(cx, _outside(bundles, lowered))
+            left = time.perf_counter()
+            cx.key = (yield cx.key) or cx.key
+            away = time.perf_counter() - left
+            cx.elsewhere += away
+            with _compiled_into_our_cache(cx):
+                more, bad = finish_others()
                 fused, symbols = finish()
                 if len(fused) < len(bundles):  # the members of what could not be built are launches of their own
                     cx.record.kernels[:] = [k for k in cx.record.kernels if k.symbol in symbols]
-                    more, bad = _compile_kernels(cx, _outside(fused, lowered))
+                    more, bad = _start_kernels(cx, _outside(fused, lowered))()
             symbols |= more
             if cx.waiting is not None:
                 waited = time.perf_counter()
                 cx.waiting()
                 cx.record.timings["operators"] = time.perf_counter() - waited
-            cx.record.timings["compile"] = cx.record.timings.get("compile", 0.0) + time.perf_counter() - clock
+            cx.record.timings["compile"] = cx.record.timings.get("compile", 0.0) + time.perf_counter() - clock - away
             failed = bad
             if bad and any(i.built.kernel.columns for i in lowered):
                 columns, failed = False, {}  # whichever it was, the simpler kernels come first
@@ -423,34 +457,37 @@ def _recompute(cx: Context, grouper: Grouper, lowered: list[Lowered]) -> None:
 # -- kernels to code --------------------------------------------------------------------------------------------------
 
 
-def _compile_kernels(cx: Context, lowered: list[Lowered]) -> tuple[dict[str, Any], dict[Node, str]]:
-    """Callables by symbol; and, for kernels that could not be built, their nodes with the reason."""
+def _start_kernels(cx: Context, lowered: list[Lowered]) -> Callable[[], tuple[dict[str, Any], dict[Node, str]]]:
+    """Start to compile.  The result waits; it returns callables by symbol and, for kernels that could not be built, their
+    nodes with the reason."""
     by_text: dict[str, list[Lowered]] = {}
     for item in lowered:
         item.symbol = f"k_{item.built.kernel.digest[:20]}"
         by_text.setdefault(item.symbol, []).append(item)
     if not by_text:
-        return {}, {}
+        return lambda: ({}, {})
     kernels, counts = {s: items[0].built.kernel for s, items in by_text.items()}, {s: len(i) for s, i in by_text.items()}
+    waiting: Callable[[], tuple[dict[str, Any], dict[str, str]]]
     if cx.target == "cpp":
-        from .targets.cpp import compile_all
+        from .targets import cpp
 
-        functions, problems = compile_all(cx, kernels)
+        waiting = partial(cpp.compile_all, cx, kernels)
     else:
-        from .targets.triton import compile_all as compile_triton
+        from .targets import triton
 
-        functions, problems = compile_triton(cx, kernels, counts)
-    bad: dict[Node, str] = {}
-    if problems:
-        artifacts.report_problems(cx, problems)
-    for symbol in problems:
-        for item in by_text[symbol]:
-            for n in item.group.nodes:
-                bad[n] = "its kernel could not be built"
-    for record in cx.record.kernels:
-        record.uses = counts.get(record.symbol, record.uses)
-    artifacts.describe_kernels(cx.record.kernels, {s: items[0].group.nodes for s, items in by_text.items()})
-    return functions, bad
+        waiting = triton.start(cx, kernels, counts)
+
+    def finish() -> tuple[dict[str, Any], dict[Node, str]]:
+        functions, problems = waiting()
+        if problems:
+            artifacts.report_problems(cx, problems)
+        bad = {n: "its kernel could not be built" for symbol in problems for item in by_text[symbol] for n in item.group.nodes}
+        for record in cx.record.kernels:
+            record.uses = counts.get(record.symbol, record.uses)
+        artifacts.describe_kernels(cx.record.kernels, {s: items[0].group.nodes for s, items in by_text.items()})
+        return functions, bad
+
+    return finish
 
 
 # -- the program ------------------------------------------------------------------------------------------------------

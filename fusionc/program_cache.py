@@ -79,7 +79,7 @@ def switches() -> dict[str, Any]:
                  "treat_parameters_as_free_to_save", "recompute_views", "activation_memory_budget", "max_dist_from_bw",
                  "ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_not_in_allowlist",
                  "ban_recompute_materialized_backward", "ban_recompute_reductions", "aggressive_recomputation",
-                 "guess_tangent_strides_as_outputs", "graphsafe_rng_functionalization", "donated_buffer",
+                 "guess_tangent_strides_as_outputs", "graphsafe_rng_functionalization",
                  "force_non_lazy_backward_lowering", "unlift_effect_tokens", "selective_decompose",
                  "disable_guess_zero_tangent_for_mutated_input_subclass"):  # fmt: skip
         functorch[name] = str(getattr(settings, name, None))
@@ -98,6 +98,18 @@ def switches() -> dict[str, Any]:
         "cudnn": [backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.allow_tf32],
         "functorch": functorch,
     }  # fmt: skip
+
+
+_OF_A_THREAD = ("grad", "inference", "autocast", "autocast_cache")  # and a graph of ATen operators depends on none of them
+
+
+def alike(one: Key, other: Key) -> bool:
+    """Are these keys of one graph?  Autograd's threads have some settings of their own."""
+
+    def rest(key: Key) -> Key:
+        return {**key, "switches": {n: v for n, v in key["switches"].items() if n not in _OF_A_THREAD}}
+
+    return rest(one) == rest(other)
 
 
 def common_key(config: Config, device: torch.device, target: str) -> Key:

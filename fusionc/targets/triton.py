@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from ..codegen import triton as codegen
 from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate
-from ..progress import progress
+from ..progress import Progress, progress
 from ..runtime import binaries, launch
 from ..runtime import device as devices
 from ..schedule.columns import stage
@@ -49,8 +50,13 @@ def compile_all(
 
     With `uses` (how often each runs) plans may be measured; without, only those that the cache knows are used.
     """
-    from ..artifacts import kernel_record
+    return start(cx, kernels, uses)()
 
+
+def start(
+    cx: Context, kernels: dict[str, Kernel], uses: dict[str, int] | None = None
+) -> Callable[[], tuple[dict[str, Any], dict[str, str]]]:
+    """Start compiling in threads; the result waits, measures plans, and returns what `compile_all` does."""
     cross = cx.target not in ("triton", "interpret")
     device = device_of(cx)
     parts: dict[str, list[Part]] = {}
@@ -60,38 +66,68 @@ def compile_all(
             parts[symbol] = _parts(cx, symbol, kernel, device)
         except NotImplementedError as e:
             problems[symbol] = str(e)
-    built: dict[str, launch.Compiled | None] = {}
-    tuning: dict[str, list[tuple[str, float | None, float | None]]] = {}
     flat = [p for group in parts.values() for p in group]
+    bound: dict[str, launch.TritonKernel] = {}
+    session = None
+    jobs: list[Callable[[], Any]] = []
     if cross:
-        jobs = [lambda p=p: launch.cross_compile(p.source, p.symbol, p.kernel, p.plan, cx.target) for p in flat]
-        with triton_cache(cx), progress("compiling kernels", len(jobs), cx.config.progress) as bar:
-            results = launch.compile_many(jobs, done=bar.advance)
-        built = {p.symbol: r if isinstance(r, launch.Compiled) else None for p, r in zip(flat, results, strict=True)}
+        jobs = [partial(launch.cross_compile, p.source, p.symbol, p.kernel, p.plan, cx.target) for p in flat]
     elif cx.target == "triton":
         session = Session(cx, device, uses)
         session.consider(flat)
         bound = {p.symbol: launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device) for p in flat}
-        work: list[Callable[[], Any]] = [k.compile for k in bound.values()]
-        work += session.jobs()
-        with triton_cache(cx), progress("compiling kernels", len(work), cx.config.progress) as bar:
-            results = launch.compile_many(work, done=bar.advance)[: len(flat)]
-            for i, p in enumerate(flat):
-                if isinstance(results[i], Exception) and p.symbol in session.rules:
-                    session.restore(p)
-                    again = launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device)
-                    bound[p.symbol], results[i] = again, launch.compile_many([again.compile])[0]
-        if session.entries and cx.waiting is not None:
-            cx.waiting()  # the less compiles while kernels race, the better
-        clock = time.perf_counter()
-        session.measure(bound, cx.config.progress)
-        cx.record.timings["measure"] = cx.record.timings.get("measure", 0.0) + time.perf_counter() - clock
-        tuning = session.tuning
-    else:
-        results = [None] * len(flat)
-    for p, r in zip(flat, results, strict=True):
+        jobs = [*[k.compile for k in bound.values()], *session.jobs()]
+    ended: list[None] = []
+    bars: list[Progress] = []
+
+    def done() -> None:
+        ended.append(None)
+        for bar in bars:
+            bar.advance()
+
+    with triton_cache(cx):
+        waiting = launch.compile_beside(jobs, done) if jobs else list
+
+    def finish() -> tuple[dict[str, Any], dict[str, str]]:
+        with progress("compiling kernels", len(jobs), cx.config.progress) as bar:
+            bar.advance(count=len(ended))
+            bars.append(bar)
+            results = waiting()[: len(flat)]
+        if session is not None:
+            _settle(cx, session, flat, bound, results)
+        return _launchers(cx, kernels, parts, bound, results or [None] * len(flat), session, problems)
+
+    return finish
+
+
+def _settle(cx: Context, session: Session, flat: list[Part], bound: dict[str, launch.TritonKernel], results: list[Any]) -> None:
+    """Rules' plans where those of the cache do not build, and the winners of what is measured."""
+    for i, p in enumerate(flat):
+        if isinstance(results[i], Exception) and p.symbol in session.rules:
+            session.restore(p)
+            again = launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device)
+            with triton_cache(cx):
+                bound[p.symbol], results[i] = again, launch.compile_many([again.compile])[0]
+    if session.entries and cx.waiting is not None:
+        cx.waiting()  # the less compiles while kernels race, the better
+    clock = time.perf_counter()
+    session.measure(bound, cx.config.progress)
+    cx.record.timings["measure"] = cx.record.timings.get("measure", 0.0) + time.perf_counter() - clock
+
+
+def _launchers(
+    cx: Context, kernels: dict[str, Kernel], parts: dict[str, list[Part]], bound: dict[str, launch.TritonKernel],
+    results: list[Any], session: Session | None, problems: dict[str, str],
+) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+    """What `compile_all` returns, with records of the kernels."""
+    from ..artifacts import kernel_record
+
+    built: dict[str, launch.Compiled] = {}
+    for p, r in zip([p for group in parts.values() for p in group], results, strict=True):
         if isinstance(r, Exception):
             problems[p.symbol.split("_part")[0]] = str(r)
+        elif isinstance(r, launch.Compiled) and session is None:
+            built[p.symbol] = r
     functions: dict[str, Any] = {}
     for symbol, group in parts.items():
         if symbol in problems:
@@ -110,7 +146,7 @@ def compile_all(
             compiled = built.get(p.symbol)
             note = usage_note(compiled) if compiled is not None else ""
             record = kernel_record(cx, symbol, p.kernel, p.plan, p.source + note, "triton", p.symbol)
-            record.tuning = tuning.get(p.symbol, [])
+            record.tuning = session.tuning.get(p.symbol, []) if session is not None else []
             cx.record.kernels.append(record)
     return functions, problems
 

@@ -157,15 +157,16 @@ def test_kernel_that_does_not_launch(fails: Callable[[int], bool], monkeypatch: 
 def test_kernel_that_does_not_launch_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusionc.targets import triton
 
-    compile_all = triton.compile_all
+    start = triton.start
 
-    def compile_broken(cx: Any, kernels: Any) -> Any:
+    def start_broken(cx: Any, kernels: Any, uses: Any = None) -> Any:
         def broken(*args: Any) -> None:
             raise RuntimeError("the device said no")
 
-        return dict.fromkeys(kernels, broken), compile_all(cx, kernels)[1]
+        problems = start(cx, kernels, uses)()[1]
+        return lambda: (dict.fromkeys(kernels, broken), problems)
 
-    monkeypatch.setattr(triton, "compile_all", compile_broken)
+    monkeypatch.setattr(triton, "start", start_broken)
     x, w = torch.randn(16, 24, device="cuda"), torch.randn(24, 8, device="cuda")
     compiled = torch.compile(two_kernels, backend="fusionc")
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
