@@ -8,8 +8,10 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(compile_workers, "_free", queue.SimpleQueue())
     monkeypatch.setattr(compile_workers, "_home", 0)
     monkeypatch.setattr(compile_workers, "_team", [])
+    monkeypatch.setattr(compile_workers, "_busy", 0)
     monkeypatch.setenv("FUSIONC_WORKERS", "1")
     compile_workers.start()
     worker = compile_workers._free.get(timeout=60)
@@ -247,9 +250,30 @@ def test_trouble_with_workers_is_nobodys(workers: Any, tmp_path: Path, monkeypat
         assert launch.compile_source(source(), GPU, {"num_warps": 4}).asm["cubin"]
 
 
-def test_nobody_waits_for_a_worker(workers: Any, tmp_path: Path) -> None:
+def test_who_finds_all_at_work_waits_for_one(workers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, together = compile_workers.Worker.ask, threading.Barrier(2, timeout=30)
+
+    def slow(self: Any, job: Any) -> str:
+        if job["constants"][-1][-1] == 1.0:
+            together.wait()  # the other one comes now
+            time.sleep(0.2)
+        return ask(self, job)
+
+    monkeypatch.setattr(compile_workers.Worker, "ask", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(compile_workers.compile_elsewhere, source(factor=1.0), GPU, OPTIONS, str(tmp_path))
+        together.wait()
+        assert workers.empty() and compile_workers._busy == 1
+        assert compile_workers.compile_elsewhere(source(factor=2.0), GPU, OPTIONS, str(tmp_path)) and first.result()
+    assert compile_workers._busy == 0 and len(metadata(tmp_path)) == 2
+
+
+def test_nobody_waits_for_long(workers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = workers.get()
-    assert not compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path))
+    monkeypatch.setattr(compile_workers, "_PATIENCE_SECONDS", 0.2)
+    for busy in (0, 1):  # nobody has it; somebody does not give it back
+        monkeypatch.setattr(compile_workers, "_busy", busy)
+        assert not compile_workers.compile_elsewhere(source(), GPU, OPTIONS, str(tmp_path))
     workers.put(worker)
 
 
