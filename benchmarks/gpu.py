@@ -488,7 +488,7 @@ class Runner:
             jobs = self.args.jobs
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or jobs) // jobs)))
             if jobs > 1:  # each process would start as many as the machine has cores for
-                environment.setdefault("FUSIONC_WORKERS", str(8 // jobs))
+                environment.setdefault("FUSIONC_WORKERS", str(12 // jobs))
             if len(self.gpus) > 1:
                 environment["CUDA_VISIBLE_DEVICES"] = self.mine.gpu
         with tempfile.TemporaryFile("w+") as errors:

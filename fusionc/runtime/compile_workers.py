@@ -40,6 +40,7 @@ _PLAIN = (bool, int, float, str, type(None))
 _free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
 _team: list[Worker | None] = []  # all that were started; None: is being started
 _busy = 0  # how many have a job
+_waiting = 0  # how many threads wait for one of them: no more than these, or cores would be idle
 _home = 0  # the process that they work for
 _guard = threading.Lock()
 
@@ -162,8 +163,8 @@ def _end(pid: int) -> None:
 
 def _after_fork() -> None:
     """A child has no workers, and holds nothing of its parent's open."""
-    global _guard, _free, _home, _busy
-    _guard, _free, _home, _busy = threading.Lock(), queue.SimpleQueue(), 0, 0
+    global _guard, _free, _home, _busy, _waiting
+    _guard, _free, _home, _busy, _waiting = threading.Lock(), queue.SimpleQueue(), 0, 0, 0
     for worker in [w for w in _team if w is not None]:
         worker.close()
         worker.process.returncode = 0  # it is not the child's to wait for
@@ -199,18 +200,24 @@ def compile_elsewhere(source: Any, target: Any, options: dict[str, Any], folder:
 
 
 def _take() -> Worker | None:
-    """A worker that is free, or is so before long; None if nobody has one to give back."""
-    global _busy
+    """A worker that is free, or is so before long; None where there is none, or where as many threads wait as have one."""
+    global _busy, _waiting
     end = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        try:
-            worker = _free.get(timeout=max(0.0, end - time.monotonic()) if _busy else 0)
-        except queue.Empty:
-            return None
-        if worker.process.poll() is None:  # (else it has ended after a minute without work)
-            with _guard:
-                _busy += 1
-            return worker
+    with _guard:
+        patient = _waiting < _busy
+        _waiting += patient
+    try:
+        while True:
+            worker = _free.get(timeout=max(0.0, end - time.monotonic()) if patient and _busy else 0)
+            if worker.process.poll() is None:  # (else it has ended after a minute without work)
+                with _guard:
+                    _busy += 1
+                return worker
+    except queue.Empty:
+        return None
+    finally:
+        with _guard:
+            _waiting -= patient
 
 
 def _job(source: Any, target: Any, options: dict[str, Any], folder: str) -> dict[str, Any] | None:

@@ -66,6 +66,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(compile_workers, "_home", 0)
     monkeypatch.setattr(compile_workers, "_team", [])
     monkeypatch.setattr(compile_workers, "_busy", 0)
+    monkeypatch.setattr(compile_workers, "_waiting", 0)
     monkeypatch.setenv("FUSIONC_WORKERS", "1")
     compile_workers.start()
     worker = compile_workers._free.get(timeout=60)
@@ -266,6 +267,19 @@ def test_who_finds_all_at_work_waits_for_one(workers: Any, tmp_path: Path, monke
         assert workers.empty() and compile_workers._busy == 1
         assert compile_workers.compile_elsewhere(source(factor=2.0), GPU, OPTIONS, str(tmp_path)) and first.result()
     assert compile_workers._busy == 0 and len(metadata(tmp_path)) == 2
+
+
+def test_no_more_wait_than_are_at_work(workers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = workers.get()
+    monkeypatch.setattr(compile_workers, "_busy", 1)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(compile_workers._take)
+        while not compile_workers._waiting:
+            time.sleep(0.001)
+        assert compile_workers._take() is None and not first.done()
+        workers.put(worker)
+        assert first.result() is worker and compile_workers._waiting == 0 and compile_workers._busy == 2
+    workers.put(worker)
 
 
 def test_nobody_waits_for_long(workers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
