@@ -66,6 +66,10 @@ class Context:
     elsewhere: float = 0.0  # seconds in which the caller did something else
     lone: bool = False  # one kernel is all of an inference graph: no other of ours follows
 
+    def placed(self, node: Node) -> bool:
+        """Is it told where the value begins in its storage, so that it cannot lie in memory of something else?"""
+        return node in self.at_zero or packet_name(node) in KEEP_PLACE
+
 
 def device_of(gm: GraphModule) -> torch.device:
     """The device the graph computes on: the first accelerator found, else the CPU."""

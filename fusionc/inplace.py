@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from .graph.facts import KEEP_PLACE, packet_name
+from .graph.facts import packet_name
 from .ir.build import Built
 from .ir.expr import Const, Expr, Load, Rewriter
 from .ir.loop import Kernel, Store
@@ -77,7 +77,7 @@ def reuse_operands(
             continue
         (value,) = item.built.outputs
         shape = value.meta["val"].shape
-        if value in direct or value in cx.at_zero or packet_name(value) in KEEP_PLACE or not all(type(n) is int for n in shape):
+        if value in direct or cx.placed(value) or not all(type(n) is int for n in shape):
             continue
         if math.prod(shape) * value.meta["val"].itemsize < _WORTH:
             continue

@@ -6,7 +6,7 @@ answer becomes one launch, whose small results lie in one allocation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from torch.fx import Node
 from . import errors
 from .codegen import program as prog
 from .config import ONE_LAUNCH
-from .graph.facts import KEEP_PLACE, packet_name
 from .schedule.group import Call, Group, Grouper, Unit, _mutates
 from .schedule.horizontal import Item, Many, Step, bundles, template
 
@@ -83,7 +82,7 @@ def find(cx: Context, grouper: Grouper, units: Sequence[Unit], lowered: Sequence
         steps.append(Step(reads, kind, families[kernel.text], slots, held))
     limit = ARENA if cx.record.stage == "inference" else SAVED
     found = [[by_group[id(units[k])] for k in members] for members in bundles(steps)]
-    return [_bundle(members, direct, results, cx.at_zero, limit) for members in found]
+    return [_bundle(members, direct, results, cx.placed, limit) for members in found]
 
 
 def _plain(node: Node) -> bool:
@@ -93,8 +92,9 @@ def _plain(node: Node) -> bool:
     )
 
 
-def _bundle(members: list[Lowered], direct: Mapping[Node, Node], results: set[Node], apart: Set[Node], limit: int) -> Bundle:
-    fresh = [n for m in members for n in m.built.outputs if n not in direct and n not in apart]
+def _bundle(members: list[Lowered], direct: Mapping[Node, Node], results: set[Node], placed: Callable[[Node], bool],
+            limit: int) -> Bundle:  # fmt: skip
+    fresh = [n for m in members for n in m.built.outputs if n not in direct and not placed(n)]
     # what leaves the graph must not keep what does not
     arenas = _arenas([n for n in fresh if n in results], limit, MIXED)
     arenas += _arenas([n for n in fresh if n not in results], SAVED, SAVED)
@@ -131,7 +131,7 @@ def _arenas(nodes: Sequence[Node], limit: int, mixed: int) -> list[Arena]:
     rows: dict[Any, list[Node]] = {}
     for n in nodes:
         val = n.meta["val"]
-        if not val.numel() or val.nbytes > limit // 2 or packet_name(n) in KEEP_PLACE:
+        if not val.numel() or val.nbytes > limit // 2:
             continue
         row = val.nbytes // val.shape[0] if val.dim() else 0
         if val.dim() and val.is_contiguous() and row * val.shape[0] % ALIGNMENT == 0:
