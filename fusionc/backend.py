@@ -1,7 +1,7 @@
 """The torch.compile backend: `torch.compile(model, backend="fusionc")`.
 
 Dynamo calls `fusionc` with a torch-level graph and real inputs; model passes run on it; AOTAutograd functionalises it
-into ATen graphs, each of which goes through `fusionc.compiler.compile_graph`.
+into ATen graphs, each of which goes through `fusionc.compiler.compile_steps`.
 """
 
 from __future__ import annotations

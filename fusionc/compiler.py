@@ -1,6 +1,6 @@
 """One ATen graph to one callable: passes, groups, kernels, plans, source, Program.
 
-`compile_graph` is what the backend hands to AOTAutograd.  It never fails for lack of a lowering: what cannot be a kernel
+`compile_steps` is what the backend hands to AOTAutograd.  It never fails for lack of a lowering: what cannot be a kernel
 is an ATen call inside the Program; what goes wrong in the compiler itself costs speed, with one warning, not the answer.
 """
 
@@ -906,4 +906,4 @@ def ctypes_function(address: int, buffers: int, sizes: int) -> Callable[..., int
     return prototype(address)
 
 
-__all__ = ["compile_graph"]
+__all__ = ["compile_graph", "compile_steps"]

@@ -277,7 +277,7 @@ def _constant(gm: GraphModule, path: str) -> Any:
 
 
 class Slot:
-    """One graph's place in the cache, for `compile_graph`: load before compiling, store after."""
+    """One graph's place in the cache, for `compile_steps`: load before compiling, store after."""
 
     def __init__(self, gm: GraphModule, config: Config, stage: str, device: torch.device, target: str) -> None:
         self.config, self.stage, self.device, self.target = config, stage, device, target

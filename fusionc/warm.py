@@ -167,7 +167,7 @@ class Warm:
 
     # -- storing ----------------------------------------------------------------------------------------------------
     def observe(self, stage: str, call: Any, run: Callable[[list[Any]], Any]) -> None:
-        """A graph of ours was compiled (or loaded) as `stage`; `call` is what compile_graph returned, `run` what runs."""
+        """A graph of ours was compiled (or loaded) as `stage`; `call` is what `compile_steps` returned, `run` what runs."""
         self.ready[stage] = run
         if self.key is None:
             return
