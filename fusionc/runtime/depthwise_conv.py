@@ -93,7 +93,7 @@ def candidates(shape: Shape, images: int) -> tuple[Candidate, ...]:
 def most(shape: Shape, images: int) -> int:
     """How many of them to compile and time where time counts: the two strips, where the library need not be asked.
 
-    H200, channels-last, 3×3 to 7×7, 40 shapes of four models: the library takes 1.9 to 3.5 times as long as the best strip,
+    H200, channels-last, 3×3 to 7×7, 28 shapes of three models: the library takes 2.2 to 3.6 times as long as the best strip,
     and 0.15 to 0.7 s to find an algorithm for each shape; four channels a thread gain at most 1 %.
     """
     found = candidates(shape, images)

@@ -29,9 +29,9 @@ def candidates(rows: int, out: int, inner: int, scaled: bool = False) -> tuple[C
 def most(out: int, scaled: bool) -> int:
     """How many of them to compile, 0.5 to 1.4 s each, where time counts.
 
-    H200, 23 products of nine models: where tiles of 128 columns fit, the first one is the fastest or within 2 % of it, and
-    another 10 to 60 % behind it; else (16→96, 24→144, 40→240, 80→480, 112→672) each of the first three is somewhere ahead,
-    by 6 to 55 %. The library is 2 to 10 times slower than any where it has a scale to apply.
+    H200, 18 products of five models: where tiles of 128 columns fit (13), the first one is the fastest or 2 % behind, others
+    mostly 7 to 40 %; else (16→96, 24→144, 40→240, 80→480, 112→672) each of the first three is ahead somewhere, by 1 to 55 %.
+    With a scale to apply, the library takes 4 to 10 times as long.
     """
     return (1 if out % 128 == 0 else 3) + (not scaled)
 
