@@ -14,6 +14,7 @@ from .templates import Start
 from .tune import Wanted, agree, choose, stand_ins
 
 Candidate = tuple[Any, ...]
+_PROCESSORS = 132  # of an H200
 
 
 @functools.lru_cache(maxsize=512)
@@ -26,14 +27,18 @@ def candidates(rows: int, out: int, inner: int, scaled: bool = False) -> tuple[C
     return (*found, ("library",)) if scaled else (("library",), *found)
 
 
-def most(out: int, scaled: bool) -> int:
+def most(rows: int, out: int, scaled: bool) -> int:
     """How many of them to compile, 0.5 to 1.4 s each, where time counts.
 
     H200, 18 products of five models: where tiles of 128 columns fit (13), the first one is the fastest or 2 % behind, others
-    mostly 7 to 40 %; else (16→96, 24→144, 40→240, 80→480, 112→672) each of the first three is ahead somewhere, by 1 to 55 %.
-    With a scale to apply, the library takes 4 to 10 times as long.
+    mostly 7 to 40 %, unless there are too few for all processors; else (16→96, 24→144, 40→240, 80→480, 112→672) each of the
+    first three is ahead somewhere, by 1 to 55 %.  With a scale to apply, the library takes 4 to 10 times as long.
     """
-    return (1 if out % 128 == 0 else 3) + (not scaled)
+    if out % 128:
+        tiles = 3
+    else:
+        tiles = 1 if -(-rows // 128) * (out // 128) >= _PROCESSORS else 2
+    return tiles + (not scaled)
 
 
 def launch(how: Candidate, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str, *,
@@ -76,7 +81,7 @@ def _call(rows: int, inner: int, line: int, out: int, dtype: torch.dtype, scale:
 
     kinds = " ".join("-" if t is None else str(t)[6:] for t in (scale, bias))
     key = f"linear_act {rows} {line} {out} {inner} {dtype} {kinds} {activation}"
-    return Wanted(key, candidates(rows, out, inner, scale is not None), prepare, most(out, scale is not None))
+    return Wanted(key, candidates(rows, out, inner, scale is not None), prepare, most(rows, out, scale is not None))
 
 
 def wanted(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str) -> Wanted | None:
