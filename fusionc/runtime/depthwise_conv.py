@@ -98,7 +98,7 @@ def most(shape: Shape, images: int) -> int:
     """
     found = candidates(shape, images)
     few = shape.dtype in _HALF and shape.times == 1 and math.prod(shape.kernel) <= _TAPS
-    return 2 if few and found[0][0] == "direct" and len(found) > 3 else len(found)
+    return 2 if few and found[0][0] == "direct" and len(found) > 2 else len(found)
 
 
 def _contiguous(shape: Shape, images: int) -> list[Candidate]:
