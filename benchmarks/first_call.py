@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.first_call llama_decode --backend fusionc --only fusionc/`` prints seconds by function, those below
 it included, and by line where the thread was; name caches in use (``FUSIONC_CACHE``, ``TRITON_CACHE_DIR``) for a warm
-start. ``--others`` adds what all other threads did, the sum of them: what holds Python's lock while the main thread would
-work. A profiler would charge each of Python's calls and so blame what is written in Python; samples do not.
+start. ``--others`` adds where all other threads were, the sum of them, whether they worked or waited. A profiler would
+charge each of Python's calls and so blame what is written in Python; samples do not.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Sampler:
                 self.at[place(frame, line=True)] += now - before
                 for name in {place(f) for f in _callers(frame)}:
                     self.below[name] += now - before
+            frames.pop(threading.get_ident(), None)
             for other in frames.values():
                 for name in {place(f) for f in _callers(other)}:
                     self.others[name] += now - before

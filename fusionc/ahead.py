@@ -8,6 +8,7 @@ what was compiled for nothing.
 
 from __future__ import annotations
 
+import contextvars
 import importlib
 import threading
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class Compiling:
     """Work that was started; calling it waits until it is done."""
 
     def __init__(self, work: list[Callable[[], Any]]) -> None:
-        self._thread = threading.Thread(target=launch.compile_many, args=(work,), name="fusionc-ahead") if work else None
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(launch.compile_many, work), name="fusionc-ahead") if work else None
         if self._thread is not None:
             self._thread.start()
 

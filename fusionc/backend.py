@@ -24,6 +24,7 @@ from .runtime import ready
 _numbers = itertools.count()
 _lock = threading.RLock()
 _LARGE = 64  # nodes, from which on there are kernels enough for more processes, and tracing takes as long as they to start
+_ALONE = ("cpp", "aten", "interpret")  # targets that compile in threads of their own, or not at all
 ready.begin()  # torch.compile imports this module when it is given our name: beside Dynamo, where a GPU is in use
 
 
@@ -168,7 +169,8 @@ def _inner(gm: GraphModule, example_inputs: Sequence[Any], *, config: Config, ti
         backward.take_over(graph)
     elif stage == "forward" and graph.run is None:
         graph.advance()
-        backward.begin(graph)
+        if graph.run is None:
+            backward.begin(graph)
     return graph.finish()
 
 
@@ -183,7 +185,6 @@ class _Graph:
         self.title, self.name = title, title if stage == "inference" else f"{title}_{stage}"
         self.steps = compile_steps(gm, example_inputs, config, stage, self.name)
         self.key: Any = None  # in the cache
-        self.instead: Any = None  # of the key that the steps have
         self.run: Callable[[list[Any]], Any] | None = None  # once compiled
 
     def finish(self) -> Callable[[list[Any]], Any]:
@@ -199,7 +200,7 @@ class _Graph:
 
         with _lock, _without_collector():  # a backward graph comes later than `_compile`
             try:
-                self.key = self.steps.send(self.instead)
+                self.key = next(self.steps)
                 return
             except StopIteration as end:
                 call, record = end.value
@@ -233,10 +234,14 @@ class _Graph:
 
 
 class _Backward:
-    """A backward graph whose kernels compile beside the forward graph's, for AOTAutograd asks for it when it first runs.
+    """A backward graph whose kernels compile while the forward graph is finished and runs, not only then.
 
-    What the partitioner made is compiled to where it would wait; if what AOTAutograd hands over then has the same key, that
-    compilation goes on.  Triton only: there other processes and threads compile while Python's lock is free.
+    AOTAutograd asks for a backward graph when it runs for the first time.  What the partitioner made is compiled, to where
+    it would wait, before the forward graph is waited for; if what is asked for then has the same key, that compilation goes
+    on.  Its kernels come after the forward graph's and stop with the process, so that a forward whose gradients nobody wants
+    pays for the lowering, which takes a tenth of a second or two.  Triton only: there other processes and threads compile
+    while Python's lock is free.  Nothing is begun for graphs without a key: under ``cache=False``, ``verify`` or ``dump``,
+    and with passes of the user's.
     """
 
     def __init__(self) -> None:
@@ -256,24 +261,24 @@ class _Backward:
 
         gm, self._gm = self._gm, None
         config = forward.config
-        if gm is None or config.dump or choose_target(config, device_of(gm)) in ("cpp", "aten", "interpret"):
+        if gm is None or forward.key is None or choose_target(config, device_of(gm)) in _ALONE:
             return
-        with contextlib.suppress(Exception), _lock, _without_collector():  # whatever it is, the graph itself meets it again
+        from .runtime import turns
+
+        # whatever goes wrong, the graph itself meets it again
+        with contextlib.suppress(Exception), _lock, _without_collector(), errors.quietly(), turns.later():
             gm = copy_module(gm)
             values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
             steps = compile_steps(gm, values, config, "backward", f"{forward.title}_backward")
             key = next(steps)
-            if key is not None:
-                next(steps)
-                self._begun = key, steps
+            next(steps)
+            self._begun = key, steps
 
     def take_over(self, graph: _Graph) -> None:
         """Let it go on as the compilation of ``graph``, if it is the same."""
-        from . import program_cache
-
         begun, self._begun = self._begun, None
-        if begun is not None and graph.run is None and graph.key is not None and program_cache.alike(begun[0], graph.key):
-            graph.steps, graph.instead = begun[1], graph.key
+        if begun is not None and graph.run is None and begun[0] == graph.key:
+            graph.steps = begun[1]
 
 
 def _nothing_donated() -> None:

@@ -91,7 +91,7 @@ def choose_target(config: Config, device: torch.device) -> str:
 
 T = TypeVar("T")
 Compiled = tuple[Callable[[list[Any]], Any], GraphRecord]
-Steps = Generator[program_cache.Key | None, program_cache.Key | None, T]
+Steps = Generator[program_cache.Key | None, None, T]
 
 
 def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, stage: str = "inference",
@@ -114,7 +114,7 @@ def compile_steps(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     """`compile_graph` in steps: the caller may do something else before it goes on.
 
     Unless the cache has the graph, it stops once before it does anything, and whenever it would wait for kernels that other
-    threads compile.  It yields the graph's key in the cache (None: it has none); another key that is sent takes its place.
+    threads may compile.  It yields the graph's key in the cache, None where it has none.
     """
     from .passes.manager import run_passes
 
@@ -163,7 +163,6 @@ def compile_steps(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     if target in CROSS:  # its kernels were compiled to be read; the graph itself runs in ATen
         call = boxed_eager(gm)
     call = _with_derived(call, derived, config)
-    slot.key = cx.key
     slot.store(cx, derived, call)
     record.timings["total"] = time.perf_counter() - started - cx.elsewhere
     return call, record
@@ -254,7 +253,7 @@ def _lower_and_link(cx: Context) -> Steps[Callable[[list[Any]], Any]]:
                 finish = many.start(cx, bundles)
                 finish_others = _start_kernels(cx, _outside(bundles, lowered))
             left = time.perf_counter()
-            cx.key = (yield cx.key) or cx.key
+            yield cx.key
             away = time.perf_counter() - left
             cx.elsewhere += away
             with _compiled_into_our_cache(cx):

@@ -62,33 +62,44 @@ _lock = threading.Lock()
 _warned: set[str] = set()
 
 
+_mood = threading.local()  # .on: this thread is in a call of a graph that was compiled with ``strict``; .quiet: see `quietly`
+
+
 def warn_once(key: str, message: str) -> None:
     """Give ``message`` as a ``FallbackWarning`` the first time that ``key`` is seen in this process."""
     with _lock:
-        if key in _warned or len(_warned) >= _MAX_WARNED:
+        if getattr(_mood, "quiet", False) or key in _warned or len(_warned) >= _MAX_WARNED:
             return
         _warned.add(key)
     warnings.warn(message, FallbackWarning, stacklevel=3)
 
 
-_strict = threading.local()  # .on: this thread is in a call of a graph that was compiled with ``strict``
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """This thread gives no warning meanwhile, and remembers none: for work whose result may not be wanted."""
+    before = getattr(_mood, "quiet", False)
+    _mood.quiet = True
+    try:
+        yield
+    finally:
+        _mood.quiet = before
 
 
 @contextlib.contextmanager
 def strictly() -> Iterator[None]:
     """What falls back in this thread meanwhile (`fell_back`) is an error."""
-    before = getattr(_strict, "on", False)
-    _strict.on = True
+    before = getattr(_mood, "on", False)
+    _mood.on = True
     try:
         yield
     finally:
-        _strict.on = before
+        _mood.on = before
 
 
 def fell_back(operator: str, cause: Exception, instead: str) -> None:
     """An operator's kernel raised, and other means do its work: a warning once, or a StrictError inside of `strictly`."""
     what = f"fusionc's kernel of {operator} does not run here ({type(cause).__name__}: {cause})"
-    if getattr(_strict, "on", False):
+    if getattr(_mood, "on", False):
         raise StrictError(what) from cause
     warn_once(f"{operator}:{type(cause).__name__}", f"{what}; {instead}. Please report this")
 

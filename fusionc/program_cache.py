@@ -100,18 +100,6 @@ def switches() -> dict[str, Any]:
     }  # fmt: skip
 
 
-_OF_A_THREAD = ("grad", "inference", "autocast", "autocast_cache")  # and a graph of ATen operators depends on none of them
-
-
-def alike(one: Key, other: Key) -> bool:
-    """Are these keys of one graph?  Autograd's threads have some settings of their own."""
-
-    def rest(key: Key) -> Key:
-        return {**key, "switches": {n: v for n, v in key["switches"].items() if n not in _OF_A_THREAD}}
-
-    return rest(one) == rest(other)
-
-
 def common_key(config: Config, device: torch.device, target: str) -> Key:
     """The part of every key that does not come from the graph."""
     from .runtime.environment import environment_key, source_fingerprint
@@ -220,6 +208,10 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
+# Autograd's threads have settings of their own, and a graph of ATen operators depends on none of these.
+_OF_A_THREAD = ("grad", "inference", "autocast", "autocast_cache")
+
+
 def make_key(gm: GraphModule, config: Config, stage: str, device: torch.device, target: str) -> Key:
     """The key of an ATen graph as AOTAutograd hands it over.  Raises NotCacheable."""
     why = refusal(config)
@@ -246,8 +238,10 @@ def make_key(gm: GraphModule, config: Config, stage: str, device: torch.device, 
             raise NotCacheable(f"the graph holds a {node.op}")
         seats[node] = len(seats)
         lines.append(line)
+    common = common_key(config, device, target)
+    common["switches"] = {name: value for name, value in common["switches"].items() if name not in _OF_A_THREAD}
     return {
-        **common_key(config, device, target),
+        **common,
         "graph": _digest(lines),
         "symbols": symbols,
         "stage": stage,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from fusionc import backend, record
+from fusionc.errors import FallbackWarning
 from fusionc.graph.edit import copy_module
 from fusionc.partition import partition
 from fusionc.targets import triton
@@ -93,7 +95,8 @@ def test_another_backward_graph_is_compiled_anew(said: list[str], monkeypatch: p
 
 
 @pytest.mark.cross
-def test_trouble_with_what_nobody_asked_for_is_nobodys(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_trouble_with_what_nobody_asked_for_is_nobodys(strict: bool, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     start, failing = triton.start, [True]
 
     def fails(cx: Any, *more: Any) -> Any:
@@ -103,18 +106,14 @@ def test_trouble_with_what_nobody_asked_for_is_nobodys(said: list[str], monkeypa
         return start(cx, *more)
 
     monkeypatch.setattr(triton, "start", fails)
-    with record.collect() as graphs:
-        check(strict=True)
-    assert [g.stage for g in graphs] == ["forward", "backward"] and not any(g.fallbacks for g in graphs)
+    with record.collect() as graphs, warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        check(strict=strict)
+    assert not failing and [g.stage for g in graphs] == ["forward", "backward"] and not any(g.fallbacks for g in graphs)
 
 
-@pytest.mark.cross
-def test_a_dump_shows_what_was_asked_for(said: list[str], tmp_path: Any) -> None:
-    check(dump=str(tmp_path))
-    assert said == ["start forward", "end forward", "start backward", "end backward"]
-
-
-def test_a_cpu_has_no_time_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cause", ["a cpu", "no key", "the forward graph failed"])
+def test_nothing_is_begun_without_reason(cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[Any] = []
     begin = backend._Backward.begin
 
@@ -123,5 +122,32 @@ def test_a_cpu_has_no_time_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
         begun.append(self._begun)
 
     monkeypatch.setattr(backend._Backward, "begin", watched)
-    check(target="auto", cache=False)
+    if cause == "the forward graph failed":
+        monkeypatch.setattr(triton, "start", lambda *args: 1 / 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            check()
+        assert begun == []
+        return
+    check(**({"target": "auto"} if cause == "a cpu" else {"cache": False}))
     assert begun == [None]
+
+
+def test_what_was_begun_is_stored_as_any_other(fresh_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, for a graph for a GPU that is not there is not stored."""
+    monkeypatch.setattr(backend, "_ALONE", ())
+    taken: list[bool] = []
+    take_over = backend._Backward.take_over
+
+    def watched(self: Any, graph: Any) -> None:
+        before = graph.steps
+        take_over(self, graph)
+        taken.append(graph.steps is not before)
+
+    monkeypatch.setattr(backend._Backward, "take_over", watched)
+    for _ in range(2):
+        torch._dynamo.reset()
+        with record.collect() as graphs:
+            check(target="cpp")
+    assert taken == [True], "once; the second time both come from the cache, without AOTAutograd"
+    assert [g.cache for g in graphs] == ["hit, without AOTAutograd"] * 2

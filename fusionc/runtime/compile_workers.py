@@ -2,10 +2,10 @@
 
 Of the 95 ms that a kernel takes to compile, 30 to 40 hold the lock (its text becomes IR, IR is printed and stored), and as
 much again on a slower machine: 16 threads compile little faster than two. A worker compiles into the same cache folder,
-and this process then finds the binary there, which takes 5 ms. Who finds all of them at work waits for one: a thread that
-compiles keeps the lock from those that only load, and from the main thread (H200, 16 cores, ConvNeXt's 55 kernels: 2.2 s;
-2.6 where threads compile meanwhile). All is best effort: where there is no worker, and wherever one fails or does not answer,
-the thread compiles by itself.
+and this process then finds the binary there, which takes 5 ms. Where all of them are at work, as many threads wait for one
+again: a thread that compiles keeps the lock from those that only load, and from the main thread (H200, 16 cores, ConvNeXt's
+55 kernels: 2.2 s; 2.6 where threads compile meanwhile). All is best effort: where there is no worker, and wherever one fails
+or does not answer, the thread compiles by itself.
 
 Workers take half a second to start, which is spent while AOTAutograd traces (`start`), and end after a minute without work.
 Only where there are many cores: below, threads have them busy already. ``FUSIONC_WORKERS`` sets their number; 0: none.
@@ -34,7 +34,7 @@ __all__ = ["compile_elsewhere", "start"]
 _MOST = 12
 _CORES = 8  # fewer are kept busy by threads
 _ANSWER_SECONDS = 120.0
-_PATIENCE_SECONDS = 5.0  # for a worker that another thread has
+_PATIENCE_SECONDS = 2.0  # for a worker that another thread has
 _PLAIN = (bool, int, float, str, type(None))
 
 _free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
@@ -176,7 +176,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def compile_elsewhere(source: Any, target: Any, options: dict[str, Any], folder: str) -> bool:
-    """Have an ``ASTSource`` of a generated text compiled into a cache folder; False if there is no worker or it did not work.
+    """Have an ``ASTSource`` of a generated text compiled into a cache folder; False if no worker had time or it did not work.
 
     The caller compiles it with Triton in any case, and finds it in the cache or not.
     """
@@ -208,13 +208,16 @@ def _take() -> Worker | None:
         _waiting += patient
     try:
         while True:
-            worker = _free.get(timeout=max(0.0, end - time.monotonic()) if patient and _busy else 0)
+            try:
+                worker = _free.get(timeout=0.05 if patient else 0)
+            except queue.Empty:
+                if not patient or not _busy or time.monotonic() > end:
+                    return None
+                continue
             if worker.process.poll() is None:  # (else it has ended after a minute without work)
                 with _guard:
                     _busy += 1
                 return worker
-    except queue.Empty:
-        return None
     finally:
         with _guard:
             _waiting -= patient

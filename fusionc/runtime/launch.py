@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -33,7 +33,7 @@ from ..codegen.triton import index_width, parameters
 from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate, kernel_bytes
 from ..schedule.plan import Plan
-from . import binaries, compile_worker, compile_workers, cuda_driver, interpreter, ready
+from . import binaries, compile_worker, compile_workers, cuda_driver, interpreter, ready, turns
 from .cores import available
 from .device import TARGETS
 
@@ -257,7 +257,7 @@ UNCHECKED = {"sanitize_overflow": False, "ptx_options": ""}
 
 
 def compile_source(source: Any, gpu: Any, options: dict[str, Any]) -> Any:
-    """Triton's CompiledKernel of an ``ASTSource`` of a generated text; by a worker's hands where one is free."""
+    """Triton's CompiledKernel of an ``ASTSource`` of a generated text; by a worker's hands where one has time."""
     import triton
 
     options = {**options, **UNCHECKED}
@@ -319,27 +319,35 @@ def compile_many(
 
     ``done`` is called (from any thread) after each. Jobs run in the caller's context (`binaries.in_folder`); of all
     batches together no more run at a time than there are cores. (So a job must not call this and wait: when all that
-    run do, none goes on.)
+    run do, none goes on.)  Those of a caller in `turns.later` begin when no others wait.
 
     Threads: MLIR's passes and the assembler run outside of Python's lock.
     """
     workers = min(workers or _CORES, len(jobs) or 1)
 
-    def one(job: Callable[[], Any]) -> Any:
+    def one(job: Callable[[], Any], turn: turns.Turn) -> Any:
         try:
+            turn.wait()
             with _slots:
+                turn.end()
                 return job()
         except Exception as e:
             return e
         finally:
+            turn.end()
             if done is not None:
                 done()
 
-    if workers <= 1:
-        return [one(j) for j in jobs]
-    with ThreadPoolExecutor(workers, thread_name_prefix="fusionc-compile") as pool:
-        contexts = [contextvars.copy_context() for _ in jobs]
-        return list(pool.map(lambda context, job: context.run(one, job), contexts, jobs))
+    waiting = [turns.Turn() for _ in jobs]
+    try:
+        if workers <= 1:
+            return [one(j, t) for j, t in zip(jobs, waiting, strict=True)]
+        with ThreadPoolExecutor(workers, thread_name_prefix="fusionc-compile") as pool:
+            contexts = [contextvars.copy_context() for _ in jobs]
+            return list(pool.map(lambda context, *job: context.run(one, *job), contexts, jobs, waiting))
+    finally:
+        for turn in waiting:  # of jobs for which there was no thread
+            turn.end()
 
 
 _CORES = available()
@@ -349,15 +357,20 @@ _slots = threading.BoundedSemaphore(_CORES)
 def compile_beside(
     jobs: Sequence[Callable[[], Any]], done: Callable[[], Any] | None = None
 ) -> Callable[[], list[Any]]:
-    """Start ``compile_many`` in a thread; the result waits for it and returns what it returned."""
-    results: list[Any] = []
-    run = functools.partial(contextvars.copy_context().run, lambda: results.extend(compile_many(jobs, done=done)))
-    thread = threading.Thread(target=run, name="fusionc-compile-beside")
+    """Start ``compile_many`` in a thread; the result waits for it, and returns or raises what it did."""
+    ended: Future[list[Any]] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(compile_many(jobs, done=done))
+        except BaseException as e:  # noqa: BLE001 - who waits gets it
+            ended.set_exception(e)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="fusionc-compile-beside")
     thread.start()
 
     def wait() -> list[Any]:
-        thread.join()
-        return results
+        return ended.result()
 
     return wait
 

@@ -15,30 +15,33 @@ from .tune import Wanted, agree, choose, stand_ins
 
 Candidate = tuple[Any, ...]
 _PROCESSORS = 132  # of an H200
+_FLAT = 512  # inner
 
 
 @functools.lru_cache(maxsize=512)
 def candidates(rows: int, out: int, inner: int, scaled: bool = False) -> tuple[Candidate, ...]:
-    """The likeliest first, see `most`; the library, which has no scale, comes before them where there is none."""
+    """The likeliest first, see `most`. The library comes before them, but has no scale, which costs it reads and writes of the
+    result in float32: then last where these are what takes the time, and second where the product is."""
     wide, depth = 128 if out > 64 else 64, 64 if inner > 32 else 32
     found: list[Candidate] = [("tile", 128, wide, depth, 8, 3), ("tile", 64, wide, depth, 4, 4), ("tile", 128, 64, depth, 4, 3)]
     if inner > 256:
         found.append(("tile", 128, wide, depth, 8, 4))
-    return (*found, ("library",)) if scaled else (("library",), *found)
+    found.insert(0 if not scaled else 1 if inner > _FLAT else len(found), ("library",))
+    return tuple(found)
 
 
-def most(rows: int, out: int, scaled: bool) -> int:
+def most(rows: int, out: int, inner: int, scaled: bool) -> int:
     """How many of them to compile, 0.5 to 1.4 s each, where time counts.
 
     H200, 18 products of five models: where tiles of 128 columns fit (13), the first one is the fastest or 2 % behind, others
     mostly 7 to 40 %, unless there are too few for all processors; else (16→96, 24→144, 40→240, 80→480, 112→672) each of the
-    first three is ahead somewhere, by 1 to 55 %.  With a scale to apply, the library takes 4 to 10 times as long.
+    first three is ahead somewhere, by 1 to 55 %.  With a scale to apply, to 320 inner, the library takes 4 to 10 times as long.
     """
     if out % 128:
         tiles = 3
     else:
         tiles = 1 if -(-rows // 128) * (out // 128) >= _PROCESSORS else 2
-    return tiles + (not scaled)
+    return tiles + (not scaled or inner > _FLAT)
 
 
 def launch(how: Candidate, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str, *,
@@ -81,7 +84,7 @@ def _call(rows: int, inner: int, line: int, out: int, dtype: torch.dtype, scale:
 
     kinds = " ".join("-" if t is None else str(t)[6:] for t in (scale, bias))
     key = f"linear_act {rows} {line} {out} {inner} {dtype} {kinds} {activation}"
-    return Wanted(key, candidates(rows, out, inner, scale is not None), prepare, most(rows, out, scale is not None))
+    return Wanted(key, candidates(rows, out, inner, scale is not None), prepare, most(rows, out, inner, scale is not None))
 
 
 def wanted(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str) -> Wanted | None:

@@ -34,6 +34,7 @@ import torch
 
 from fusionc.errors import warn_once
 
+from . import turns
 from .cache import Cache, open_cache
 from .environment import environment_key, source_fingerprint
 
@@ -412,9 +413,10 @@ def _measured(
         outcome = Outcome(key, names)
         start = time.monotonic()
         try:
-            for seats in (range(most), range(most, len(candidates))):
-                if seats and _run_race(outcome, seats, candidates, run, device, budget, check, prepare, sampler):
-                    break
+            with turns.first():
+                for seats in (range(most), range(most, len(candidates))):
+                    if seats and _run_race(outcome, seats, candidates, run, device, budget, check, prepare, sampler):
+                        break
         except Exception as e:  # noqa: BLE001 - measuring is never worth a failure; the default is a good one
             warn_once(f"tune:{key}", f"fusionc could not compare implementations of {key} ({type(e).__name__}: {e})")
             return 0

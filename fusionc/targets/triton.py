@@ -19,7 +19,7 @@ from ..codegen import triton as codegen
 from ..errors import CompileError
 from ..ir.loop import Kernel, evaluate
 from ..progress import Progress, progress
-from ..runtime import binaries, launch
+from ..runtime import binaries, launch, turns
 from ..runtime import device as devices
 from ..schedule.columns import stage
 from ..schedule.plan import Plan
@@ -92,10 +92,10 @@ def start(
         with progress("compiling kernels", len(jobs), cx.config.progress) as bar:
             bar.advance(count=len(ended))
             bars.append(bar)
-            results = waiting()[: len(flat)]
+            results = waiting()[: len(flat)] if jobs else [None] * len(flat)
         if session is not None:
             _settle(cx, session, flat, bound, results)
-        return _launchers(cx, kernels, parts, bound, results or [None] * len(flat), session, problems)
+        return _launchers(cx, kernels, parts, bound, results, session, problems)
 
     return finish
 
@@ -103,15 +103,20 @@ def start(
 def _settle(cx: Context, session: Session, flat: list[Part], bound: dict[str, launch.TritonKernel], results: list[Any]) -> None:
     """Rules' plans where those of the cache do not build, and the winners of what is measured."""
     for i, p in enumerate(flat):
-        if isinstance(results[i], Exception) and p.symbol in session.rules:
-            session.restore(p)
-            again = launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device)
+        if isinstance(results[i], Exception):
+            if p.symbol in session.rules:
+                session.restore(p)
+                bound[p.symbol] = launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device)
+            elif "cannot be loaded" not in str(results[i]):  # while a CUDA graph is recorded, say, it could not be
+                continue
             with triton_cache(cx):
-                bound[p.symbol], results[i] = again, launch.compile_many([again.compile])[0]
+                results[i] = launch.compile_many([bound[p.symbol].compile])[0]
     if session.entries and cx.waiting is not None:
         cx.waiting()  # the less compiles while kernels race, the better
     clock = time.perf_counter()
-    session.measure(bound, cx.config.progress)
+    if session.entries:
+        with turns.first():
+            session.measure(bound, cx.config.progress)
     cx.record.timings["measure"] = cx.record.timings.get("measure", 0.0) + time.perf_counter() - clock
 
 

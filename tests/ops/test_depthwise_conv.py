@@ -183,7 +183,8 @@ def test_the_library_is_asked_where_it_may_be_the_fastest() -> None:
         return runtime.most(shape, 32), len(runtime.candidates(shape, 32))
 
     assert asked(kernel=(7, 7), last=True) == (2, 4) == asked(kernel=(3, 3), last=True, stride=(2, 2))
-    others = ({"kernel": (13, 13), "last": True}, {"kernel": (7, 7)}, {"kernel": (7, 7), "last": True, "dtype": torch.float32})
+    others = ({"kernel": (13, 13), "last": True}, {"kernel": (1, 31), "last": True}, {"kernel": (7, 7)},
+              {"kernel": (3, 3), "last": True, "dilation": (2, 2)}, {"kernel": (7, 7), "last": True, "dtype": torch.float32})
     for given in others:
         tried, known = asked(**given)
         assert tried == known

@@ -60,8 +60,10 @@ def test_the_library_is_what_runs_without_a_measurement() -> None:
         found = runtime.candidates(rows, out, inner)
         assert found[0] == ("library",) and 3 < len(found) <= 5
         assert len(set(found)) == len(found)
-    assert [runtime.most(50176, n, False) for n in (384, 144, 64)] == [2, 4, 4]
-    assert runtime.most(3136, 1280, True) == 1 and runtime.most(512, 3072, False) == 3, "96 tiles for 132 processors"
+    assert [runtime.most(50176, n, 96, False) for n in (384, 144, 64)] == [2, 4, 4]
+    assert runtime.most(512, 3072, 768, False) == 3, "96 tiles for 132 processors"
+    assert runtime.most(3136, 1280, 320, True) == 1 and runtime.most(3136, 1280, 2048, True) == 2
+    assert runtime.candidates(3136, 1280, 2048, True)[1] == ("library",) == runtime.candidates(3136, 1280, 320, True)[-1]
     assert runtime.candidates(3136, 1280, 320, True)[0] == ("tile", 128, 128, 64, 8, 3)
 
 

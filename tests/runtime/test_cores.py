@@ -57,7 +57,7 @@ def test_groups_of_version_1(machine: Path, quota: str, wanted: int) -> None:
 def test_a_small_quota_gets_no_workers(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FUSIONC_WORKERS", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert compile_workers.count() == 8
+    assert compile_workers.count() == 12
     put(machine / "mine", "0::/\n")
     put(machine / "cpu.max", "400000 100000\n")
     assert compile_workers.count() == 0
