@@ -62,7 +62,7 @@ _lock = threading.Lock()
 _warned: set[str] = set()
 
 
-_mood = threading.local()  # .on: this thread is in a call of a graph that was compiled with ``strict``; .quiet: see `quietly`
+_mood = threading.local()  # of this thread: .strict, .quiet
 
 
 def warn_once(key: str, message: str) -> None:
@@ -74,32 +74,30 @@ def warn_once(key: str, message: str) -> None:
     warnings.warn(message, FallbackWarning, stacklevel=3)
 
 
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
+def quietly() -> contextlib.AbstractContextManager[None]:
     """This thread gives no warning meanwhile, and remembers none: for work whose result may not be wanted."""
-    before = getattr(_mood, "quiet", False)
-    _mood.quiet = True
-    try:
-        yield
-    finally:
-        _mood.quiet = before
+    return _meanwhile("quiet")
+
+
+def strictly() -> contextlib.AbstractContextManager[None]:
+    """What falls back in this thread meanwhile (`fell_back`) is an error."""
+    return _meanwhile("strict")
 
 
 @contextlib.contextmanager
-def strictly() -> Iterator[None]:
-    """What falls back in this thread meanwhile (`fell_back`) is an error."""
-    before = getattr(_mood, "on", False)
-    _mood.on = True
+def _meanwhile(mood: str) -> Iterator[None]:
+    before = getattr(_mood, mood, False)
+    setattr(_mood, mood, True)
     try:
         yield
     finally:
-        _mood.on = before
+        setattr(_mood, mood, before)
 
 
 def fell_back(operator: str, cause: Exception, instead: str) -> None:
     """An operator's kernel raised, and other means do its work: a warning once, or a StrictError inside of `strictly`."""
     what = f"fusionc's kernel of {operator} does not run here ({type(cause).__name__}: {cause})"
-    if getattr(_mood, "on", False):
+    if getattr(_mood, "strict", False):
         raise StrictError(what) from cause
     warn_once(f"{operator}:{type(cause).__name__}", f"{what}; {instead}. Please report this")
 
