@@ -44,15 +44,14 @@ def find_weights() -> Path:
 def load(device: str, layers: int | None) -> tuple[Any, Any]:
     """Tokenizer and model; the 4-bit blocks become float32 (CPU) or bfloat16 (CUDA) tensors."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     gguf, dtype = find_weights(), torch.float32 if device == "cpu" else torch.bfloat16
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype).to(device).eval()
-    if layers:
-        model.model.layers = model.model.layers[:layers]
-        model.config.num_hidden_layers = layers
-    return tokenizer, model
+    file: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    config = AutoConfig.from_pretrained(**file)  # once: each reading of the file takes seconds
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    tokenizer = AutoTokenizer.from_pretrained(**file, config=config)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(**file, config=config, dtype=dtype).to(device).eval()
 
 
 def generate(step: Callable, model: Any, cache: Any, prompt: Any, count: int) -> tuple[list[int], float, float]:

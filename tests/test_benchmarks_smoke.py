@@ -56,6 +56,7 @@ def test_cpu_command_writes_what_it_prints(tmp_path, capsys):
     assert "softmax_train" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_conv_command_writes_what_it_prints(tmp_path, capsys):
     path = tmp_path / "conv.json"
     arguments = [
@@ -361,6 +362,7 @@ def test_host_cost_measures_three_ways(tmp_path):
     assert set(rows[1]["us"]) == {"call", "backend", "program"}
 
 
+@pytest.mark.slow
 def test_removal_counts_and_compares(tmp_path):
     pytest.importorskip("transformers")
     path = tmp_path / "removal.json"

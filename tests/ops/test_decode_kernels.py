@@ -14,6 +14,7 @@ import torch
 
 import fusionc.ops
 from tests.ops.own_process import interpreted
+from tests.sampled import sampled
 
 pytestmark = pytest.mark.interpret
 
@@ -52,7 +53,8 @@ def test_addresses_are_wide_whatever_of_a_cache_lies_far_apart(strides: tuple[in
 
 
 @pytest.mark.cross
-@pytest.mark.parametrize(("width", "length"), [(64, 1024), (64, 50000), (128, 1024), (128, 50000), (256, 1024), (256, 5000)])
+@pytest.mark.parametrize(("width", "length"), sampled([(64, 1024), (64, 50000), (128, 1024), (128, 50000), (256, 1024),
+                                                       (256, 5000)], 3))  # fmt: skip
 def test_compiles_for_hopper_without_spills(width: int, length: int) -> None:
     from triton.backends.compiler import GPUTarget
 

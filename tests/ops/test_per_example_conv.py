@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fusionc.ops import load
 from fusionc.runtime import per_example_conv as runtime
 from fusionc.runtime.per_example_conv import Shape
+from tests.sampled import sampled
 
 load("per_example_conv")
 ACT = {"": lambda y: y, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh")}
@@ -163,7 +164,7 @@ CROSS = [
 
 
 @pytest.mark.cross
-@pytest.mark.parametrize(("shape", "matrix"), CROSS, ids=str)
+@pytest.mark.parametrize(("shape", "matrix"), sampled(CROSS, 3), ids=str)
 def test_compiles_for_a_gpu_without_spills(shape: Shape, matrix: bool) -> None:
     from triton.backends.compiler import GPUTarget
 

@@ -17,6 +17,7 @@ from fusionc.codegen.templates.short_attention import TEXT, Tile, tiles
 from fusionc.ops.short_attention import reference
 from fusionc.targets.short_attention import constants, tiled
 from tests.ops.own_process import interpreted
+from tests.sampled import sampled
 
 INF = float("inf")
 
@@ -85,7 +86,7 @@ def _packed(batch: int, heads: int, rows: int, width: int, dtype: torch.dtype, d
 
 
 @pytest.mark.cross
-@pytest.mark.parametrize("keys, width, causal", [(128, 64, True), (256, 128, False), (200, 64, True)])
+@pytest.mark.parametrize("keys, width, causal", sampled([(128, 64, True), (256, 128, False), (200, 64, True)], 2))
 def test_kernel_builds_for_hopper_without_spills(keys: int, width: int, causal: bool) -> None:
     q, k, v = _packed(1, 12, keys, width, torch.bfloat16, "meta")
     for tile in {*tiles(12, keys, 132), *tiles(384, keys, 132)}:
@@ -93,7 +94,7 @@ def test_kernel_builds_for_hopper_without_spills(keys: int, width: int, causal: 
 
 
 @pytest.mark.cross
-@pytest.mark.parametrize("rows, width", [(49, 32), (64, 32), (128, 64)])
+@pytest.mark.parametrize("rows, width", sampled([(49, 32), (64, 32), (128, 64)], 1))
 @pytest.mark.parametrize("second", [None, torch.bfloat16, torch.bool])
 def test_kernel_with_bias_builds_for_hopper_without_spills(rows: int, width: int, second: torch.dtype | None) -> None:
     q, k, v = _packed(2048, 3, rows, width, torch.bfloat16, "meta")

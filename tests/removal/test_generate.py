@@ -9,6 +9,7 @@ import torch
 
 import fusionc
 from fusionc.errors import reset_warnings
+from tests.sampled import sampled
 
 from .models import DECODERS, inputs, make, zeroed
 
@@ -20,7 +21,7 @@ def fresh() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
-@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("kind", sampled(DECODERS, 3))
 def test_generate(kind: str) -> None:
     model, prompt = make(kind), inputs(kind)["input_ids"][:1]
     reference = zeroed(copy.deepcopy(model), (2, 4))
@@ -34,7 +35,7 @@ def test_generate(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::fusionc.errors.FallbackWarning")
-@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("kind", sampled(DECODERS, 3))
 def test_generate_with_a_static_cache(kind: str) -> None:
     model, prompt = make(kind), inputs(kind)["input_ids"][:1]
     reference = zeroed(copy.deepcopy(model), (2, 4))
