@@ -271,8 +271,9 @@ class _Backward:
             values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
             steps = compile_steps(gm, values, config, "backward", f"{forward.title}_backward")
             key = next(steps)
-            next(steps)
-            self._begun = key, steps
+            if key is not None:
+                next(steps)
+                self._begun = key, steps
 
     def take_over(self, graph: _Graph) -> None:
         """Let it go on as the compilation of ``graph``, if it is the same."""

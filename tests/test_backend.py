@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fusionc import backend, record
+from fusionc import backend, program_cache, record
 from fusionc.errors import FallbackWarning
 from fusionc.graph.edit import copy_module
 from fusionc.partition import partition
@@ -112,7 +112,7 @@ def test_trouble_with_what_nobody_asked_for_is_nobodys(strict: bool, said: list[
     assert not failing and [g.stage for g in graphs] == ["forward", "backward"] and not any(g.fallbacks for g in graphs)
 
 
-@pytest.mark.parametrize("cause", ["a cpu", "no key", "the forward graph failed"])
+@pytest.mark.parametrize("cause", ["a cpu", "no key", "no key of the backward graph", "the forward graph failed"])
 def test_nothing_is_begun_without_reason(cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[Any] = []
     begin = backend._Backward.begin
@@ -129,7 +129,11 @@ def test_nothing_is_begun_without_reason(cause: str, monkeypatch: pytest.MonkeyP
             check()
         assert begun == []
         return
-    check(**({"target": "auto"} if cause == "a cpu" else {"cache": False}))
+    if cause == "no key of the backward graph":
+        make_key = program_cache.make_key
+        monkeypatch.setattr(program_cache, "make_key", lambda gm, config, stage, *more: 1 / 0 if stage == "backward" else
+                            make_key(gm, config, stage, *more))  # fmt: skip
+    check(**{"a cpu": {"target": "auto"}, "no key": {"cache": False}}.get(cause, {}))
     assert begun == [None]
 
 

@@ -6,6 +6,7 @@ compiles while kernels race, the better, and a race's outcome is kept on disk.  
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401  what it does when Python ends comes after `_end` only if it is there first
 import contextlib
 import os
 import threading
