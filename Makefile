@@ -55,10 +55,10 @@ lint: $(TEST)
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest -q -n $(JOBS) -m "not slow and not network" $(ARGS)
+	$(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not network" $(ARGS)
 
 test-slow: $(TEST)
-	$(PY) -m pytest -q -n $(JOBS) -m "slow and not network" $(ARGS)
+	$(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "slow and not network" $(ARGS)
 
 # The table of passes in README.md, from their docstrings; `check` fails where it is out of date.
 readme: $(BASE)

@@ -9,7 +9,8 @@ import pytest
 
 
 def sampled(values: Iterable[Any], keep: int) -> list[Any]:
-    """The values as parameters of a test; ``keep`` of them, spread evenly from the first on, stay in CI."""
+    """The values as parameters of a test (tuples: of several); ``keep`` of them, spread evenly from the first on, stay in CI."""
     found = list(values)
     kept = {k * len(found) // keep for k in range(keep)} if keep < len(found) else set(range(len(found)))
-    return [v if k in kept else pytest.param(v, marks=pytest.mark.slow) for k, v in enumerate(found)]
+    whole = [v if isinstance(v, tuple) else (v,) for v in found]
+    return [pytest.param(*v, marks=[] if k in kept else [pytest.mark.slow]) for k, v in enumerate(whole)]

@@ -360,6 +360,7 @@ def test_the_gradient_of_the_taps_compiles_without_spills(tall: int, warps: int)
 
 
 @pytest.mark.cross
+@pytest.mark.slow
 def test_the_gradient_of_few_taps_compiles_without_spills() -> None:
     from triton.backends.compiler import GPUTarget
 
