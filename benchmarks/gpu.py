@@ -488,7 +488,9 @@ class Runner:
             jobs = self.args.jobs
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or jobs) // jobs)))
             if jobs > 1:  # each process would start as many as the machine has cores for
-                environment.setdefault("FUSIONC_WORKERS", str(12 // jobs))
+                from fusionc.runtime import compile_workers
+
+                environment.setdefault("FUSIONC_WORKERS", str(compile_workers.count() // jobs))
             if len(self.gpus) > 1:
                 environment["CUDA_VISIBLE_DEVICES"] = self.mine.gpu
         with tempfile.TemporaryFile("w+") as errors:

@@ -8,9 +8,7 @@ what was compiled for nothing.
 
 from __future__ import annotations
 
-import contextvars
 import importlib
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -40,21 +38,18 @@ _WANTED: dict[str, Callable[[], Any]] = {
 
 
 class Compiling:
-    """Work that was started; calling it waits until it is done."""
+    """Work that was started; calling it waits until it is done, well or not: the first call meets what failed again."""
 
     def __init__(self, work: list[Callable[[], Any]]) -> None:
-        run = contextvars.copy_context().run
-        self._thread = threading.Thread(target=run, args=(launch.compile_many, work), name="fusionc-ahead") if work else None
-        if self._thread is not None:
-            self._thread.start()
+        self._ended = launch.compile_beside(work) if work else None
 
     @property
     def done(self) -> bool:
-        return self._thread is None or not self._thread.is_alive()
+        return self._ended is None or self._ended.done()
 
     def __call__(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        if self._ended is not None:
+            self._ended.exception()
 
 
 def start(gm: GraphModule) -> Compiling:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from . import errors
 from .config import Config
-from .runtime import ready
+from .runtime import ready, turns
 
 _numbers = itertools.count()
 _lock = threading.RLock()
@@ -263,8 +263,6 @@ class _Backward:
         config = forward.config
         if gm is None or forward.key is None or choose_target(config, device_of(gm)) in _ALONE:
             return
-        from .runtime import turns
-
         # whatever goes wrong, the graph itself meets it again
         with contextlib.suppress(Exception), _lock, _without_collector(), errors.quietly(), turns.later():
             gm = copy_module(gm)

@@ -46,6 +46,10 @@ class CompileError(FusioncError):
         super().__init__(f"kernel {kernel} could not be compiled; {where}." + (f"\n{detail}" if detail else ""))
 
 
+class LoadError(CompileError):
+    """A kernel was compiled but could not be brought onto the device, while a CUDA graph was recorded, say: try once more."""
+
+
 class StrictError(FusioncError):
     """Something fell back to ATen or eager while ``options={"strict": True}`` forbids it."""
 

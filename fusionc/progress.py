@@ -16,7 +16,7 @@ DELAY_SECONDS = 2.0
 
 
 class Progress:
-    """Counts finished pieces of work; ``progress`` makes and ends it. Safe to advance from several threads."""
+    """Counts finished pieces of work, whether it is `shown` or not. Safe to advance from several threads."""
 
     def __init__(self, title: str, total: int | None) -> None:
         self.title, self.total, self.done = title, total, 0
@@ -25,6 +25,23 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._ended = False
+
+    @contextlib.contextmanager
+    def shown(self, setting: bool | str = "auto") -> Iterator[None]:
+        """Show it meanwhile, as `progress` does."""
+        timer: threading.Timer | None = None
+        if setting is True:
+            self._show()
+        elif setting == "auto" and sys.stderr is not None and sys.stderr.isatty():
+            timer = threading.Timer(DELAY_SECONDS, self._show)
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._close()
 
     def advance(self, what: str = "", count: int = 1) -> None:
         """``count`` more pieces are done; ``what`` names the one that was just finished."""
@@ -81,16 +98,5 @@ def progress(title: str, total: int | None = None, setting: bool | str = "auto")
     ``setting`` is ``Config.progress``: "auto" (a terminal, after ``DELAY_SECONDS``), True (at once) or False (never).
     """
     p = Progress(title, total)
-    timer: threading.Timer | None = None
-    if setting is True:
-        p._show()
-    elif setting == "auto" and sys.stderr is not None and sys.stderr.isatty():
-        timer = threading.Timer(DELAY_SECONDS, p._show)
-        timer.daemon = True
-        timer.start()
-    try:
+    with p.shown(setting):
         yield p
-    finally:
-        if timer is not None:
-            timer.cancel()
-        p._close()

@@ -184,8 +184,10 @@ def compile_elsewhere(source: Any, target: Any, options: dict[str, Any], folder:
     if _home != os.getpid() or not (_busy or not _free.empty()):
         return False
     job = _job(source, target, options, folder)
-    worker = _take() if job is not None else None
-    if job is None or worker is None:
+    if job is None:
+        return False
+    worker = _take()
+    if worker is None:
         return False
     try:
         answer = worker.ask(job)

@@ -29,7 +29,7 @@ from ..codegen.templates import depthwise_conv as template
 from ..ops.activation import activate_
 from ..ops.layout import is_last, out_sizes
 from .templates import Start
-from .tune import Wanted, agree, choose, fastest, stand_ins
+from .tune import Wanted, agree, fastest, stand_ins
 
 Candidate = tuple[Any, ...]
 _HALF = (torch.bfloat16, torch.float16)
@@ -484,17 +484,16 @@ def depthwise_conv(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequenc
     if at is None:
         return library(x, taps, bias, shape)
 
-    if at.most == len(at.candidates):
-        return fastest(at, lambda how, *given: launch(how, shape, *given), partial(library, shape=shape), x, taps, bias)
+    def start(how: Candidate, *given: Any) -> Tensor:
+        return launch(how, shape, *given)
 
     def right(how: Candidate) -> bool:
         image, weight, shift = stand_ins(x, taps, bias)
         ends = slice(None, None, max(1, x.shape[0] - 1))  # the first and the last image
-        return agree(launch(how, shape, image, weight, shift)[ends], by_taps(image[ends], weight, shift, shape))
+        return agree(start(how, image, weight, shift)[ends], by_taps(image[ends], weight, shift, shape))
 
-    how = choose(at.key, at.candidates, lambda each: launch(each, shape, x, taps, bias), device=x.device, check=right,
-                 prepare=at.prepare, most=at.most)  # fmt: skip
-    return launch(how, shape, x, taps, bias)
+    check = None if at.most == len(at.candidates) else right
+    return fastest(at, start, partial(library, shape=shape), x, taps, bias, check=check)
 
 
 def wanted(x: Tensor, taps: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from ..codegen.triton import index_width, parameters
-from ..errors import CompileError
+from ..errors import CompileError, LoadError
 from ..ir.loop import Kernel, evaluate, kernel_bytes
 from ..schedule.plan import Plan
 from . import binaries, compile_worker, compile_workers, cuda_driver, interpreter, ready, turns
@@ -354,10 +354,8 @@ _CORES = available()
 _slots = threading.BoundedSemaphore(_CORES)
 
 
-def compile_beside(
-    jobs: Sequence[Callable[[], Any]], done: Callable[[], Any] | None = None
-) -> Callable[[], list[Any]]:
-    """Start ``compile_many`` in a thread; the result waits for it, and returns or raises what it did."""
+def compile_beside(jobs: Sequence[Callable[[], Any]], done: Callable[[], Any] | None = None) -> Future[list[Any]]:
+    """Start ``compile_many`` in a thread; the result is what it returns or raises."""
     ended: Future[list[Any]] = Future()
 
     def run() -> None:
@@ -366,13 +364,8 @@ def compile_beside(
         except BaseException as e:  # noqa: BLE001 - who waits gets it
             ended.set_exception(e)
 
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="fusionc-compile-beside")
-    thread.start()
-
-    def wait() -> list[Any]:
-        return ended.result()
-
-    return wait
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="fusionc-compile-beside").start()
+    return ended
 
 
 # -- launching ----------------------------------------------------------------------------------------------------
@@ -639,7 +632,7 @@ class TritonKernel:
                     try:
                         load_binary(built.handle)
                     except Exception as e:
-                        raise CompileError(self.name, None, f"the binary cannot be loaded: {e}") from e
+                        raise LoadError(self.name, None, f"the binary cannot be loaded: {e}") from e
                 built.registers, built.spills = int(built.handle.n_regs), int(built.handle.n_spills)
                 self._variants[wide] = built
         return built

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..codegen.templates import linear_act as template
 from ..ops.activation import activate_
 from .templates import Start
-from .tune import Wanted, agree, choose, stand_ins
+from .tune import Wanted, fastest
 
 Candidate = tuple[Any, ...]
 _PROCESSORS = 132  # of an H200
@@ -106,12 +107,7 @@ def linear_act(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | N
     if rows * inner * out == 0 or weight.dtype != x.dtype:
         return library(x, weight, scale, bias, activation)
 
-    def right(how: Candidate) -> bool:
-        a, w, s, b = stand_ins(x, weight, scale, bias)
-        return agree(launch(how, a, w, s, b, activation), library(a, w, s, b, activation))
-
     at = _call(rows, inner, x.stride(0), out, x.dtype, None if scale is None else scale.dtype,
                None if bias is None else bias.dtype, activation, x.device)  # fmt: skip
-    how = choose(at.key, at.candidates, lambda each: launch(each, x, weight, scale, bias, activation), device=x.device,
-                 check=right, prepare=at.prepare, most=at.most)  # fmt: skip
-    return launch(how, x, weight, scale, bias, activation)
+    return fastest(at, lambda how, x, w, s, b: launch(how, x, w, s, b, activation), partial(library, activation=activation),
+                   x, weight, scale, bias)  # fmt: skip

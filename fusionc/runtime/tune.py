@@ -343,9 +343,11 @@ class Wanted:
 
 
 def fastest(
-    at: Wanted, launch: Callable[..., torch.Tensor], library: Callable[..., torch.Tensor], *tensors: torch.Tensor | None
-) -> torch.Tensor:
-    """``launch(how, *tensors)`` of the fastest candidate ``how`` that agrees with ``library(*tensors)`` on stand-ins.
+    at: Wanted, launch: Callable[..., torch.Tensor], library: Callable[..., torch.Tensor], *tensors: torch.Tensor | None,
+    check: Callable[[Any], bool] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """``launch(how, *tensors)`` of the fastest candidate ``how`` that agrees with ``library(*tensors)`` on stand-ins, or of
+    which ``check`` says that it is right.
 
     The first tensor says on which device.
     """
@@ -356,8 +358,8 @@ def fastest(
         made = stand_ins(*tensors)
         return agree(launch(how, *made), library(*made))
 
-    how = choose(at.key, at.candidates, lambda each: launch(each, *tensors), device=first.device, check=right, prepare=at.prepare,
-                 most=at.most)  # fmt: skip
+    how = choose(at.key, at.candidates, lambda each: launch(each, *tensors), device=first.device, check=check or right,
+                 prepare=at.prepare, most=at.most)  # fmt: skip
     return launch(how, *tensors)
 
 

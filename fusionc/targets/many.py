@@ -101,7 +101,7 @@ def start(cx: Context, wanted: Mapping[str, Many], done: Callable[[], Any] | Non
             functions[symbol] = interpreted(many, rendered, plan)
         else:
             jobs[symbol] = functools.partial(launch.cross_compile, text, symbol, signature, plan, cx.target)
-    waiting = launch.compile_beside(list(jobs.values()), done) if jobs else list
+    waiting = launch.compile_beside(list(jobs.values()), done).result if jobs else list
 
     def finish() -> Built:
         for symbol, r in zip(jobs, waiting(), strict=True):

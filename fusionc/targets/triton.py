@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..codegen import triton as codegen
-from ..errors import CompileError
+from ..errors import CompileError, LoadError
 from ..ir.loop import Kernel, evaluate
-from ..progress import Progress, progress
+from ..progress import Progress
 from ..runtime import binaries, launch, turns
 from ..runtime import device as devices
 from ..schedule.columns import stage
@@ -77,21 +77,12 @@ def start(
         session.consider(flat)
         bound = {p.symbol: launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device) for p in flat}
         jobs = [*[k.compile for k in bound.values()], *session.jobs()]
-    ended: list[None] = []
-    bars: list[Progress] = []
-
-    def done() -> None:
-        ended.append(None)
-        for bar in bars:
-            bar.advance()
-
+    bar = Progress("compiling kernels", len(jobs))
     with triton_cache(cx):
-        waiting = launch.compile_beside(jobs, done) if jobs else list
+        waiting = launch.compile_beside(jobs, bar.advance).result if jobs else list
 
     def finish() -> tuple[dict[str, Any], dict[str, str]]:
-        with progress("compiling kernels", len(jobs), cx.config.progress) as bar:
-            bar.advance(count=len(ended))
-            bars.append(bar)
+        with bar.shown(cx.config.progress):
             results = waiting()[: len(flat)] if jobs else [None] * len(flat)
         if session is not None:
             _settle(cx, session, flat, bound, results)
@@ -107,7 +98,7 @@ def _settle(cx: Context, session: Session, flat: list[Part], bound: dict[str, la
             if p.symbol in session.rules:
                 session.restore(p)
                 bound[p.symbol] = launch.TritonKernel(p.source, p.symbol, p.kernel, p.plan, cx.device)
-            elif "cannot be loaded" not in str(results[i]):  # while a CUDA graph is recorded, say, it could not be
+            elif not isinstance(results[i], LoadError):
                 continue
             with triton_cache(cx):
                 results[i] = launch.compile_many([bound[p.symbol].compile])[0]

@@ -74,7 +74,7 @@ def test_threads_of_a_batch_have_its_folder_and_others_their_own(tmp_path: Path,
         thread.start()
         assert compile_many([job, job], workers=2) == [a, a]
         thread.join()
-    assert waiting() == [a]
+    assert waiting.result() == [a]
     assert found == {"b": [b, b], "outside": [triton, triton]}
 
 

@@ -74,7 +74,7 @@ def test_jobs_beside_run_while_the_caller_works_and_keep_their_order() -> None:
     counted: list[int] = []
     wait = launch.compile_beside([late, broken, lambda: "quick"], lambda: counted.append(1))
     gone_on.set()  # the caller was not held up
-    first, second, third = wait()
+    first, second, third = wait.result()
     assert (first, third) == ("late", "quick") and isinstance(second, ValueError) and len(counted) == 3
 
 

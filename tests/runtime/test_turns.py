@@ -21,10 +21,10 @@ def test_later_work_begins_after_other_work_has_begun() -> None:
         wait = launch.compile_beside([lambda: held.wait(10) and said.append("first")])
         time.sleep(0.1)
         assert said == []
-    wait_later()  # the other job has begun: it need not have ended
+    wait_later.result()  # the other job has begun: it need not have ended
     assert said == ["later", "later"]
     held.set()
-    wait()
+    wait.result()
     assert said[2:] == ["first"] and turns._others == 0
 
 
@@ -44,8 +44,8 @@ def test_jobs_that_wait_for_a_slot_come_before_later_ones(monkeypatch: pytest.Mo
     time.sleep(0.1)
     assert said == []
     held.set()
-    wait()
-    wait_later()
+    wait.result()
+    wait_later.result()
     assert said == ["first", "first", "later"]
 
 
@@ -63,7 +63,7 @@ def test_who_cannot_start_threads_leaves_nobody_waiting(where: str, monkeypatch:
     monkeypatch.setattr(launch, "ThreadPoolExecutor", refuse)
     with pytest.raises(RuntimeError, match="new thread"):
         if where == "thread":
-            launch.compile_beside([int, int])()
+            launch.compile_beside([int, int]).result()
         else:
             launch.compile_many([int, int], workers=2)
     assert turns._others == 0

@@ -12,12 +12,13 @@ import torch
 
 from fusionc.codegen import triton as codegen
 from fusionc.config import Config
+from fusionc.errors import CompileError, LoadError
 from fusionc.ir.loop import Kernel
 from fusionc.runtime import launch
 from fusionc.runtime.device import known
 from fusionc.schedule.plan import Plan
 from fusionc.schedule.rules_triton import default_plan
-from fusionc.targets import tune_triton
+from fusionc.targets import triton, tune_triton
 from fusionc.targets.triton import Part
 from tests.codegen import kernels
 from tests.schedule.test_space import pointwise, rows
@@ -231,3 +232,13 @@ def test_same() -> None:
         assert not tune_triton.same(y, x)
     i = torch.arange(4)
     assert tune_triton.same(i, i.clone()) and not tune_triton.same(i, i + 1)
+
+
+def test_a_kernel_that_could_not_be_loaded_is_tried_once_more(cx: Any) -> None:
+    parts = [part(pointwise(64), symbol) for symbol in ("k_0", "k_1", "k_2")]
+    wrong, tried = CompileError("k_1"), []
+    bound: dict[str, Any] = {p.symbol: SimpleNamespace(compile=lambda p=p: tried.append(p.symbol) or "built") for p in parts}
+    results: list[Any] = [LoadError("k_0"), wrong, "built before"]
+    cx.record = SimpleNamespace(timings={})
+    triton._settle(cx, tune_triton.Session(cx, H200, None, FakeRig({})), parts, bound, results)
+    assert results == ["built", wrong, "built before"] and tried == ["k_0"]
